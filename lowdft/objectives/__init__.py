@@ -1,0 +1,27 @@
+"""The objectives: pure functions from log-probabilities to one loss a prompt. `get(name)`, `names()`."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from lowdft.objectives.base import Losses, Objective, Scores
+from lowdft.objectives.dft import DFT, DFT2
+from lowdft.objectives.sft import SFT
+
+__all__ = ["Losses", "Objective", "Scores", "get", "names"]
+
+_OBJECTIVES = {objective.name: objective for objective in (DFT, DFT2, SFT)}
+
+
+def names() -> list[str]:
+    """The names that `get` knows."""
+    return list(_OBJECTIVES)
+
+
+def get(name: str) -> Objective:
+    """The objective of that name; ValueError with the nearest known name when there is none."""
+    if name not in _OBJECTIVES:
+        near = get_close_matches(name, _OBJECTIVES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"objective {name!r} is not known; known are {', '.join(_OBJECTIVES)}.{hint}")
+    return _OBJECTIVES[name]

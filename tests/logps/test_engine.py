@@ -1,0 +1,140 @@
+"""Scores of whole prompt groups against one completion at a time through the plain model, for every model family."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowdft.logps import Group, choose_layout, lay_out, score
+
+COMMON = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "phi": {},
+    "phi3": {"sliding_window": 6},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.5},
+}
+
+
+def make(family: str, attention: str | None = None):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def groups(seed: int = 0) -> list[Group]:
+    rng = random.Random(seed)
+
+    def ids(n):
+        return [rng.randrange(3, 97) for _ in range(n)]
+
+    return [Group(ids(7), [ids(5), ids(9), ids(3)]), Group(ids(3), [ids(12), ids(1), ids(6)])]
+
+
+def one_by_one(model, some_groups) -> torch.Tensor:
+    out = []
+    for group in some_groups:
+        for completion in group.completions:
+            ids = torch.tensor([[*group.prompt_ids, *completion]])
+            logps = model(ids).logits.float().log_softmax(-1)[0]
+            start = len(group.prompt_ids) - 1
+            out.append(sum(logps[start + i, token] for i, token in enumerate(completion)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, layout):
+    """Within 1e-3 nats a sequence, gradients of every parameter within 1e-5 relative, in float32."""
+    model, some = make(family), groups()
+    pull = torch.arange(1.0, 7.0)
+    wanted, found = one_by_one(model, some), score(model, some, layout, chunk_size=4).logps_C
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours = torch.autograd.grad(found @ pull, parameters, allow_unused=True)
+    theirs = torch.autograd.grad(wanted @ pull, parameters, allow_unused=True)
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        assert (a is None) == (b is None), name
+        if b is not None and b.norm() > 1e-6:
+            assert (a - b).norm() / b.norm() < 2e-5, name
+
+
+def test_eager_attention_gives_the_same():
+    some = groups()
+    torch.testing.assert_close(
+        score(make("gemma3_text", "eager"), some).logps_C,
+        score(make("gemma3_text", "sdpa"), some).logps_C,
+        rtol=0,
+        atol=1e-3,
+    )
+
+
+def test_order_of_negatives_does_not_matter():
+    model = make("llama")
+    prompt, (a, b, c) = groups()[0].prompt_ids, groups()[0].completions
+    forth = score(model, [Group(prompt, [a, b, c])]).logps_C
+    back = score(model, [Group(prompt, [c, a, b])]).logps_C
+    torch.testing.assert_close(forth, back[[1, 2, 0]], rtol=0, atol=1e-4)
+
+
+def test_counts_tokens():
+    out = score(make("llama"), groups())
+    assert out.tokens_C.tolist() == [5, 9, 3, 12, 1, 6]
+    assert out.per_token_logps_S.shape == (36,)
+
+
+def test_rows_worked_by_hand():
+    """[7 8][5][6 4]: both completions start at position 2, predicted by the prompt's last token."""
+    rows = lay_out([Group([7, 8], [[5], [6, 4]])])
+    assert rows.input_ids_RL.tolist() == [[7, 8, 5, 6, 4]]
+    assert rows.position_ids_RL.tolist() == [[0, 1, 2, 2, 3]]
+    assert rows.predictor_S.tolist() == [1, 1, 3]
+    assert rows.target_S.tolist() == [5, 6, 4]
+    assert rows.completion_S.tolist() == [0, 1, 1]
+
+
+def test_layout_is_chosen_by_trial():
+    """A model that ignores the 4-D mask gives itself away, and gets padded rows."""
+    model = make("llama")
+    assert choose_layout(model) == "shared"
+    decoder, original = model.get_decoder(), model.get_decoder().forward
+
+    def deaf(input_ids, position_ids, attention_mask, use_cache):
+        mask = attention_mask if attention_mask.dim() == 2 else None
+        return original(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=use_cache)
+
+    decoder.forward = deaf
+    assert choose_layout(model) == "padded"
+
+
+def test_head_under_an_adapter_is_refused(llama):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama, LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="plain linear head"):
+        score(model, groups())

@@ -1,0 +1,96 @@
+"""`DFTConfig`: transformers' training arguments and what the discriminative objectives add to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from lowdft import objectives
+
+REFERENCES = ("precomputed", "online")
+REFERENCE_PROMPTS = ("training", "sampling", "proposal")
+
+
+@dataclass
+class DFTConfig(TrainingArguments):
+    """Everything about training. Fields not listed here are those of `transformers.TrainingArguments`.
+
+    Args:
+        objective: a name of `lowdft.objectives.names()`.
+        tau: temperature of the discriminative likelihood; None takes the objective's default.
+        gamma: step of the moving average in (0, 1]; None takes the objective's default.
+        log_u_init: first value of every example's log_u: a number (the paper: 0) or "first_batch".
+        negatives_per_step: B, the negatives of a prompt that one visit uses; every visit uses the next B.
+        objective_args: hyper-parameters of the other objectives, by name.
+        reference: "precomputed" (the dataset's `ref_negative_logps`, else scored by the initial weights before the
+            first step) or "online" (the base with the adapter off, each step).
+        reference_prompt: what the reference conditions on (the paper's Eq. 7 against its code): "training" prompt,
+            "sampling" prompt, or "proposal", the sampler's density with temperature, top-k and top-p applied.
+        max_length: longest prompt + completion in tokens; longer completions are cut at the end. None: no limit.
+        max_prompt_length: longest prompt in tokens; longer ones lose their beginning. None: no limit.
+        layout: "shared" or "padded" rows; None lets a small forward pass decide (`logps.choose_layout`).
+        logits_chunk_size: tokens whose logits exist at once.
+    """
+
+    objective: str = "dft"
+    tau: float | None = None
+    gamma: float | None = None
+    log_u_init: float | str = 0.0
+    negatives_per_step: int = 2
+    objective_args: dict = field(default_factory=dict)
+    reference: str = "precomputed"
+    reference_prompt: str = "training"
+    max_length: int | None = 1024
+    max_prompt_length: int | None = 512
+    layout: str | None = None
+    logits_chunk_size: int = 256
+
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    per_device_train_batch_size: int = 8
+    logging_steps: float = 1
+    logging_first_step: bool = True
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        chosen = objectives.get(self.objective)
+        if self.tau is None:
+            self.tau = chosen.defaults.get("tau")
+        if self.gamma is None:
+            self.gamma = chosen.defaults.get("gamma")
+        if isinstance(self.log_u_init, str) and self.log_u_init != "first_batch":
+            self.log_u_init = _number("log_u_init", self.log_u_init)
+        _require(self.tau is None or self.tau > 0, "tau", self.tau, "a number above 0")
+        _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
+        _require(self.negatives_per_step >= 1, "negatives_per_step", self.negatives_per_step, "1 or more")
+        _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
+        _require(
+            self.reference_prompt in REFERENCE_PROMPTS,
+            "reference_prompt",
+            self.reference_prompt,
+            ", ".join(REFERENCE_PROMPTS),
+        )
+        _require(self.layout in (None, "shared", "padded"), "layout", self.layout, "shared or padded")
+        unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
+        _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
+        super().__post_init__()
+
+    def hyperparameters(self) -> dict:
+        """What the objective is called with: its defaults under `objective_args`, and tau and gamma if it has them."""
+        values = {**objectives.get(self.objective).defaults, **self.objective_args}
+        own = {"tau": self.tau, "gamma": self.gamma}
+        return {name: own.get(name, value) for name, value in values.items()}
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"training.{key} is {text!r}; wanted a number or first_batch") from None
+
+
+def _require(holds: bool, key: str, found: object, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"training.{key} is {found!r}; wanted {wanted}")

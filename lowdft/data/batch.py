@@ -1,0 +1,77 @@
+"""Encoded rows as a dataset, and the micro-batches that training takes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowdft.logps import Group
+
+
+@dataclass(frozen=True)
+class Batch:
+    """M encoded rows and where they stand in the dataset. Opaque to the data loader: nothing is copied to a device."""
+
+    index_M: Tensor
+    rows: list[dict]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Scored tokens of all completions."""
+        return sum(len(row["completion_ids"]) for row in self.rows)
+
+    def groups(
+        self, negatives: Sequence[Sequence[Sequence[int]]], prompt: str = "prompt_ids", completions: bool = True
+    ) -> list[Group]:
+        """One group a row: its chosen negatives first, the completion last (or left out, for the reference)."""
+        last = [[row["completion_ids"]] if completions else [] for row in self.rows]
+        return [
+            Group(row.get(prompt, row["prompt_ids"]), [*chosen, *end])
+            for row, chosen, end in zip(self.rows, negatives, last, strict=True)
+        ]
+
+    def negatives(self, visits_M: Sequence[int], count: int) -> list[list[list[int]]]:
+        """Each row's next `count` negatives: those of its visit, without replacement until all were used."""
+        return [
+            [row["negative_ids"][i] for i in visit_range(int(visit), count, len(row["negative_ids"]))]
+            for row, visit in zip(self.rows, visits_M, strict=True)
+        ]
+
+    def ref_negative_logps(self, visits_M: Sequence[int], count: int) -> Tensor:
+        """The precomputed reference log-probabilities [M, count] of the same negatives."""
+        return torch.tensor(
+            [
+                [row["ref_negative_logps"][i] for i in visit_range(int(visit), count, len(row["negative_ids"]))]
+                for row, visit in zip(self.rows, visits_M, strict=True)
+            ]
+        )
+
+
+def visit_range(visit: int, count: int, pool: int) -> list[int]:
+    """Which negatives of a pool a visit uses; starts over when the pool is used up."""
+    return [(visit * count + j) % pool for j in range(count)]
+
+
+class EncodedDataset(torch.utils.data.Dataset):
+    """Encoded rows; an item is (position, row)."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[int, dict]:
+        return i, self.rows[i]
+
+
+def collate(items: list[tuple[int, dict]]) -> dict:
+    """A data loader's items as {"batch": Batch, "index": [M]}."""
+    index = torch.tensor([i for i, _ in items])
+    return {"index": index, "batch": Batch(index, [row for _, row in items])}

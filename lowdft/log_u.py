@@ -1,0 +1,74 @@
+"""The moving average of every training example, as a logarithm, and how often each example was visited.
+
+One float and one count an example (arXiv 2502.18679, Algorithm 1), in the dataset's order. The visit count says which
+negatives a prompt gets next, so that it always gets the next B, however the data was ordered or interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowdft.errors import UserError
+from lowdft.files import replacing
+
+
+class LogU:
+    """`values`: float32 [n], `visits`: int64 [n], both on the CPU.
+
+    Args:
+        n: examples in the training set.
+        init: the first value (the paper: 0), or "first_batch" to start each example at its own first mean.
+        fingerprint: what the table belongs to (data, objective, tau, gamma, B); a table saved under another one is
+            refused by `load`.
+    """
+
+    def __init__(self, n: int, init: float | str = 0.0, fingerprint: dict | None = None):
+        start = float("nan") if init == "first_batch" else float(init)
+        self.values = torch.full((n,), start, dtype=torch.float32)
+        self.visits = torch.zeros(n, dtype=torch.int64)
+        self.fingerprint = fingerprint or {}
+
+    def update(self, index_M: Tensor, log_u_M: Tensor | None) -> None:
+        """Counts one visit of each of M examples and, when given, stores their new averages.
+
+        Raises:
+            ValueError: an example stands twice in `index_M`; its two updates would have to be one.
+        """
+        index_M = index_M.cpu()
+        if len(index_M.unique()) != len(index_M):
+            raise ValueError(f"the same example twice in one micro-batch: {sorted(index_M.tolist())}")
+        if log_u_M is not None:
+            self.values[index_M] = log_u_M.detach().to("cpu", torch.float32)
+        self.visits[index_M] += 1
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table to one safetensors file, atomically, with its fingerprint."""
+        tensors = {"values": self.values, "visits": self.visits}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"fingerprint": json.dumps(self.fingerprint, sort_keys=True)})
+
+    def load(self, path: str | Path) -> None:
+        """Takes over a saved table.
+
+        Raises:
+            UserError: the file is missing, or was made with another fingerprint; says which part differs.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"{path}: is not there, so this checkpoint cannot go on exactly. Train from the start.")
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads(file.metadata()["fingerprint"])
+            differing = sorted(
+                k for k in saved.keys() | self.fingerprint.keys() if saved.get(k) != self.fingerprint.get(k)
+            )
+            if differing:
+                found = "; ".join(f"{k} was {saved.get(k)}, is now {self.fingerprint.get(k)}" for k in differing)
+                raise UserError(
+                    f"{path}: belongs to another run ({found}). Use the old settings, or another output_dir."
+                )
+            self.values, self.visits = file.get_tensor("values"), file.get_tensor("visits")

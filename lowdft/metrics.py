@@ -1,0 +1,74 @@
+"""Sums of what a step did, turned into the numbers that are logged."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from lowdft.data.batch import Batch
+from lowdft.objectives import Losses, Scores
+
+
+class StepMetrics:
+    """Collects the micro-batches between two log lines; `flush` gives means over their prompts and starts anew."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._prompts = 0
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, scores: Scores, losses: Losses, per_token: bool, batch: Batch) -> None:
+        """Adds one micro-batch; `per_token` says on which score the margin is taken."""
+        positive_M, lengths_M = scores.policy_logps_M.detach(), scores.completion_tokens_M
+        self._prompts += len(batch)
+        self._tokens += int(lengths_M.sum()) + sum(len(row["prompt_ids"]) for row in batch.rows)
+        self._add("surrogate", losses.surrogate_M.detach())
+        self._add("logps/positive", positive_M)
+        if scores.policy_negative_logps_MB is not None:
+            negative_MB, tokens_MB = scores.policy_negative_logps_MB.detach(), scores.negative_tokens_MB
+            self._tokens += int(tokens_MB.sum())
+            self._add("logps/negative", negative_MB.mean(1))
+            margin_M = (
+                positive_M / lengths_M - (negative_MB / tokens_MB).mean(1)
+                if per_token
+                else positive_M - negative_MB.mean(1)
+            )
+            self._add("margin", margin_M)
+        if losses.weights_MB is not None:
+            omega_MB = losses.weights_MB
+            self._add("weights/mean", omega_MB.mean(1))
+            squares_M = omega_MB.square().sum(1).clamp_min(torch.finfo(omega_MB.dtype).tiny)
+            self._add("weights/ess", omega_MB.sum(1).square() / squares_M)
+
+    def gap(self, scores: Scores, first_step: bool) -> None:
+        """|policy - reference| a sequence, on the negatives of the first optimizer step, where both are one model."""
+        if first_step:
+            difference_MB = scores.policy_negative_logps_MB.detach() - scores.ref_negative_logps_MB
+            self._add("reference/gap", difference_MB.abs().mean(1))
+
+    def flush(self, log_u: Tensor | None) -> dict[str, float]:
+        """The means, the speed and the peak memory since the last flush."""
+        now = time.perf_counter()
+        out = {name: total / max(1, self._prompts) for name, total in self._sums.items()}
+        if log_u is not None and log_u.isfinite().any():
+            out["log_u/mean"] = log_u[log_u.isfinite()].mean().item()
+        out["tokens_per_second"] = self._tokens / max(1e-9, now - self._since)
+        out["peak_memory_gb"] = peak_memory_gb()
+        self.__init__()
+        return out
+
+    def _add(self, name: str, values_M: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + values_M.sum().item()
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB (10^9 bytes): of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,138 @@
+"""What the trainer asks of its rows: enough negatives, a fingerprint, and reference log-probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from lowdft.config import DFTConfig
+from lowdft.data.batch import Batch
+from lowdft.errors import UserError
+from lowdft.files import replacing
+from lowdft.objectives import Objective
+from lowdft.reference import negative_logps
+
+if TYPE_CHECKING:
+    from lowdft.trainer import DFTTrainer
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+def check_rows(rows: list[dict], objective: Objective, args: DFTConfig) -> None:
+    """Raises UserError, naming the rows, when they cannot be trained on with this objective."""
+    if not rows:
+        raise UserError("the training set is empty; at least one row is needed")
+    empty = [row["example_id"] for row in rows if not row["completion_ids"] or not row["prompt_ids"]]
+    empty += [row["example_id"] for row in rows if not all(row["negative_ids"])]
+    if empty:
+        raise UserError(f"{len(empty)} rows have a prompt, completion or negative without tokens: {_some(empty)}")
+    if "negatives" not in objective.needs:
+        return
+    wanted = negatives_needed(args, len(rows))
+    short = [row["example_id"] for row in rows if len(row["negative_ids"]) < wanted]
+    if short:
+        fewest = min(len(row["negative_ids"]) for row in rows)
+        raise UserError(
+            f"{len(short)} of {len(rows)} rows have too few negatives (the fewest: {fewest}; first rows: {_some(short)})"
+            f"; {args.negatives_per_step} a visit need {wanted} a row. Generate more, or lower negatives_per_step or "
+            "num_train_epochs."
+        )
+
+
+def negatives_needed(args: DFTConfig, n: int) -> int:
+    """Negatives of one prompt over the whole training: B for each of its visits."""
+    if args.max_steps > 0:
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return math.ceil(args.max_steps * batch / n) * args.negatives_per_step
+    return math.ceil(args.num_train_epochs) * args.negatives_per_step
+
+
+def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
+    """What a `log_u` table belongs to; hashed over the ids of every prompt, completion and negative."""
+    digest = hashlib.sha256()
+    for row in rows:
+        kept = [row["example_id"], row["prompt_ids"], row["completion_ids"], row["negative_ids"]]
+        digest.update(json.dumps(kept, separators=(",", ":")).encode())
+    names = (
+        "objective",
+        "tau",
+        "gamma",
+        "negatives_per_step",
+        "log_u_init",
+        "reference",
+        "reference_prompt",
+        "objective_args",
+    )
+    return {"data": digest.hexdigest()} | {name: getattr(args, name) for name in names}
+
+
+def attach_reference(trainer: DFTTrainer, resuming: bool) -> None:
+    """Gives every row its `ref_negative_logps` where it has none and `reference` is "precomputed".
+
+    They come from the initial weights, before the first step: for full parameters that is the only moment at which
+    they exist. A resumed training reads them back from its output folder.
+
+    Raises:
+        UserError: `reference: online` without a fresh adapter to switch off; or a resumed run without its file.
+    """
+    args, rows = trainer.args, trainer.train_dataset.rows
+    if all("ref_negative_logps" in row for row in rows):
+        return
+    if args.reference_prompt == "proposal":
+        raise UserError("reference_prompt: proposal needs rows with ref_negative_logps; run `lowdft score` first")
+    if args.reference == "online":
+        _check_online(trainer.model, resuming)
+        return
+    path = Path(args.output_dir) / REFERENCE_FILE
+    if resuming:
+        if not path.is_file():
+            raise UserError(f"{path}: is not there; a resumed training needs the scores of its initial weights")
+        table = load_file(path)["ref_negative_logps"]
+    else:
+        table = _score_rows(trainer, rows)
+        with replacing(path) as temporary:
+            save_file({"ref_negative_logps": table}, temporary)
+    start = 0
+    for row in rows:
+        row["ref_negative_logps"] = table[start : start + len(row["negative_ids"])].tolist()
+        start += len(row["negative_ids"])
+
+
+def _score_rows(trainer: DFTTrainer, rows: list[dict]) -> torch.Tensor:
+    """Every row's negatives, B at a time as training will see them; flat, in order."""
+    args = trainer.args
+    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
+    out = []
+    for row in tqdm(rows, desc="scoring the reference", disable=args.disable_tqdm):
+        batch = Batch(torch.zeros(1), [row])
+        for start in range(0, len(row["negative_ids"]), args.negatives_per_step):
+            chosen = [row["negative_ids"][start : start + args.negatives_per_step]]
+            groups = batch.groups(chosen, prompt, completions=False)
+            out.append(negative_logps(trainer.model, groups, trainer.layout, args.logits_chunk_size).float().cpu())
+    return torch.cat(out)
+
+
+def _check_online(model, resuming: bool) -> None:
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "reference: online needs an adapter to switch off; with full parameters use reference: "
+            "precomputed (the initial weights score once, before the first step)"
+        )
+    trained = any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name)
+    if trained and not resuming:
+        raise UserError(
+            "reference: online would take the bare base, but this adapter is already trained, so the policy "
+            "starts elsewhere. Use reference: precomputed, or merge the adapter first."
+        )
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")

@@ -53,6 +53,7 @@ class DFTConfig(TrainingArguments):
     logging_steps: float = 1
     logging_first_step: bool = True
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = False
 
     def __post_init__(self):
         chosen = objectives.get(self.objective)

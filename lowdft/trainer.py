@@ -31,6 +31,7 @@ from lowdft.reference import adapter_off, negative_logps
 from lowdft.training_set import attach_reference, check_rows, fingerprint
 
 LOG_U_FILE = "log_u.safetensors"
+FADED_WEIGHT, FADED_STEPS = 0.01, 5
 
 
 class DFTTrainer(Trainer):
@@ -78,6 +79,7 @@ class DFTTrainer(Trainer):
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._step_prompts, self._step_tokens = 1, 1
+        self._faded = 0
         super().__init__(
             model=model,
             args=args,
@@ -179,7 +181,19 @@ class DFTTrainer(Trainer):
         if "loss" in logs or mode == "eval":
             table = self.log_u if "log_u" in self.objective.needs else None
             logs |= {prefix + key: value for key, value in self._metrics[mode].flush(table).items()}
+            self._tell_when_faded(logs.get("weights/mean"))
         super().log(logs, start_time)
+
+    def _tell_when_faded(self, mean_weight: float | None) -> None:
+        """Says once, in words, when the negatives have stopped pulling: from there DFT is SFT with a bill."""
+        self._faded = self._faded + 1 if mean_weight is not None and mean_weight < FADED_WEIGHT else 0
+        if self._faded == FADED_STEPS:
+            warnings.warn(
+                f"the mean weight of the negatives has been under {FADED_WEIGHT} for {FADED_STEPS} log lines (now "
+                f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a higher "
+                "price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or fewer epochs.",
+                stacklevel=2,
+            )
 
     # ---- the reference, once -----------------------------------------------------------------------------------------
 

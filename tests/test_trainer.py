@@ -309,3 +309,11 @@ def test_training_separates(tmp_path):
     after = trainer.evaluate()
     assert after["eval_logps/positive"] > before["eval_logps/positive"] + 3
     assert after["eval_margin"] > before["eval_margin"] + 3
+
+
+def test_faded_negatives_are_told_in_words(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for _ in range(4):
+        trainer._tell_when_faded(1e-3)
+    with pytest.warns(UserWarning, match="supervised fine-tuning at a higher price"):
+        trainer._tell_when_faded(1e-3)

@@ -1,4 +1,4 @@
-"""One training row, whatever layout it came in: first as turns that know their place in the file, then as an example."""
+"""One training row, whatever layout it came in: first as turns that know their place in the file, then an example."""
 
 from __future__ import annotations
 
@@ -107,10 +107,9 @@ def is_empty(turn: Turn) -> bool:
 
 def to_example(row: Row, prompt_style: str = "chat", system_prompt: str | None = None) -> Example:
     """The example of a row that passed the checks; its id is the one given, or one made from its content.
-    Opening assistant turns and empty negatives are left out.
 
     With `prompt_style` "chat" text becomes messages; with "direct" it stays text. `system_prompt` goes before messages
-    that have no system message.
+    that have no system message. Opening assistant turns and empty negatives are left out.
     """
     dropped = [id(turn) for turn in opening_turns(row.prompt)]
     turns = [turn for turn in row.prompt if id(turn) not in dropped]

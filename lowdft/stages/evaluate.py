@@ -1,0 +1,163 @@
+"""evaluate: the held-out rows before and after -> evaluation.json: log-probabilities, wins over negatives, accuracy."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from lowdft import answers
+from lowdft import model as models
+from lowdft.data.batch import collate
+from lowdft.data.prompting import plain_text
+from lowdft.errors import UserError
+from lowdft.files import write_json
+from lowdft.logps import choose_layout, score
+from lowdft.reference import adapter_off
+from lowdft.run import Run, say
+from lowdft.sampling import Request, SamplingSettings, get_sampler
+from lowdft.tables import print_table
+
+SAMPLES_KEPT = 8
+
+
+def main(run: Run) -> dict | None:
+    """Measures base, trained and compared models on the held-out rows; prints the table and writes it."""
+    if not run.examples("heldout"):
+        say("no held-out rows (data.eval or data.eval_rows): nothing to evaluate")
+        return None
+    product = run.evaluation
+    if product.is_done():
+        from lowdft.files import read_json
+
+        say(f"{product.path}: already measured")
+        result = read_json(product.path)
+    else:
+        product.begin()
+        result = measure_all(run)
+        write_json(product.path, result)
+        product.finish(rows=result["rows"])
+    print_table(result)
+    return result
+
+
+def measure_all(run: Run) -> dict:
+    """The contents of evaluation.json."""
+    rows, examples = run.encoded("heldout"), run.examples("heldout")
+    truths = [example.answer or plain_text(example.completion) for example in examples]
+    kind = run.recipe.evaluation.answer
+    kind = answers.detect(truths) if kind == "auto" else kind
+    systems, texts = {}, {}
+    for name, model in _systems(run):
+        systems[name] = measure_logps(run, model, rows)
+        if kind != "none":
+            texts[name] = greedy_answers(run, model, rows, name)
+            systems[name] |= accuracy(texts[name], truths, kind, run.recipe.evaluation.pattern)
+    samples = []
+    for i, example in enumerate(examples[:SAMPLES_KEPT]):
+        negative = rows[i]["negative_ids"][0] if rows[i]["negative_ids"] else []
+        samples.append(
+            {
+                "example_id": example.example_id,
+                "prompt": plain_text(example.prompt),
+                "completion": plain_text(example.completion),
+                "negative": run.tokenizer.decode(negative, skip_special_tokens=True),
+                **{name: found[i] for name, found in texts.items()},
+            }
+        )
+    return {
+        "rows": len(rows),
+        "negatives_per_row": len(rows[0]["negative_ids"]),
+        "answer": kind,
+        "systems": systems,
+        "samples": samples,
+    }
+
+
+@torch.no_grad()
+def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, float]:
+    """Mean log-probabilities (nats) of completions and negatives, their margin, and the share of rows won.
+
+    A row is won when its completion outscores every one of its negatives, by summed (`wins`) or mean
+    (`wins_per_token`) log-probability.
+    """
+    model.eval()
+    layout = run.args.layout or choose_layout(model)
+    count = min(len(row["negative_ids"]) for row in rows)
+    sums = dict.fromkeys(["logps/positive", "logps/positive_per_token"], 0.0)
+    if count:
+        sums |= dict.fromkeys(["logps/negative", "margin", "wins", "wins_per_token"], 0.0)
+    size = run.args.per_device_eval_batch_size
+    for start in range(0, len(rows), size):
+        batch = collate(list(enumerate(rows[start : start + size])))["batch"]
+        groups = batch.groups([row["negative_ids"][:count] for row in batch.rows])
+        out = score(model, groups, layout, run.args.logits_chunk_size)
+        sums_, tokens = out.logps_C.double().view(len(batch), -1), out.tokens_C.view(len(batch), -1)
+        means = sums_ / tokens
+        sums["logps/positive"] += sums_[:, -1].sum().item()
+        sums["logps/positive_per_token"] += means[:, -1].sum().item()
+        if count:
+            sums["logps/negative"] += sums_[:, :-1].mean(1).sum().item()
+            sums["margin"] += (sums_[:, -1] - sums_[:, :-1].mean(1)).sum().item()
+            sums["wins"] += (sums_[:, -1] > sums_[:, :-1].amax(1)).sum().item()
+            sums["wins_per_token"] += (means[:, -1] > means[:, :-1].amax(1)).sum().item()
+    return {name: total / len(rows) for name, total in sums.items()}
+
+
+def greedy_answers(run: Run, model, rows: list[dict], name: str) -> list[str]:
+    """The greedy answer to every prompt, as text."""
+    section = run.recipe.evaluation
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
+    sampler = get_sampler("padded", model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    texts = []
+    with tqdm(total=len(rows), desc=f"answers, {name}", unit="row") as bar:
+        for start in range(0, len(rows), 4 * section.batch_size):
+            part = rows[start : start + 4 * section.batch_size]
+            samples = sampler.sample([Request(row["prompt_ids"], 0) for row in part])
+            texts += [run.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+            bar.update(len(part))
+    return texts
+
+
+def accuracy(texts: list[str], truths: list[str], kind: str, pattern: str | None) -> dict[str, float]:
+    """Share of right answers and its standard error."""
+    check = answers.checker(kind, pattern)
+    share = sum(check(text, truth) for text, truth in zip(texts, truths, strict=True)) / len(texts)
+    return {"accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / len(texts))}
+
+
+def _systems(run: Run):
+    """(name, model) of base, after and every compared adapter, one in memory at a time."""
+    trained = run.training.path
+    if not trained.exists():
+        raise UserError(f"{trained}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
+    with _loaded(run, trained if run.recipe.adapter else None) as model:
+        with adapter_off(model):
+            yield "base", model
+        if run.recipe.adapter:
+            yield "after", model
+    if not run.recipe.adapter:
+        with _whole_model(run, trained) as model:
+            yield "after", model
+    for name, path in run.recipe.evaluation.compare.items():
+        adapter = Path(path) / "adapter" if (Path(path) / "adapter").is_dir() else Path(path)
+        with _loaded(run, adapter) as model:
+            yield name, model
+
+
+@contextlib.contextmanager
+def _loaded(run: Run, adapter: Path | None):
+    base = run.base()
+    yield models.load_adapter(base, adapter) if adapter else base
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _whole_model(run: Run, folder: Path):
+    source = models.Source(str(folder), None, "", True)
+    yield models.load_base(source, run.recipe.model)

@@ -1,0 +1,89 @@
+"""What is prompt, what is scored: headers, end tokens, truncation, templates."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import CHAT_TEMPLATE, make_tokenizer
+
+from lowdft.data.encode import Encoder
+from lowdft.errors import UserError
+
+USER = [{"role": "user", "content": "2+2?"}]
+GOOD = [{"role": "assistant", "content": "4."}]
+
+
+def decoded(tokenizer, *parts):
+    return [tokenizer.decode(part) for part in parts]
+
+
+def test_header_belongs_to_the_prompt_and_one_end_token_to_the_completion(tokenizer):
+    encoder = Encoder(tokenizer)
+    prompt, completion = encoder.prompt(USER), encoder.completion(USER, GOOD)
+    assert decoded(tokenizer, prompt, completion) == [
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+        "4.<|im_end|>",
+    ]
+
+
+def test_negatives_are_rendered_like_the_completion(tokenizer):
+    row = Encoder(tokenizer).row({"prompt": USER, "completion": GOOD, "negatives": ["5", GOOD]})
+    assert decoded(tokenizer, *row["negative_ids"]) == ["5<|im_end|>", "4.<|im_end|>"]
+
+
+def test_without_a_template_the_zephyr_format_stands_in():
+    tokenizer = make_tokenizer(chat_template=None)
+    encoder = Encoder(tokenizer)
+    assert tokenizer.decode(encoder.prompt(USER)) == "<|user|>\n2+2?<|im_end|>\n<|assistant|>\n"
+    assert tokenizer.decode(encoder.completion(USER, GOOD)) == "4.<|im_end|>"
+    assert tokenizer.chat_template is None  # the user's own object is left alone
+
+
+def test_strings_are_raw_text(tokenizer):
+    row = Encoder(tokenizer).row({"prompt": "2+2=", "completion": "4"})
+    assert decoded(tokenizer, row["prompt_ids"], row["completion_ids"]) == ["2+2=", "4<|im_end|>"]
+
+
+def test_empty_prompt_has_one_token_to_predict_from(tokenizer):
+    assert Encoder(tokenizer).prompt("") == [tokenizer.bos_token_id]
+
+
+def test_truncation_is_counted_and_leaves_no_end_token(tokenizer):
+    encoder = Encoder(tokenizer, max_length=10, max_prompt_length=6)
+    row = encoder.row({"prompt": "0123456789", "completion": "abcdefgh", "negatives": ["xy", "uvwxyz"]})
+    assert decoded(tokenizer, row["prompt_ids"], row["completion_ids"]) == ["456789", "abcd"]
+    assert decoded(tokenizer, *row["negative_ids"]) == ["xy<|im_end|>", "uvwx"]
+    cut = encoder.truncation
+    assert (cut.prompts, cut.completions, cut.negatives, cut.longest) == (1, 1, 1, 15)
+    assert "1 prompts (max_prompt_length 6" in cut.words(10, 6)
+
+
+def test_ids_are_taken_as_they_are(tokenizer):
+    row = Encoder(tokenizer).row(
+        {"prompt_ids": [5], "completion_ids": [6, 2], "negative_ids": [[7]], "example_id": "a"}
+    )
+    assert row == {"prompt_ids": [5], "completion_ids": [6, 2], "negative_ids": [[7]], "example_id": "a"}
+
+
+def test_a_template_that_trims_or_rewrites_the_past():
+    """Some templates write the last turn otherwise once it is answered; the answer is still found."""
+    rewriting = CHAT_TEMPLATE.replace(
+        "{% for m in messages %}", "{% if add_generation_prompt %}!{% endif %}{% for m in messages %}"
+    ).replace("m['content']", "(m['content'] | trim)")
+    tokenizer = make_tokenizer(rewriting)
+    assert (
+        tokenizer.decode(Encoder(tokenizer).completion(USER, [{"role": "assistant", "content": "  4.\n"}]))
+        == "4.<|im_end|>"
+    )
+
+
+def test_a_template_that_refuses_says_so_in_words():
+    tokenizer = make_tokenizer("{{ raise_exception('no system role here') }}")
+    with pytest.raises(UserError, match=r"refuses this row \(roles: user\).*no system role here"):
+        Encoder(tokenizer).prompt(USER)
+
+
+def test_an_answer_that_is_not_rendered_is_refused():
+    tokenizer = make_tokenizer(CHAT_TEMPLATE.replace("m['content']", "(m['content'] or '')"))
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]
+    with pytest.raises(UserError, match="renders nothing of the answer"):
+        Encoder(tokenizer).completion(USER, call)

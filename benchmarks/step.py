@@ -48,22 +48,19 @@ def show(options, results: dict) -> None:
     import trl
 
     base = results["trl dpo"]
-    print(
-        "\n| trainer | completions a step | s a step | s per completion | peak GB | time, TRL = 1 | per completion, TRL = 1 "
-        "| memory, TRL = 1 |\n|---|---|---|---|---|---|---|---|"
-    )
+    columns = ["trainer", "completions a step", "s a step", "s per completion", "peak GB"]
+    columns += ["time, TRL = 1", "time per completion, TRL = 1", "memory, TRL = 1"]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, r in results.items():
         per, base_per = r["seconds"] / r["completions"], base["seconds"] / base["completions"]
-        print(
-            f"| {name} | {r['completions']} | {r['seconds']:.2f} | {per:.2f} | {r['peak_gb']:.2f} | "
-            f"{r['seconds'] / base['seconds']:.2f} | {per / base_per:.2f} | {r['peak_gb'] / base['peak_gb']:.2f} |"
-        )
+        ratios = [r["seconds"] / base["seconds"], per / base_per, r["peak_gb"] / base["peak_gb"]]
+        numbers = [f"{x:.2f}" for x in (r["seconds"], per, r["peak_gb"], *ratios)]
+        print(f"| {name} | {r['completions']} | {' | '.join(numbers)} |")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"\nshape (prompt, completion, B, prompts) {options.shape}; {'NF4' if options.load_in_4bit else 'bfloat16'} base, "
-        f"LoRA r16 on all linear layers; {device}; torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"peft {peft.__version__}, trl {trl.__version__}; {time.strftime('%Y-%m-%d')}"
-    )
+    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, trl))
+    weights = "NF4" if options.load_in_4bit else "bfloat16"
+    print(f"\nshape (prompt, completion, B, prompts) {options.shape}; {weights} base, LoRA r16 on all linear layers")
+    print(f"{device}; {versions}; {time.strftime('%Y-%m-%d')}")
 
 
 def measure(options, name: str) -> dict:

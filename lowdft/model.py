@@ -150,8 +150,9 @@ def _hub_config(section: ModelSection):
         at = f" at revision {section.revision}" if section.revision else ""
         raise UserError(
             f"model.name_or_path is {name!r}{at}: it is not in the local cache ({constants.HF_HUB_CACHE}) and could "
-            f"not be fetched ({str(error).splitlines()[0][:160]}). Check the spelling and the revision; with no network, "
-            "download it elsewhere (`hf download`) and give its folder; for a gated model log in with `hf auth login`."
+            f"not be fetched ({str(error).splitlines()[0][:160]}). Check the spelling and the revision; with no "
+            "network, download it elsewhere (`hf download`) and give its folder; for a gated model log in with "
+            "`hf auth login`."
         ) from error
 
 

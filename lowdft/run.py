@@ -140,8 +140,8 @@ class Run:
             if short:
                 raise UserError(
                     f"{len(short)} rows have fewer than the {needed} negatives that {args.num_train_epochs:g} epochs "
-                    f"of training.negatives_per_step={args.negatives_per_step} use (first: {', '.join(short[:3])}). Lower "
-                    "one of the two, or set negatives.source: generate."
+                    f"of training.negatives_per_step={args.negatives_per_step} use (first: {', '.join(short[:3])}). "
+                    "Lower one of the two, or set negatives.source: generate."
                 )
 
     # ---- base -----------------------------------------------------------------------------------------------------

@@ -156,8 +156,8 @@ class _PaddedDraw(LogitsProcessor):
 class ContinuousSampler:
     """transformers' continuous batching: a sample that ends makes room for the next at once.
 
-    The cache is sized to the work: pages for `batch_size` samples of the longest prompt and `max_new_tokens` each, and as
-    many tokens a forward pass as `batch_size` samples and one prompt need; on a GPU at most 80% of the free memory.
+    The cache is sized to the work: pages for `batch_size` samples of the longest prompt and `max_new_tokens` each, and
+    as many tokens a forward pass as `batch_size` samples and one prompt need; on a GPU at most 80% of the free memory.
     """
 
     def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int):

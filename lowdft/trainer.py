@@ -190,8 +190,9 @@ class DFTTrainer(Trainer):
         if self._faded == FADED_STEPS:
             warnings.warn(
                 f"the mean weight of the negatives has been under {FADED_WEIGHT} for {FADED_STEPS} log lines (now "
-                f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a higher "
-                "price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or fewer epochs.",
+                f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a "
+                "higher price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or fewer "
+                "epochs.",
                 stacklevel=2,
             )
 

@@ -41,9 +41,9 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig) -> None:
     if short:
         fewest = min(len(row["negative_ids"]) for row in rows)
         raise UserError(
-            f"{len(short)} of {len(rows)} rows have too few negatives (the fewest: {fewest}; first rows: {_some(short)})"
-            f"; {args.negatives_per_step} a visit need {wanted} a row. Generate more, or lower negatives_per_step or "
-            "num_train_epochs."
+            f"{len(short)} of {len(rows)} rows have too few negatives (the fewest: {fewest}; first rows: "
+            f"{_some(short)}); {args.negatives_per_step} a visit need {wanted} a row. "
+            "Generate more, or lower negatives_per_step or num_train_epochs."
         )
 
 

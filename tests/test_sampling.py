@@ -29,8 +29,15 @@ def sampler(backend="padded", model=None, batch_size=3, **settings):
     return get_sampler(backend, model or make_llama(), END, settings, batch_size)
 
 
-@pytest.mark.parametrize("settings", [SamplingSettings(1.0, 1.0, 0), SamplingSettings(0.7, 1.0, 5), SamplingSettings(1.3, 0.8, 0),
-                                      SamplingSettings(1.0, 0.7, 6)])  # fmt: skip
+SETTINGS = [
+    SamplingSettings(1.0, 1.0, 0),
+    SamplingSettings(0.7, 1.0, 5),
+    SamplingSettings(1.3, 0.8, 0),
+    SamplingSettings(1.0, 0.7, 6),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_draw_has_the_truncated_distribution(settings):
     """20,000 evenly spread uniform numbers hit every token as often as its probability says, to 1e-4."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""train: adapters on the 4-bit base learn to tell completions from negatives -> checkpoints/, adapter/, metrics.jsonl."""
+"""train: adapters on the 4-bit base learn to tell answers from negatives -> checkpoints/, adapter/, metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -76,6 +76,8 @@ class DFTConfig(TrainingArguments):
         _require(self.layout in (None, "shared", "padded"), "layout", self.layout, "shared or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
 
     def hyperparameters(self) -> dict:

@@ -45,7 +45,7 @@ def locate(section: ModelSection) -> Source:
         return Source(str(folder), None, f"gguf sha256 {folder.name}", True)
     if Path(name).is_dir():
         return Source(name, None, f"folder {_folder_digest(Path(name))}", True)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
             f"model.name_or_path is {name!r}: there is no such folder, and it is not a Hub name (owner/name)."
         )

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from lowdft import model as models
 from lowdft import objectives
 from lowdft.data import Example, Loaded, load_examples, overlap
-from lowdft.data.encode import Encoder
+from lowdft.data.encode import Encoder, Truncation
 from lowdft.data.prompting import fold_system, sampling_prompt
 from lowdft.errors import UserError
 from lowdft.recipe import Recipe, save_recipe, training_config
@@ -52,8 +52,11 @@ class Run:
         self.objective = objectives.get(self.args.objective)
 
     def check(self) -> None:
-        """Every check that needs no model; writes the resolved recipe into the run folder."""
+        """Every check that needs no model, also of what the run folder holds; then writes the resolved recipe there."""
         self._check_training()
+        for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
+            if product.manifest.is_file():
+                product.is_done()
         save_recipe(self.recipe, self.folder / "recipe.yaml")
 
     # ---- data ---------------------------------------------------------------------------------------------------
@@ -188,6 +191,7 @@ class Run:
 
     def encoded(self, split: str, with_negatives: bool = True) -> list[dict]:
         """The rows of a split as training and evaluation take them, with their negatives, joined by example_id."""
+        self.encoder.truncation = Truncation()
         generated = {}
         if with_negatives and not self.ready_negatives and self.negatives_wanted(split):
             generated = _column(self.negatives(split).path, "negative_ids")

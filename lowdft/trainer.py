@@ -76,6 +76,7 @@ class DFTTrainer(Trainer):
             warnings.warn(cut, stacklevel=2)
         if eval_dataset is not None:
             eval_dataset = EncodedDataset(_encode(eval_dataset, encoder))
+            check_rows(eval_dataset.rows, self.objective, args, training=False)
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._step_prompts, self._step_tokens = 1, 1
@@ -191,8 +192,8 @@ class DFTTrainer(Trainer):
             warnings.warn(
                 f"the mean weight of the negatives has been under {FADED_WEIGHT} for {FADED_STEPS} log lines (now "
                 f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a "
-                "higher price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or fewer "
-                "epochs.",
+                "higher price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or "
+                "fewer epochs.",
                 stacklevel=2,
             )
 
@@ -202,6 +203,8 @@ class DFTTrainer(Trainer):
         """Trains; with `resume_from_checkpoint`, goes on from there with the very numbers it would have had."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise UserError(f"{self.args.output_dir}: has no checkpoint to go on from")
         if resume_from_checkpoint:
             self._log_u.load(Path(resume_from_checkpoint) / LOG_U_FILE)
         if "reference" in self.objective.needs:
@@ -223,6 +226,8 @@ class DFTTrainer(Trainer):
             flush_to_disk(partial / name)
             shutil.rmtree(run_dir / name, ignore_errors=True)
             os.replace(partial / name, run_dir / name)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
         except OSError as error:
             raise UserError(
                 f"{run_dir / name}: the checkpoint could not be written ({error.strerror or error}). Earlier "

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 REFERENCE_FILE = "reference.safetensors"
 
 
-def check_rows(rows: list[dict], objective: Objective, args: DFTConfig) -> None:
-    """Raises UserError, naming the rows, when they cannot be trained on with this objective."""
+def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training: bool = True) -> None:
+    """Raises UserError, naming the rows, when they cannot be trained on (or evaluated) with this objective."""
     if not rows:
-        raise UserError("the training set is empty; at least one row is needed")
+        raise UserError("the data set is empty; at least one row is needed")
     empty = [row["example_id"] for row in rows if not row["completion_ids"] or not row["prompt_ids"]]
     empty += [row["example_id"] for row in rows if not all(row["negative_ids"])]
     if empty:
         raise UserError(f"{len(empty)} rows have a prompt, completion or negative without tokens: {_some(empty)}")
     if "negatives" not in objective.needs:
         return
-    wanted = negatives_needed(args, len(rows))
+    wanted = negatives_needed(args, len(rows)) if training else args.negatives_per_step
     short = [row["example_id"] for row in rows if len(row["negative_ids"]) < wanted]
     if short:
         fewest = min(len(row["negative_ids"]) for row in rows)

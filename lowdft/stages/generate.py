@@ -22,23 +22,21 @@ def main(run: Run) -> None:
     todo = [split for split in SPLITS if _wanted(run, split)]
     if run.ready_negatives and run.examples("train"):
         say("negatives: the rows bring their own")
-    if not todo:
-        return
-    sampler = _sampler(run)
+    sampler = _sampler(run) if todo else None
     for split in todo:
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
         table = make_in_parts(
             product,
             examples,
-            part_size=max(1, 4 * section.batch_size // run.negatives_wanted(split)),
+            part_size=max(1, 2 * section.batch_size // run.negatives_wanted(split)),
             work=lambda part, split=split: write_negatives(run, sampler, part, run.negatives_wanted(split)),
             what=f"negatives, {split}",
         )
         facts = count(table)
         product.finish(**product.facts(), **facts)
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
-    if run.recipe.negatives.push:
+    if run.recipe.negatives.push and not run.ready_negatives:
         push(run)
 
 

@@ -317,3 +317,17 @@ def test_faded_negatives_are_told_in_words(tmp_path):
         trainer._tell_when_faded(1e-3)
     with pytest.warns(UserWarning, match="supervised fine-tuning at a higher price"):
         trainer._tell_when_faded(1e-3)
+
+
+def test_sft_is_transformers_own_loss(tmp_path):
+    """The first step's loss equals transformers' cross-entropy over the step's completion tokens."""
+    trainer = make_trainer(tmp_path, objective="sft", max_steps=1, gradient_accumulation_steps=5)
+    model, rows = make_llama(), trainer.train_dataset.rows
+    total = tokens = 0.0
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        labels = torch.tensor([[-100] * len(row["prompt_ids"]) + row["completion_ids"]])
+        total += model(ids, labels=labels).loss.item() * len(row["completion_ids"])
+        tokens += len(row["completion_ids"])
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(total / tokens, rel=1e-5)

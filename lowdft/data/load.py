@@ -67,7 +67,8 @@ def load_examples(
     bad = {finding.where for finding in errors}
     rows = [row for row in rows if row.where not in bad]
     if errors and (not skip_invalid or not rows):
-        raise UserError(_refusal(errors, len(bad), len(records), name, skip_invalid))
+        told = [f"{name}: warning: {line}" for line in summaries([f for f in found if f.where not in bad])]
+        raise UserError("\n".join([_refusal(errors, len(bad), len(records), name, skip_invalid), *told]))
     examples = _examples(rows, prompt_style, system_prompt)
     warnings = [_skipped(errors, len(bad), len(records))] if bad else []
     warnings += summaries([finding for finding in found if finding.where not in bad])

@@ -69,3 +69,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     assert truncate(logits, top_p=0.8, top_k=0).isfinite().tolist() == [[True, True, False, False]]
     assert truncate(logits, top_p=0.81, top_k=0).isfinite().tolist() == [[True, True, True, False]]
+
+
+def test_equals_trl():
+    """The same numbers as TRL's selective_log_softmax on the whole matrix of logits."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    torch.manual_seed(0)
+    head, hidden, target = Head(torch.randn(50, 8)), torch.randn(13, 8), torch.randint(50, (13,))
+    wanted = utils.selective_log_softmax(head.logits(hidden), target)
+    torch.testing.assert_close(token_logps(hidden, head, target, chunk_size=5), wanted, rtol=1e-6, atol=1e-6)

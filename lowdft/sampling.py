@@ -1,19 +1,23 @@
-"""Drawing answers from a model: a seed a sample, so that order, batches and interruptions change nothing.
+"""Samples from a causal language model, each from its own seed: padded batches, continuous batching or vLLM.
 
-Token t of a sample is the inverse-CDF draw at its own uniform number u[t] from the truncated distribution. All uniform
-numbers of a sample come from its seed, and both transformers backends share one `draw`.
+With the transformers backends, token t of a sample is the inverse-CDF draw with the t-th uniform number of its seed.
+A sample depends on the model, its prompt, the settings and its seed alone, not on its neighbours in a batch or on the
+order of requests; floating-point noise between batches moves a draw only where it lands on a boundary.
+
+Dimension suffixes: R requests, V vocabulary, T new tokens, P prompt tokens, C candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
@@ -22,12 +26,10 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from lowdft.errors import UserError
 from lowdft.logps import truncate
 
-PAGE_TOKENS = 32  # tokens of one page of the continuous backend's cache
-
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Temperature (0: greedy), then top-k (0: off), then top-p (1: off); at most `max_new_tokens` a sample."""
+    """Temperature (0: greedy), then top-k (0: off), then top-p (1: off); at most `max_new_tokens` tokens a sample."""
 
     temperature: float = 0.7
     top_p: float = 1.0
@@ -37,7 +39,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw."""
+    """A prompt and the seed (0 to 2**63 - 1) of its one sample."""
 
     prompt_ids: list[int]
     seed: int
@@ -45,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """`finish_reason` "stop": the ids end with the end token that the model wrote; "length": none is invented."""
+    """`finish_reason` is "stop" (`token_ids` end with the end token that the model wrote) or "length" (none there)."""
 
     token_ids: list[int]
     finish_reason: str
@@ -59,49 +61,47 @@ class Sampler(Protocol):
         ...
 
 
-def get_sampler(backend: str, model, end_ids: list[int], settings: SamplingSettings, batch_size: int) -> Sampler:
+def get_sampler(
+    backend: str, model, end_ids: Sequence[int], settings: SamplingSettings, batch_size: int
+) -> Sampler:  # fmt: skip
     """The sampler of a backend.
 
     Args:
         backend: "padded" or "continuous" (transformers), or "vllm".
-        model: a transformers model, under an adapter or not; for vllm a `lowdft.model.Source`.
-        end_ids: every token id that ends an answer.
+        model: a transformers model, under an adapter or not, left as it was found; for vllm a `lowdft.model.Source`.
+        end_ids: every token that ends an answer, one or more.
         batch_size: samples at work at once.
 
     Raises:
-        UserError: the backend's package is not installed.
+        UserError: vLLM is asked for and not installed.
     """
     samplers = {"padded": PaddedSampler, "continuous": ContinuousSampler, "vllm": VllmSampler}
-    return samplers[backend](model, end_ids, settings, batch_size)
-
-
-def draw(logits_RV: Tensor, u_R: Tensor, settings: SamplingSettings) -> Tensor:
-    """Token ids [R] at the uniform numbers [R] of the truncated distributions; likelier tokens first."""
-    if settings.temperature == 0:
-        return logits_RV.argmax(-1)
-    logits_RV = logits_RV.float() / settings.temperature
-    k = settings.top_k if 0 < settings.top_k < logits_RV.shape[1] else logits_RV.shape[1]
-    ordered, order = logits_RV.topk(k, dim=1)
-    cumulative = truncate(ordered, settings.top_p, 0).softmax(1).cumsum(1)
-    at_R = torch.searchsorted(cumulative, u_R.to(cumulative)[:, None] * cumulative[:, -1:], right=True)
-    return order.gather(1, at_R.clamp_max(k - 1))[:, 0]
+    return samplers[backend](model, list(end_ids), settings, batch_size)
 
 
 def uniforms(seed: int, n: int) -> Tensor:
-    """The n uniform numbers of a sample."""
+    """The uniform numbers in [0, 1) of a sample: float32 [n] on the CPU; the first m of n are those of m."""
     return torch.rand(n, generator=torch.Generator().manual_seed(seed))
 
 
-def _finish(token_ids: list[int], end_ids: list[int]) -> Sample:
-    for i, token in enumerate(token_ids):
-        if token in end_ids:
-            return Sample(token_ids[: i + 1], "stop")
-    return Sample(token_ids, "length")
+def draw(logits_RV: Tensor, u_R: Tensor, settings: SamplingSettings) -> Tensor:
+    """Token ids [R] where the cumulative distribution, in the order of the vocabulary, first exceeds u [R].
 
-
-def _only(scores_RV: Tensor, ids_R: Tensor) -> Tensor:
-    """Scores under which the greedy choice is `ids_R`."""
-    return torch.full_like(scores_RV, float("-inf")).scatter_(1, ids_R[:, None], 0.0)
+    The distribution is the softmax of `truncate(logits / temperature)`. That order is the same in every batch;
+    near-equal tokens ordered by probability would swap under floating-point noise.
+    """
+    if settings.temperature == 0:
+        return logits_RV.argmax(1)
+    logits_RC, ids_RC = logits_RV.float(), None
+    if 0 < 2 * settings.top_k < logits_RC.shape[1]:
+        # Twice top_k: truncate also keeps the tokens that tie with the last one, as bfloat16 logits often do.
+        ids_RC = logits_RC.topk(2 * settings.top_k, dim=1).indices.sort(dim=1).values
+        logits_RC = logits_RC.gather(1, ids_RC)
+    probs_RC = truncate(logits_RC / settings.temperature, settings.top_p, settings.top_k).softmax(1)
+    # float64: rounding neither lifts u to the total nor makes room for a token of probability 0.
+    cdf_RC = probs_RC.double().cumsum(1)
+    at_R1 = torch.searchsorted(cdf_RC, u_R[:, None].double() * cdf_RC[:, -1:], right=True)
+    return (at_R1 if ids_RC is None else ids_RC.gather(1, at_R1))[:, 0]
 
 
 class PaddedSampler:
@@ -110,162 +110,203 @@ class PaddedSampler:
     def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int):
         self.model, self.end_ids, self.settings, self.batch_size = model, end_ids, settings, batch_size
 
-    @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """See `Sampler`; leaves the model in the mode it was in."""
-        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        """See `Sampler`."""
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         samples: dict[int, Sample] = {}
-        training = self.model.training
-        self.model.eval()
-        try:
-            for start in range(0, len(by_length), self.batch_size):
-                chosen = by_length[start : start + self.batch_size]
-                samples |= zip(chosen, self._batch([requests[i] for i in chosen]), strict=True)
-        finally:
-            self.model.train(training)
+        with _generating(self.model, self.end_ids, self.settings) as model:
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                samples |= zip(batch, self._sample_batch(model, [requests[i] for i in batch]), strict=True)
         return [samples[i] for i in range(len(requests))]
 
-    def _batch(self, requests: list[Request]) -> list[Sample]:
-        width, device = max(len(r.prompt_ids) for r in requests), self.model.device
-        pad = self.end_ids[0]
-        ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests], device=device)
-        mask = torch.tensor(
-            [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests], device=device
+    def _sample_batch(self, model, batch: list[Request]) -> list[Sample]:
+        width = max(len(request.prompt_ids) for request in batch)
+        pads = [width - len(request.prompt_ids) for request in batch]
+        ids = [[self.end_ids[0]] * pad + list(request.prompt_ids) for pad, request in zip(pads, batch, strict=True)]
+        u_RT = torch.stack([uniforms(request.seed, self.settings.max_new_tokens) for request in batch])
+        written = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device),
+            generation_config=model.generation_config,
+            logits_processor=LogitsProcessorList([_PaddedDraw(u_RT.to(model.device), width, self.settings)]),
         )
-        length = self.settings.max_new_tokens
-        u = torch.stack([uniforms(r.seed, length) for r in requests]).to(device)
-        config = GenerationConfig(
-            max_new_tokens=length, do_sample=False, eos_token_id=self.end_ids, pad_token_id=pad, use_cache=True
-        )
-        drawing = LogitsProcessorList([_PaddedDraw(u, width, self.settings)])
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=drawing
-        )  # fmt: skip
-        return [_finish(row, self.end_ids) for row in out[:, width:].tolist()]
-
-
-class _PaddedDraw(LogitsProcessor):
-    def __init__(self, u_RT: Tensor, prompt_width: int, settings: SamplingSettings):
-        self.u_RT, self.prompt_width, self.settings = u_RT, prompt_width, settings
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.prompt_width
-        return _only(scores, draw(scores, self.u_RT[:, step], self.settings))
+        return [_finish(row, self.end_ids) for row in written[:, width:].tolist()]
 
 
 class ContinuousSampler:
     """transformers' continuous batching: a sample that ends makes room for the next at once.
 
-    The cache is sized to the work: pages for `batch_size` samples of the longest prompt and `max_new_tokens` each, and
-    as many tokens a forward pass as `batch_size` samples and one prompt need; on a GPU at most 80% of the free memory.
+    The cache has room for `batch_size` samples (fewer if there are fewer requests) of the longest prompt and
+    `max_new_tokens` each, and on a GPU takes at most half of the free memory: what does not fit waits. A forward pass
+    takes up to 512 tokens, or one a sample if `batch_size` is larger. Eager attention is paged for the time of a run.
     """
 
     def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int):
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.end_ids, self.settings, self.batch_size = end_ids, settings, batch_size
+        self.model, self.end_ids, self.settings, self.batch_size = model, end_ids, settings, batch_size
 
-    @torch.no_grad()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """See `Sampler`; restores the model's mode and attention.
+        """See `Sampler`.
 
         Raises:
-            RuntimeError: the library's generation thread failed.
+            UserError: transformers cannot batch this model continuously, or memory does not hold one request.
         """
         if not requests:
             return []
-        training, attention = self.model.training, self.model.config._attn_implementation
-        config = GenerationConfig(
-            max_new_tokens=self.settings.max_new_tokens, do_sample=False, eos_token_id=self.end_ids
-        )
-        manager = self.model.init_continuous_batching(config, self._cache(requests))
-        processors = ContinuousBatchingLogitsProcessorList(
-            LogitsProcessorList([_ContinuousDraw(requests, self.settings)]), per_request_processors=True
-        )
-        processors.tensors_required = 1
-        manager.logit_processor = processors
-        try:
-            manager.start()
-            for i, request in enumerate(requests):
-                manager.add_request(list(request.prompt_ids), request_id=str(i), eos_token_id=self.end_ids,
-                                    max_new_tokens=self.settings.max_new_tokens)  # fmt: skip
-            samples: dict[int, Sample] = {}
-            while len(samples) < len(requests):
-                result = manager.get_result(timeout=1)
-                if result is not None and result.error:
-                    raise RuntimeError(f"continuous batching failed: {result.error}")
-                if result is not None and result.is_finished():
-                    samples[int(result.request_id)] = _finish(list(result.generated_tokens), self.end_ids)
-                elif result is None and not manager.is_running():
-                    raise RuntimeError("the continuous-batching thread ended before its work")
-        finally:
-            manager.stop(block=True)
-            self.model.set_attn_implementation(attention)
-            self.model.train(training)
-        return [samples[i] for i in range(len(requests))]
+        with _generating(self.model, self.end_ids, self.settings) as model:
+            attention = model.config._attn_implementation
+            try:
+                return self._run(model, requests)
+            except (ValueError, MemoryError, RuntimeError) as error:
+                raise UserError(
+                    f"continuous batching failed ({error}). A smaller negatives.batch_size takes less memory; "
+                    "negatives.backend=padded works for every model."
+                ) from error
+            finally:
+                if model.config._attn_implementation != attention:
+                    model.set_attn_implementation(attention)
 
-    def _cache(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
-        longest = max(len(r.prompt_ids) for r in requests)
-        at_once = min(self.batch_size, len(requests))
-        pages = -(-(longest + self.settings.max_new_tokens + 1) // PAGE_TOKENS) + 1
+    def _run(self, model, requests: Sequence[Request]) -> list[Sample]:
+        manager = model.init_continuous_batching(model.generation_config, self._cache(model, requests))
+        drawing = LogitsProcessorList([_ContinuousDraw(requests, self.settings)])
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(drawing)
+        manager.logit_processor.tensors_required = 1
+        samples: dict[int, Sample] = {}
+        try:
+            manager.warmup()
+            manager.start()
+            for number, request in enumerate(requests):
+                manager.add_request(list(request.prompt_ids), str(number))
+            while len(samples) < len(requests):
+                output = manager.get_result(timeout=1)
+                if output is None and not manager.is_running():
+                    raise RuntimeError("its thread ended before its work")
+                if output is not None and output.error:
+                    raise RuntimeError(output.error)
+                if output is not None:
+                    samples[int(output.request_id)] = _finish(output.generated_tokens, self.end_ids)
+        finally:
+            manager.stop(hard_stop=True)  # after an error or Ctrl-C there are requests left, which no one waits for
+        return [samples[number] for number in range(len(requests))]
+
+    def _cache(self, model, requests: Sequence[Request]) -> ContinuousBatchingConfig:
+        config = model.config.get_text_config()
+        page = 256 if "flash" in config._attn_implementation else 32  # flash-attn reads pages of 256 tokens
+        longest = max(len(request.prompt_ids) for request in requests) + self.settings.max_new_tokens
+        at_once, pages = min(self.batch_size, len(requests)), math.ceil(longest / page) + 1
+        blocks = at_once * pages
+        if model.device.type == "cuda":
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            block_bytes = page * config.num_hidden_layers * 2 * heads * head_dim * model.dtype.itemsize
+            torch.cuda.empty_cache()
+            blocks = min(blocks, torch.cuda.mem_get_info(model.device)[0] // 2 // block_bytes)
+        if blocks < pages:
+            raise MemoryError(f"a request of {longest} tokens takes {pages} blocks of the cache, and {blocks} fit")
         return ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
-            num_blocks=pages * at_once,
-            max_batch_tokens=max(at_once, 64) + longest,
+            page_size=page,
+            num_blocks=blocks,
+            max_batch_tokens=max(512, at_once),
             max_requests_per_batch=at_once,
-            max_memory_percent=0.8,
-            use_async_batching=False,
             auto_switch_to_flash=False,
         )
 
 
-class _ContinuousDraw(ContinuousBatchingLogitsProcessor):
-    """Hands every request its next uniform number (float32 in the library's int32 tensor) and draws."""
-
-    supported_kwargs: dict[str, type] = {}
-    ignored_kwargs: tuple[str, ...] = ()
-
-    def __init__(self, requests: Sequence[Request], settings: SamplingSettings):
-        self.settings = settings
-        self.u = {str(i): iter(uniforms(r.seed, settings.max_new_tokens + 1).tolist()) for i, r in enumerate(requests)}
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """Nothing is drawn for warm-up tokens."""
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token) -> Tensor:
-        """The next uniform number of each request that gets a token in this pass."""
-        u = [next(self.u[request.state.request_id]) for request in requests_with_new_token]
-        return torch.tensor(u, dtype=torch.float32).view(torch.int32)
-
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """Leaves each row its drawn token alone."""
-        u_R = tensor_arg[: scores.shape[0]].view(torch.float32)
-        return _only(scores, draw(scores, u_R, self.settings))
-
-
 class VllmSampler:
-    """vLLM, offline. Its samples follow its own random numbers, seeded a request, and its own arithmetic (no 4-bit
-    base of ours), so they differ from the other backends'. Not run in this project's tests."""
+    """vLLM, offline. Its samples follow its own random numbers, seeded a request, and its own arithmetic: they
+    differ from those of the other backends. Not run in this project's tests."""
 
     def __init__(self, source, end_ids: list[int], settings: SamplingSettings, batch_size: int):
         try:
             import vllm
-        except ImportError:
-            raise UserError('negatives.backend is vllm, which is not installed: pip install "lowdft[vllm]", or set '
-                            "negatives.backend: padded") from None  # fmt: skip
+        except ImportError as error:
+            raise UserError(
+                'negatives.backend is vllm, which is not installed: pip install "lowdft[vllm]", '
+                "or set negatives.backend=padded"
+            ) from error
         self.vllm, self.end_ids, self.settings = vllm, end_ids, settings
         self.engine = vllm.LLM(model=source.path, revision=source.revision, max_num_seqs=batch_size)
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """See `Sampler`."""
-        s = self.settings
-        prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
-        parameters = [
-            self.vllm.SamplingParams(
-                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k or -1, max_tokens=s.max_new_tokens, seed=r.seed,
-                stop_token_ids=self.end_ids,
-            )
-            for r in requests
-        ]  # fmt: skip
-        outputs = self.engine.generate(prompts, parameters)
-        return [_finish(list(o.outputs[0].token_ids), self.end_ids) for o in outputs]
+        common = {
+            "temperature": self.settings.temperature,
+            "top_p": self.settings.top_p,
+            "top_k": self.settings.top_k or -1,
+            "max_tokens": self.settings.max_new_tokens,
+            "stop_token_ids": self.end_ids,
+        }
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        params = [self.vllm.SamplingParams(seed=request.seed, **common) for request in requests]
+        outputs = [result.outputs[0] for result in self.engine.generate(prompts, params)] if prompts else []
+        # Its own word for why: it also stops at the end tokens of the model's generation settings.
+        return [Sample(list(output.token_ids), output.finish_reason) for output in outputs]
+
+
+class _PaddedDraw(LogitsProcessor):
+    def __init__(self, u_RT: Tensor, width: int, settings: SamplingSettings):
+        self.u_RT, self.width, self.settings = u_RT, width, settings
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return _only(draw(scores, self.u_RT[:, input_ids.shape[1] - self.width], self.settings), scores)
+
+
+class _ContinuousDraw(ContinuousBatchingLogitsProcessor):
+    """Hands every request its uniform number (float32 in the library's int32 tensor); a request's id is its number."""
+
+    supported_kwargs: dict[str, type] = {}
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, requests: Sequence[Request], settings: SamplingSettings):
+        self.u_RT = torch.stack([uniforms(request.seed, settings.max_new_tokens) for request in requests])
+        self.prompt_lengths, self.settings = [len(request.prompt_ids) for request in requests], settings
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token) -> Tensor:
+        rows, steps = [], []
+        for state in (request.state for request in requests_with_new_token):
+            row = int(state.request_id) if state.request_id.isdigit() else 0  # not a number: a warm-up request
+            # Tokens in the cache, not generated_tokens: those lag in asynchronous batches, restart after an eviction.
+            step = state.position_offset - self.prompt_lengths[row]
+            rows.append(row)
+            steps.append(min(max(step, 0), self.settings.max_new_tokens - 1))
+        return self.u_RT[rows, steps].view(torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        u_R = tensor_arg[: scores.shape[0]].view(torch.float32)
+        return _only(draw(scores, u_R, self.settings), scores)
+
+
+def _only(ids_R: Tensor, scores_RV: Tensor) -> Tensor:
+    """Scores under which the greedy choice is `ids_R`."""
+    return torch.full_like(scores_RV, float("-inf")).scatter_(1, ids_R[:, None], 0.0)
+
+
+def _finish(ids: list[int], end_ids: list[int]) -> Sample:
+    end = next((i for i, token in enumerate(ids) if token in end_ids), None)
+    return Sample(ids, "length") if end is None else Sample(ids[: end + 1], "stop")
+
+
+@contextmanager
+def _generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterator:
+    """The model without its peft wrapper (adapter layers stay), in eval mode and with generation settings of ours:
+    transformers fills up what `generate` is given with the model's own, such as a repetition penalty."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    training, own = [module for module in model.modules() if module.training], plain.generation_config
+    plain.generation_config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],
+    )
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield plain
+    finally:
+        plain.generation_config = own
+        for module in training:
+            module.training = True

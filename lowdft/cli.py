@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ import warnings
 from lowdft import __version__
 from lowdft.errors import UserError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
@@ -36,6 +38,15 @@ def main(argv: list[str] | None = None) -> int:
         _call(arguments, overrides)
     except UserError as error:
         print(f"lowdft: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"lowdft: {error.filename or 'a file'}: could not be written ({error.strerror}). What was finished is "
+            "kept; free some space and run the same command again.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("\nlowdft: stopped; the same command goes on from here", file=sys.stderr)

@@ -9,7 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lowdft.errors import UserError
+
+WRITE_ERRORS = (OSError, SafetensorError)  # what a full disk raises, by who was writing
 
 
 @contextlib.contextmanager
@@ -30,10 +34,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if temporary.is_dir() and path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
+    except WRITE_ERRORS as error:
         raise UserError(
-            f"{path}: could not be written ({reason}). Nothing half-written was kept; free some space or choose "
+            f"{path}: could not be written ({reason(error)}). Nothing half-written was kept; free some space or choose "
             "another output_dir, then run the same command again."
         ) from error
     finally:
@@ -41,6 +44,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def reason(error: Exception) -> str:
+    """Why a write failed, in a line."""
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
 
 
 def flush_to_disk(path: Path) -> None:

@@ -22,7 +22,7 @@ from lowdft.config import DFTConfig
 from lowdft.data.batch import Batch, EncodedDataset, collate
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
-from lowdft.files import flush_to_disk
+from lowdft.files import WRITE_ERRORS, flush_to_disk, reason
 from lowdft.log_u import LogU
 from lowdft.logps import choose_layout, score
 from lowdft.metrics import StepMetrics
@@ -228,9 +228,9 @@ class DFTTrainer(Trainer):
             os.replace(partial / name, run_dir / name)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
-        except OSError as error:
+        except (*WRITE_ERRORS, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise UserError(
-                f"{run_dir / name}: the checkpoint could not be written ({error.strerror or error}). Earlier "
+                f"{run_dir / name}: the checkpoint could not be written ({reason(error)}). Earlier "
                 "checkpoints are whole; free some space and run the same command again to go on from the last one."
             ) from error
         finally:

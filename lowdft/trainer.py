@@ -208,7 +208,8 @@ class DFTTrainer(Trainer):
         if resume_from_checkpoint:
             self._log_u.load(Path(resume_from_checkpoint) / LOG_U_FILE)
         if "reference" in self.objective.needs:
-            attach_reference(self, resuming=bool(resume_from_checkpoint))
+            rows, resuming = self.train_dataset.rows, bool(resume_from_checkpoint)
+            attach_reference(self.model, rows, self.args, self.layout, resuming)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     # ---- checkpoints: whole or not there ----------------------------------------------------------------------------

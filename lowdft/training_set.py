@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowdft.config import DFTConfig
@@ -19,9 +19,6 @@ from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.objectives import Objective
 from lowdft.reference import negative_logps
-
-if TYPE_CHECKING:
-    from lowdft.trainer import DFTTrainer
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -74,7 +71,7 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
     return {"data": digest.hexdigest()} | {name: getattr(args, name) for name in names}
 
 
-def attach_reference(trainer: DFTTrainer, resuming: bool) -> None:
+def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, layout: str, resuming: bool) -> None:
     """Gives every row its `ref_negative_logps` where it has none and `reference` is "precomputed".
 
     They come from the initial weights, before the first step: for full parameters that is the only moment at which
@@ -83,13 +80,12 @@ def attach_reference(trainer: DFTTrainer, resuming: bool) -> None:
     Raises:
         UserError: `reference: online` without a fresh adapter to switch off; or a resumed run without its file.
     """
-    args, rows = trainer.args, trainer.train_dataset.rows
     if all("ref_negative_logps" in row for row in rows):
         return
     if args.reference_prompt == "proposal":
         raise UserError("reference_prompt: proposal needs rows with ref_negative_logps; run `lowdft score` first")
     if args.reference == "online":
-        _check_online(trainer.model, resuming)
+        _check_online(model, resuming)
         return
     path = Path(args.output_dir) / REFERENCE_FILE
     if resuming:
@@ -97,7 +93,7 @@ def attach_reference(trainer: DFTTrainer, resuming: bool) -> None:
             raise UserError(f"{path}: is not there; a resumed training needs the scores of its initial weights")
         table = load_file(path)["ref_negative_logps"]
     else:
-        table = _score_rows(trainer, rows)
+        table = _score_rows(model, rows, args, layout)
         with replacing(path) as temporary:
             save_file({"ref_negative_logps": table}, temporary)
     start = 0
@@ -106,9 +102,8 @@ def attach_reference(trainer: DFTTrainer, resuming: bool) -> None:
         start += len(row["negative_ids"])
 
 
-def _score_rows(trainer: DFTTrainer, rows: list[dict]) -> torch.Tensor:
+def _score_rows(model: nn.Module, rows: list[dict], args: DFTConfig, layout: str) -> Tensor:
     """Every row's negatives, B at a time as training will see them; flat, in order."""
-    args = trainer.args
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     out = []
     for row in tqdm(rows, desc="scoring the reference", disable=args.disable_tqdm):
@@ -116,7 +111,7 @@ def _score_rows(trainer: DFTTrainer, rows: list[dict]) -> torch.Tensor:
         for start in range(0, len(row["negative_ids"]), args.negatives_per_step):
             chosen = [row["negative_ids"][start : start + args.negatives_per_step]]
             groups = batch.groups(chosen, prompt, completions=False)
-            out.append(negative_logps(trainer.model, groups, trainer.layout, args.logits_chunk_size).float().cpu())
+            out.append(negative_logps(model, groups, layout, args.logits_chunk_size).float().cpu())
     return torch.cat(out)
 
 

@@ -29,7 +29,12 @@ class DFTConfig(TrainingArguments):
             "sampling" prompt, or "proposal", the sampler's density with temperature, top-k and top-p applied.
         max_length: longest prompt + completion in tokens; longer completions are cut at the end. None: no limit.
         max_prompt_length: longest prompt in tokens; longer ones lose their beginning. None: no limit.
-        layout: "shared" or "padded" rows; None lets a small forward pass decide (`logps.choose_layout`).
+        layout: "packed" or "padded" rows; None lets a small forward pass decide (`logps.choose_layout`).
+        tokens_per_pass: tokens that one forward pass computes at most. A micro-batch (per_device_train_batch_size
+            prompts) takes as many passes as it needs; a longer group of completions is scored and backpropagated in
+            pieces. Memory depends on it, results do not.
+        skip_negligible: share of a micro-batch's pull that may be left out of the backward pass when that saves time
+            (`passes.negligible`); 0: everything is backpropagated.
         logits_chunk_size: tokens whose logits exist at once.
     """
 
@@ -44,6 +49,8 @@ class DFTConfig(TrainingArguments):
     max_length: int | None = 1024
     max_prompt_length: int | None = 512
     layout: str | None = None
+    tokens_per_pass: int = 8192
+    skip_negligible: float = 1e-3
     logits_chunk_size: int = 256
 
     learning_rate: float = 2e-4
@@ -73,7 +80,9 @@ class DFTConfig(TrainingArguments):
             self.reference_prompt,
             ", ".join(REFERENCE_PROMPTS),
         )
-        _require(self.layout in (None, "shared", "padded"), "layout", self.layout, "shared or padded")
+        _require(self.tokens_per_pass >= 1, "tokens_per_pass", self.tokens_per_pass, "1 or more")
+        _require(0 <= self.skip_negligible < 1, "skip_negligible", self.skip_negligible, "a number in [0, 1)")
+        _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowdft.data.batch import Batch
 from lowdft.objectives import Losses, Scores
+from lowdft.passes import Scored
 
 
 class StepMetrics:
@@ -20,9 +21,10 @@ class StepMetrics:
         self._sums: dict[str, float] = {}
         self._prompts = 0
         self._tokens = 0
+        self._computed, self._needed = 0, 0
         self._since = time.perf_counter()
 
-    def add(self, scores: Scores, losses: Losses, per_token: bool, batch: Batch) -> None:
+    def add(self, scores: Scores, losses: Losses, per_token: bool, batch: Batch, scored: Scored | None = None) -> None:
         """Adds one micro-batch; `per_token` says on which score the margin is taken."""
         positive_M, lengths_M = scores.policy_logps_M.detach(), scores.completion_tokens_M
         self._prompts += len(batch)
@@ -44,11 +46,16 @@ class StepMetrics:
             self._add("weights/mean", omega_MB.mean(1))
             squares_M = omega_MB.square().sum(1).clamp_min(torch.finfo(omega_MB.dtype).tiny)
             self._add("weights/ess", omega_MB.sum(1).square() / squares_M)
+            if scored is not None:
+                self._add("weights/skipped", scored.skipped_MB.double().mean(1))
+        if scored is not None:
+            self._computed += scored.computed
+            self._needed += scored.needed
 
-    def gap(self, scores: Scores, first_step: bool) -> None:
+    def gap(self, scores: Scores) -> None:
         """|policy - reference| a sequence, on the negatives of the first optimizer step, where both are one model."""
-        if first_step:
-            difference_MB = scores.policy_negative_logps_MB.detach() - scores.ref_negative_logps_MB
+        if scores.ref_negative_logps_MB is not None:
+            difference_MB = scores.policy_negative_logps_MB - scores.ref_negative_logps_MB
             self._add("reference/gap", difference_MB.abs().mean(1))
 
     def flush(self, log_u: Tensor | None) -> dict[str, float]:
@@ -58,6 +65,8 @@ class StepMetrics:
         if log_u is not None and log_u.isfinite().any():
             out["log_u/mean"] = log_u[log_u.isfinite()].mean().item()
         out["tokens_per_second"] = self._tokens / max(1e-9, now - self._since)
+        if self._computed:
+            out["padding"] = 1 - self._needed / self._computed
         out["peak_memory_gb"] = peak_memory_gb()
         self.__init__()
         return out

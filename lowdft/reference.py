@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from lowdft.logps import Group, proposal_logps, score
+from lowdft.logps import Group
+from lowdft.passes import Passes
 
 
 @contextlib.contextmanager
@@ -19,20 +18,16 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-@torch.no_grad()
-def negative_logps(
-    model: nn.Module, groups: Sequence[Group], layout: str, chunk_size: int, proposal: dict | None = None
-) -> Tensor:
-    """Summed log-probabilities [C] of completions under `model` as it stands, in eval mode and without gradient.
+def negative_logps(model: nn.Module, groups: Sequence[Group], passes: Passes) -> Tensor:
+    """Summed log-probabilities [M, B] of completions under `model` as it stands, in eval mode and without gradient.
 
     Args:
         groups: prompts with B negatives each, in the order in which training will score them.
-        proposal: temperature, top_p and top_k of the sampler, for its density instead of the model's.
+        passes: how they are scored; training's own, so that rounding is the same.
     """
     training = model.training
     model.eval()
     try:
-        head_logps = partial(proposal_logps, chunk_size=chunk_size, **proposal) if proposal else None
-        return score(model, groups, layout, chunk_size, head_logps).logps_C
+        return passes.score(model, groups)
     finally:
         model.train(training)

@@ -2,9 +2,9 @@
 
 With the transformers backends, token t of a sample is the inverse-CDF draw with the t-th uniform number of its seed.
 A sample depends on the model, its prompt, the settings and its seed alone, not on its neighbours in a batch or on the
-order of requests, up to floating-point noise between batches: none to be seen in float32, but in bfloat16 it moves draws
-(SmolLM2-135M: 21 of 64 samples differ between batches of 32 and of 64). Whoever wants the very same samples after an
-interruption keeps the composition of batches, as `generate` does.
+order of requests, up to floating-point noise between batches: none to be seen in float32, but in bfloat16 it moves
+draws (SmolLM2-135M: 21 of 64 samples differ between batches of 32 and of 64). Whoever wants the very same samples after
+an interruption keeps the composition of batches, as `generate` does.
 
 Dimension suffixes: R requests, V vocabulary, T new tokens, P prompt tokens, C candidates.
 """

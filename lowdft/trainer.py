@@ -1,40 +1,44 @@
 """`DFTTrainer`: transformers' Trainer with one `compute_loss`.
 
-How a prompt becomes a gradient: the batch says which negatives this visit uses, `logps.score` gives the summed
-log-probabilities of negatives and completion, the objective turns them into one loss a prompt and the new `log_u`.
+How a prompt becomes a gradient: the batch says which negatives this visit uses, `passes` scores negatives and
+completion within a budget of tokens, the objective turns the summed log-probabilities into one loss a prompt and the
+new `log_u`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
+from lowdft.checkpoints import WholeCheckpoints
 from lowdft.config import DFTConfig
 from lowdft.data.batch import Batch, EncodedDataset, collate
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
-from lowdft.files import WRITE_ERRORS, flush_to_disk, reason
+from lowdft.files import read_json, write_json
 from lowdft.log_u import LogU
-from lowdft.logps import choose_layout, score
+from lowdft.logps import Group, bare, choose_layout, packed_attention, score
 from lowdft.metrics import StepMetrics
-from lowdft.objectives import Scores
+from lowdft.objectives import Losses, Scores
+from lowdft.passes import Passes
 from lowdft.reference import adapter_off, negative_logps
+from lowdft.step import Step
 from lowdft.training_set import attach_reference, check_rows, fingerprint
 
-LOG_U_FILE = "log_u.safetensors"
+LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
 FADED_WEIGHT, FADED_STEPS = 0.01, 5
 
 
-class DFTTrainer(Trainer):
+class DFTTrainer(WholeCheckpoints):
     """Trains a causal language model, or an adapter on it, with a discriminative objective.
 
     Args:
@@ -79,7 +83,7 @@ class DFTTrainer(Trainer):
             check_rows(eval_dataset.rows, self.objective, args, training=False)
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
-        self._step_prompts, self._step_tokens = 1, 1
+        self._step = Step()
         self._faded = 0
         super().__init__(
             model=model,
@@ -94,10 +98,19 @@ class DFTTrainer(Trainer):
         self.layout = args.layout or choose_layout(self.model)
         if self.layout == "padded" and args.layout is None:
             warnings.warn(
-                "this model takes no 4-D attention mask: every completion becomes a row of its own, and the "
+                "this model's attention does not take packed rows: every completion becomes a row of its own, and the "
                 "prompt is computed once for each",
                 stacklevel=2,
             )
+        self._count = args.negatives_per_step if "negatives" in self.objective.needs else 0
+        self._passes = Passes(
+            self.layout,
+            args.logits_chunk_size,
+            args.tokens_per_pass,
+            args.skip_negligible,
+            backward_cost=2.4 if args.gradient_checkpointing else 1.4,
+            knows_last=self.objective.linear,
+        )
 
     @property
     def log_u(self) -> Tensor:
@@ -106,63 +119,102 @@ class DFTTrainer(Trainer):
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The micro-batch's share of the step's loss: the objective's value, with the surrogate's gradient."""
-        batch = inputs["batch"]
-        training = model.training
-        visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
-        scores = self._scores(model, batch, visits_M, training)
-        losses = self.objective.compute(scores, **self.args.hyperparameters())
-        if training:
-            self._log_u.update(batch.index_M, losses.log_u_M)
-        self._metrics["train" if training else "eval"].add(scores, losses, self.objective.per_token, batch)
-        prompts = self._step_prompts if training else len(batch)
-        surrogate = losses.surrogate_M.sum() / prompts
-        value = losses.value_M.sum() / prompts
-        loss = surrogate + (value - surrogate).detach()
-        if training:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
-        return (loss, losses) if return_outputs else loss
-
-    def _scores(self, model: nn.Module, batch: Batch, visits_M: Tensor, training: bool) -> Scores:
-        count = self.args.negatives_per_step if "negatives" in self.objective.needs else 0
-        negatives = batch.negatives(visits_M, count) if count else [[] for _ in batch.rows]
-        out = score(model, batch.groups(negatives), self.layout, self.args.logits_chunk_size)
-        logps, tokens = out.logps_C.view(len(batch), count + 1), out.tokens_C.view(len(batch), count + 1)
-        scores = Scores(
-            policy_logps_M=logps[:, -1],
-            completion_tokens_M=tokens[:, -1],
-            tokens_per_prompt=self._step_tokens / self._step_prompts
-            if training
-            else batch.completion_tokens / len(batch),
-        )
-        if count:
-            scores.policy_negative_logps_MB, scores.negative_tokens_MB = logps[:, :-1], tokens[:, :-1]
-        if "reference" in self.objective.needs:
-            scores.ref_negative_logps_MB = self._reference(model, batch, visits_M, negatives, logps)
-            self._metrics["train"].gap(scores, first_step=training and self.state.global_step == 0)
-        if "log_u" in self.objective.needs and training:
-            scores.log_u_M = self._log_u.values[batch.index_M].to(logps.device)
-        return scores
-
-    def _reference(self, model, batch: Batch, visits_M, negatives, logps) -> Tensor:
-        """Reference log-probabilities [M, B] of this visit's negatives, as a constant."""
-        if all("ref_negative_logps" in row for row in batch.rows):
-            return batch.ref_negative_logps(visits_M, len(negatives[0])).to(logps)
-        prompt = "prompt_ids" if self.args.reference_prompt == "training" else "sampling_prompt_ids"
-        groups = batch.groups(negatives, prompt, completions=False)
-        with adapter_off(self.accelerator.unwrap_model(model)) as base:
-            ref = negative_logps(base, groups, self.layout, self.args.logits_chunk_size)
-        return ref.view(len(batch), -1).to(logps)
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Takes the micro-batches of one optimizer step and counts its prompts and completion tokens, on all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [inputs["batch"] for inputs in samples]
         counts = torch.tensor([[sum(map(len, batches)), sum(b.completion_tokens for b in batches)]], device=device)
         prompts, tokens = self.accelerator.gather(counts).sum(0).tolist()
-        self._step_prompts, self._step_tokens = max(1, prompts), max(1, tokens)
+        self._step = Step(max(1, prompts), max(1, tokens))
+        if batches:
+            self._step.remember(self._log_u, torch.cat([b.index_M for b in batches]), self._metrics["train"])
         return samples, prompts
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One micro-batch: accumulates its gradient, updates `log_u`, returns its share of the step's loss."""
+        model.train()
+        while True:
+            try:
+                loss = self._accumulate(model, inputs["batch"])
+                self._step.done.append(inputs["batch"])
+                return loss
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.num_processes > 1:  # the other ranks would wait for this one
+                    raise
+                self._passes.shrink(self._groups(inputs["batch"]), error)
+            for batch in self._step.begin_again(self._log_u, self._metrics["train"], model):
+                self._accumulate(model, batch)
+                self._step.done.append(batch)
+
+    def _accumulate(self, model: nn.Module, batch: Batch) -> Tensor:
+        visits_M = self._log_u.visits[batch.index_M]
+        groups = self._groups(batch)
+        ref_MB = self._reference(model, batch, visits_M)
+        log_u_M = self._log_u.values[batch.index_M]
+
+        def losses(numbers: Sequence[int], logps_MK: Tensor) -> tuple[Scores, Losses]:
+            chosen = list(numbers)
+            ref = None if ref_MB is None else ref_MB[chosen]
+            return self._losses([groups[i] for i in chosen], logps_MK, ref, log_u_M[chosen], self._step)
+
+        def surrogate(numbers: Sequence[int], logps_MK: Tensor) -> Tensor:
+            return losses(numbers, logps_MK)[1].surrogate_M.sum() / self._step.prompts
+
+        def backward(loss: Tensor) -> None:
+            self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over ranks
+
+        scored = self._passes.backpropagate(model, groups, surrogate, backward)
+        scores, final = losses(range(len(batch)), scored.logps_MK)
+        self._log_u.update(batch.index_M, final.log_u_M)
+        self._metrics["train"].add(scores, final, self.objective.per_token, batch, scored)
+        if self.state.global_step == 0:
+            self._metrics["train"].gap(scores)
+        return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
+
+    def _groups(self, batch: Batch) -> list[Group]:
+        """What this visit of each prompt scores."""
+        return batch.groups(batch.negatives(self._log_u.visits[batch.index_M], self._count))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """A micro-batch's share of the step's loss in one graph: the objective's value, the surrogate's gradient."""
+        batch, training = inputs["batch"], model.training
+        visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
+        groups = batch.groups(batch.negatives(visits_M, self._count))
+        out = score(model, groups, self.layout, self.args.logits_chunk_size)
+        step = self._step if training else Step(len(batch), batch.completion_tokens)
+        ref_MB = self._reference(model, batch, visits_M)
+        log_u_M = self._log_u.values[batch.index_M] if training else None
+        scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), ref_MB, log_u_M, step)
+        if training:
+            self._log_u.update(batch.index_M, losses.log_u_M)
+        self._metrics["train" if training else "eval"].add(scores, losses, self.objective.per_token, batch)
+        surrogate, value = losses.surrogate_M.sum() / step.prompts, losses.value_M.sum() / step.prompts
+        loss = surrogate + (value - surrogate).detach()
+        return (loss, losses) if return_outputs else loss
+
+    def _losses(self, groups: Sequence[Group], logps_MK: Tensor, ref_MB, log_u_M, step: Step) -> tuple[Scores, Losses]:
+        """The objective on a scored micro-batch; of K completions the negatives come first."""
+        needs, device = self.objective.needs, logps_MK.device
+        tokens_MK = torch.tensor([[len(c) for c in group.completions] for group in groups], device=device)
+        scores = Scores(logps_MK[:, -1], tokens_MK[:, -1], tokens_per_prompt=step.tokens / step.prompts)
+        if self._count:
+            scores.policy_negative_logps_MB, scores.negative_tokens_MB = logps_MK[:, :-1], tokens_MK[:, :-1]
+        if ref_MB is not None:
+            scores.ref_negative_logps_MB = ref_MB.to(logps_MK)
+        if "log_u" in needs and log_u_M is not None:
+            scores.log_u_M = log_u_M.to(device)
+        return scores, self.objective.compute(scores, **self.args.hyperparameters())
+
+    def _reference(self, model, batch: Batch, visits_M: Tensor) -> Tensor | None:
+        """Reference log-probabilities [M, B] of this visit's negatives; None: the objective needs none."""
+        if "reference" not in self.objective.needs:
+            return None
+        if all("ref_negative_logps" in row for row in batch.rows):
+            return batch.ref_negative_logps(visits_M, self._count)
+        prompt = "prompt_ids" if self.args.reference_prompt == "training" else "sampling_prompt_ids"
+        groups = batch.groups(batch.negatives(visits_M, self._count), prompt, completions=False)
+        with adapter_off(self.accelerator.unwrap_model(model)) as base:
+            return negative_logps(base, groups, self._passes)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation: the loss without a moving average (as with gamma = 1), on each row's first B negatives."""
@@ -206,47 +258,23 @@ class DFTTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.args.output_dir}: has no checkpoint to go on from")
         if resume_from_checkpoint:
-            self._log_u.load(Path(resume_from_checkpoint) / LOG_U_FILE)
+            folder = Path(resume_from_checkpoint)
+            self._log_u.load(folder / LOG_U_FILE)
+            vars(self._passes).update(read_json(folder / PASSES_FILE))
         if "reference" in self.objective.needs:
             rows, resuming = self.train_dataset.rows, bool(resume_from_checkpoint)
-            attach_reference(self.model, rows, self.args, self.layout, resuming)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            attach_reference(self.model, rows, self.args, self._passes, resuming)
+        with self._layers_ready():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
-    # ---- checkpoints: whole or not there ----------------------------------------------------------------------------
+    def _layers_ready(self):
+        """Layers stay as scoring sets them until the last backward pass: checkpointed ones run again there."""
+        return packed_attention(bare(self.model)) if self.layout == "packed" else contextlib.nullcontext()
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Writes a checkpoint with `log_u` beside its place and renames it, so that no half one is ever resumed."""
-        run_dir = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        partial = run_dir / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            self._checkpoint_dir = partial
-            super()._save_checkpoint(model, trial)
-            self._log_u.save(partial / name / LOG_U_FILE)
-            flush_to_disk(partial / name)
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            os.replace(partial / name, run_dir / name)
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
-        except (*WRITE_ERRORS, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            raise UserError(
-                f"{run_dir / name}: the checkpoint could not be written ({reason(error)}). Earlier "
-                "checkpoints are whole; free some space and run the same command again to go on from the last one."
-            ) from error
-        finally:
-            self._checkpoint_dir = None
-            shutil.rmtree(partial, ignore_errors=True)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
-
-    _checkpoint_dir: Path | None = None
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._checkpoint_dir) if self._checkpoint_dir else super()._get_output_dir(trial)
+    def save_beside(self, folder: Path) -> None:
+        """`log_u`, and what decides how a step is split into passes: rounding depends on it."""
+        self._log_u.save(folder / LOG_U_FILE)
+        write_json(folder / PASSES_FILE, {n: getattr(self._passes, n) for n in ("budget", "expected_skips")})
 
 
 def _encode(dataset, encoder: Encoder | None) -> list[dict]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowdft.config import DFTConfig
-from lowdft.data.batch import Batch
 from lowdft.errors import UserError
 from lowdft.files import replacing
+from lowdft.logps import Group
 from lowdft.objectives import Objective
+from lowdft.passes import Passes
 from lowdft.reference import negative_logps
 
 REFERENCE_FILE = "reference.safetensors"
@@ -71,7 +72,7 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
     return {"data": digest.hexdigest()} | {name: getattr(args, name) for name in names}
 
 
-def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, layout: str, resuming: bool) -> None:
+def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, passes: Passes, resuming: bool) -> None:
     """Gives every row its `ref_negative_logps` where it has none and `reference` is "precomputed".
 
     They come from the initial weights, before the first step: for full parameters that is the only moment at which
@@ -93,7 +94,7 @@ def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, layout
             raise UserError(f"{path}: is not there; a resumed training needs the scores of its initial weights")
         table = load_file(path)["ref_negative_logps"]
     else:
-        table = _score_rows(model, rows, args, layout)
+        table = _score_rows(model, rows, args, passes)
         with replacing(path) as temporary:
             save_file({"ref_negative_logps": table}, temporary)
     start = 0
@@ -102,16 +103,13 @@ def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, layout
         start += len(row["negative_ids"])
 
 
-def _score_rows(model: nn.Module, rows: list[dict], args: DFTConfig, layout: str) -> Tensor:
-    """Every row's negatives, B at a time as training will see them; flat, in order."""
+def _score_rows(model: nn.Module, rows: list[dict], args: DFTConfig, passes: Passes) -> Tensor:
+    """Every row's negatives, as training scores them; flat, in order."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     out = []
     for row in tqdm(rows, desc="scoring the reference", disable=args.disable_tqdm):
-        batch = Batch(torch.zeros(1), [row])
-        for start in range(0, len(row["negative_ids"]), args.negatives_per_step):
-            chosen = [row["negative_ids"][start : start + args.negatives_per_step]]
-            groups = batch.groups(chosen, prompt, completions=False)
-            out.append(negative_logps(model, groups, layout, args.logits_chunk_size).float().cpu())
+        group = Group(row.get(prompt, row["prompt_ids"]), row["negative_ids"])
+        out.append(negative_logps(model, [group], passes)[0].float().cpu())
     return torch.cat(out)
 
 

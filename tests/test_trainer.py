@@ -16,8 +16,8 @@ from peft import LoraConfig
 from lowdft import DFTConfig, DFTTrainer
 from lowdft.data.batch import Batch, visit_range
 from lowdft.errors import UserError
-from lowdft.logps import Group, score
-from lowdft.objectives import Scores
+from lowdft.logps import CompletionLogps, Group, score
+from lowdft.step import Step
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "dft.json").read_text())
 
@@ -52,51 +52,71 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def golden_step_row(step: dict, m: int) -> dict:
+    """One row of a golden step: its lengths and reference may differ from step to step."""
+    count = len(step["logp_neg"][m])
+    row = {
+        "completion_ids": [count] * step["len_pos"][m],
+        "negative_ids": [[j] * length for j, length in enumerate(step["len_neg"][m])],
+    }
+    return row if step["ref_logp_neg"] is None else row | {"ref_negative_logps": step["ref_logp_neg"][m]}
+
+
+def golden_rows(case) -> list[dict]:
+    """One row a prompt; a completion's token says which of its prompt's it is."""
+    first = {i: golden_step_row(step, m) for step in reversed(case["steps"]) for m, i in enumerate(step["ids"])}
+    some = next(iter(first.values()))
+    return [{"prompt_ids": [i]} | first.get(i, some) for i in range(case["n_prompts"])]
+
+
+@pytest.mark.parametrize("way", ["compute_loss", "training_step", "in two passes", "in pieces"])
 @pytest.mark.parametrize(
     "case", [c for k in ("hand_cases", "random_cases") for c in GOLDEN[k]], ids=lambda c: c["name"]
 )
-def test_golden_gradients_through_compute_loss(case, tmp_path, monkeypatch):
-    """The trainer's own loss on the golden log-probabilities: value, log_u, and gradients within 1e-6."""
-    n, first = case["n_prompts"], case["steps"][0]
-    count = len(first["logp_neg"][0])
-    rows = make_rows(n, negatives=count)
+def test_golden_gradients(case, way, tmp_path, monkeypatch):
+    """The trainer's own step on the golden log-probabilities: value, log_u, and gradients within 1e-6."""
+    rows = golden_rows(case)
+    settings = {name: case[name] for name in ("tau", "gamma", "log_u_init")} | {"objective": case["variant"]}
     trainer = make_trainer(
         tmp_path,
         rows,
-        objective=case["variant"],
-        tau=case["tau"],
-        gamma=case["gamma"],
-        negatives_per_step=count,
-        log_u_init=case["log_u_init"],
+        negatives_per_step=len(rows[0]["negative_ids"]),
         num_train_epochs=1,
+        skip_negligible=0.0,
+        **settings,
     )
-    trainer.model.train()
+    if way == "in two passes":
+        trainer._passes._in_two = lambda groups: True
+    if way == "in pieces":
+        trainer._passes.budget = 1
     for step in case["steps"]:
         index = torch.tensor(step["ids"])
-        positive = torch.tensor(step["logp_pos"], dtype=torch.float64, requires_grad=True)
-        negative = torch.tensor(step["logp_neg"], dtype=torch.float64, requires_grad=True)
-        ref = step["ref_logp_neg"]
-        scores = Scores(
-            positive,
-            torch.tensor(step["len_pos"]),
-            negative,
-            torch.tensor(step["len_neg"]),
-            None if ref is None else torch.tensor(ref, dtype=torch.float64),
-            trainer.log_u[index].double(),
+        leaf = torch.tensor(
+            [[*n, p] for n, p in zip(step["logp_neg"], step["logp_pos"], strict=True)], dtype=torch.float64
+        ).requires_grad_()
+
+        def lookup(model, groups, *_, ids=step["ids"], leaf=leaf):
+            found = [leaf[ids.index(g.prompt_ids[0]), c[0]] for g in groups for c in g.completions]
+            return CompletionLogps(torch.empty(0), torch.stack(found), torch.empty(0), 0)
+
+        monkeypatch.setattr("lowdft.trainer.score", lookup)
+        monkeypatch.setattr("lowdft.passes.score", lookup)
+        batch = Batch(
+            index, [trainer.train_dataset.rows[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])]
         )
-        monkeypatch.setattr(trainer, "_scores", lambda *_, given=scores: given)
-        trainer._step_prompts = len(index)
-        batch = Batch(index, [trainer.train_dataset.rows[i] for i in step["ids"]])
-        loss = trainer.compute_loss(trainer.model, {"batch": batch, "index": index})
-        loss.backward()
-        torch.testing.assert_close(
-            positive.grad, torch.tensor(step["grad_logp_pos"], dtype=torch.float64), rtol=1e-6, atol=1e-6
+        trainer._step = Step(len(index), int(sum(step["len_pos"])))
+        if way == "compute_loss":
+            trainer.model.train()
+            loss = trainer.compute_loss(trainer.model, {"batch": batch})
+            loss.backward()
+        else:
+            loss = trainer.training_step(trainer.model, {"batch": batch})
+        wanted = torch.tensor(
+            [[*n, p] for n, p in zip(step["grad_logp_neg"], step["grad_logp_pos"], strict=True)], dtype=torch.float64
         )
-        torch.testing.assert_close(
-            negative.grad, torch.tensor(step["grad_logp_neg"], dtype=torch.float64), rtol=1e-6, atol=1e-6
-        )
-        wanted = sum(step["monitor_objective_per_prompt"]) / len(index)
-        assert loss.item() == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+        torch.testing.assert_close(leaf.grad, wanted, rtol=1e-6, atol=1e-6)
+        value = sum(step["monitor_objective_per_prompt"]) / len(index)
+        assert loss.item() == pytest.approx(value, rel=1e-6, abs=1e-6)
         assert trainer.log_u[index].tolist() == pytest.approx(step["log_u_after"], rel=1e-6, abs=1e-6)
 
 

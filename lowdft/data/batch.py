@@ -21,6 +21,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def select(self, numbers: Sequence[int]) -> Batch:
+        """Some of the rows, in the order given."""
+        return Batch(self.index_M[list(numbers)], [self.rows[i] for i in numbers])
+
     @property
     def completion_tokens(self) -> int:
         """Scored tokens of all completions."""
@@ -49,7 +53,8 @@ class Batch:
             [
                 [row["ref_negative_logps"][i] for i in visit_range(int(visit), count, len(row["negative_ids"]))]
                 for row, visit in zip(self.rows, visits_M, strict=True)
-            ]
+            ],
+            dtype=torch.float64,
         )
 
 

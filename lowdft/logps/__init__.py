@@ -1,6 +1,7 @@
 """The log-probability engine: prompt groups -> rows, mask, positions; hidden states -> log-probabilities."""
 
-from lowdft.logps.engine import CompletionLogps, choose_layout, score
+from lowdft.logps.attention import packed_attention
+from lowdft.logps.engine import CompletionLogps, bare, choose_layout, score
 from lowdft.logps.head import Head, proposal_logps, token_logps, truncate
 from lowdft.logps.rows import Group, lay_out
 
@@ -8,8 +9,10 @@ __all__ = [
     "CompletionLogps",
     "Group",
     "Head",
+    "bare",
     "choose_layout",
     "lay_out",
+    "packed_attention",
     "proposal_logps",
     "score",
     "token_logps",

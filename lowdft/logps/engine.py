@@ -1,7 +1,7 @@
 """Log-probabilities of completions: prompt groups in, one number a scored token out.
 
-Policy and reference go through the same function and the same layout, negatives first and the completion last: in
-bfloat16 two layouts of one sequence differ by nats, and DFT exponentiates sums.
+Policy and reference go through the same function and the same layout: in bfloat16 two layouts of one sequence differ by
+nats, and DFT exponentiates sums.
 """
 
 from __future__ import annotations
@@ -12,60 +12,69 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowdft.logps.attention import packed_attention
 from lowdft.logps.head import Head, token_logps
-from lowdft.logps.rows import PADDING, Group, Rows, lay_out, visible
+from lowdft.logps.rows import Group, Rows, lay_out
 
 
 @dataclass(frozen=True)
 class CompletionLogps:
-    """`per_token_logps_S` in order, and per completion their sum and count (C completions)."""
+    """`per_token_logps_S` in order, and per completion their sum and count (C completions).
+
+    `computed` counts the tokens of the forward pass, with its padding.
+    """
 
     per_token_logps_S: Tensor
     logps_C: Tensor
     tokens_C: Tensor
+    computed: int
 
 
 def score(
     model: nn.Module,
     groups: Sequence[Group],
-    layout: str = "shared",
+    layout: str = "packed",
     chunk_size: int = 256,
     head_logps: Callable[[Tensor, Head, Tensor], Tensor] | None = None,
 ) -> CompletionLogps:
     """Scores every completion of every group in one forward pass, in nats.
 
+    With gradient checkpointing and the packed layout, the backward pass must run inside `packed_attention` too.
+
     Args:
         model: a transformers causal language model, bare or under a peft adapter.
         groups: prompts with their completions; all ids below the vocabulary size.
-        layout: "shared" or "padded", see `rows`.
+        layout: "packed" or "padded", see `rows`.
         chunk_size: tokens whose logits exist at once.
         head_logps: what turns (hidden states, head, targets) into log-probabilities; `token_logps` unless given.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = bare(model)
     head = Head.of(causal_lm)
-    rows = lay_out(groups, layout).to(head.weight_VD.device)
-    output = causal_lm.get_decoder()(
-        input_ids=rows.input_ids_RL,
-        position_ids=rows.position_ids_RL,
-        attention_mask=_attention_mask(rows, causal_lm),
-        use_cache=False,
-    )
-    hidden_SD = output.last_hidden_state.flatten(0, 1)[rows.predictor_S]
-    hidden_SD = hidden_SD.to(head.weight_VD.dtype)
-    with torch.autocast(hidden_SD.device.type, enabled=False):
+    device, dtype = head.weight_VD.device, head.weight_VD.dtype
+    rows = lay_out(groups, layout).to(device)
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    with torch.autocast(device.type, half, enabled=dtype == half):  # adapters keep float32 weights beside a half base
+        hidden_SD = _hidden_states(causal_lm, rows).flatten(0, 1)[rows.predictor_S].to(dtype)
+    with torch.autocast(device.type, enabled=False):
         if head_logps is None:
             per_token_S = token_logps(hidden_SD, head, rows.target_S, chunk_size)
         else:
             per_token_S = head_logps(hidden_SD, head, rows.target_S)
-    zeros_C = torch.zeros(rows.num_completions, dtype=per_token_S.dtype, device=per_token_S.device)
+    tokens_C = torch.tensor([len(c) for group in groups for c in group.completions], device=per_token_S.device)
+    zeros_C = torch.zeros(len(tokens_C), dtype=per_token_S.dtype, device=per_token_S.device)
     logps_C = zeros_C.index_add(0, rows.completion_S, per_token_S)
-    return CompletionLogps(per_token_S, logps_C, torch.bincount(rows.completion_S, minlength=rows.num_completions))
+    return CompletionLogps(per_token_S, logps_C, tokens_C, rows.input_ids_RL.numel())
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The causal language model itself, without peft's wrapper (its adapter layers stay in place)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def choose_layout(model: nn.Module) -> str:
-    """ "shared" if this model scores a small prompt group as it scores its completions one by one, else "padded".
+    """ "packed" if this model scores a small packed group as it scores its completions one by one, else "padded".
 
-    Two tiny forward passes decide: a model that ignores a 4-D mask or restarted positions gives itself away.
+    Two tiny forward passes decide: a model whose attention does not follow the packed row gives itself away.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -73,30 +82,25 @@ def choose_layout(model: nn.Module) -> str:
     def draw(n: int) -> list[int]:
         return torch.randint(vocabulary, (n,), generator=generator).tolist()
 
-    groups = [Group(draw(5), [draw(4), draw(7), draw(3)])]
+    groups = [Group(draw(5), [draw(4), draw(7), draw(3)]), Group(draw(2), [draw(6)])]
     with torch.no_grad():
         alone = score(model, groups, "padded").per_token_logps_S
         try:
-            shared = score(model, groups, "shared").per_token_logps_S
+            packed = score(model, groups, "packed").per_token_logps_S
         except (TypeError, ValueError, RuntimeError, IndexError):
             return "padded"
-    return "shared" if torch.allclose(shared, alone, atol=0.25, rtol=0.02) else "padded"
+    return "packed" if torch.allclose(packed, alone, atol=0.25, rtol=0.02) else "padded"
 
 
-def _attention_mask(rows: Rows, causal_lm: nn.Module) -> Tensor | dict[str, Tensor]:
-    """What this model's attention wants: a 2-D padding mask, a 4-D mask, or one 4-D mask a kind of layer."""
-    if rows.layout == "padded":
-        return (rows.segments_RL != PADDING).long()
-    config = causal_lm.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    eager, dtype = config._attn_implementation == "eager", causal_lm.dtype
-
-    def mask(within: int | None) -> Tensor:
-        seen = visible(rows, within)
-        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min) if eager else seen
-
-    if not kinds:
-        return mask(window)
-    masks = {"full_attention": lambda: mask(None), "sliding_attention": lambda: mask(window)}
-    return {kind: masks[kind]() for kind in kinds}
+def _hidden_states(causal_lm: nn.Module, rows: Rows) -> Tensor:
+    """[R, L, D] of the last layer."""
+    inputs = dict(input_ids=rows.input_ids_RL, position_ids=rows.position_ids_RL, use_cache=False)
+    decoder = causal_lm.get_decoder()
+    if rows.parts is None:
+        return decoder(attention_mask=rows.mask_RL, **inputs).last_hidden_state
+    # an empty 4-D mask: passed through as it is by every model, and an error for any attention but ours
+    empty = torch.empty((1, 1, 0, 0), device=rows.input_ids_RL.device)
+    kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None)
+    mask = {kind: empty for kind in kinds} if kinds else empty
+    with packed_attention(causal_lm):
+        return decoder(attention_mask=mask, parts=rows.parts, **inputs).last_hidden_state

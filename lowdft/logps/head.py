@@ -1,6 +1,6 @@
 """Log-probabilities of chosen tokens from hidden states, a chunk of tokens at a time.
 
-Never more than [chunk, vocabulary] logits exist; the backward pass computes them again. A frozen head gets no gradient.
+Never more than [chunk, vocabulary] logits exist, and for a frozen head, which gets no gradient, they are computed once.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Head:
 
 def token_logps(hidden_SD: Tensor, head: Head, target_S: Tensor, chunk_size: int = 256) -> Tensor:
     """log P(target | hidden) for S tokens: float [S], differentiable in the hidden states and a trainable head."""
+    if not torch.is_grad_enabled():
+        hidden_SD = hidden_SD.detach()
     return _TokenLogps.apply(hidden_SD, head.weight_VD, head.bias_V, target_S, head.scale, head.softcap, chunk_size)
 
 
@@ -82,49 +84,58 @@ def truncate(logits_SV: Tensor, top_p: float, top_k: int) -> Tensor:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log-softmax at the targets; saves hidden states and one log-sum-exp a token, recomputes logits to go back."""
+    """log-softmax at the targets.
+
+    With a frozen head the derivative of each log-probability by its hidden state, scale * (onehot - softmax) @ weight,
+    is taken while the logits are at hand: no logits are computed twice. A trainable head recomputes them to go back.
+    """
 
     @staticmethod
     def forward(ctx, hidden_SD, weight_VD, bias_V, target_S, scale, softcap, chunk_size):
         head = Head(weight_VD, bias_V, scale, softcap)
+        frozen = not any(ctx.needs_input_grad[1:3])
+        slope_SD = torch.empty_like(hidden_SD) if frozen and ctx.needs_input_grad[0] else None
         logps, lses = [], []
-        for hidden, target in zip(hidden_SD.split(chunk_size), target_S.split(chunk_size), strict=True):
-            logits = head.logits(hidden)
+        for start in range(0, len(target_S), chunk_size):
+            piece = slice(start, start + chunk_size)
+            logits = head.logits(hidden_SD[piece])
             lse = logits.logsumexp(1)
-            logps.append(logits.gather(1, target[:, None])[:, 0] - lse)
+            logps.append(logits.gather(1, target_S[piece, None])[:, 0] - lse)
             lses.append(lse)
-        ctx.save_for_backward(hidden_SD, weight_VD, bias_V, target_S, torch.cat(lses))
-        ctx.scale, ctx.softcap, ctx.chunk_size = scale, softcap, chunk_size
+            if slope_SD is not None:
+                slope = _logits_slope(logits, lse, target_S[piece], head)
+                torch.mm(slope.to(hidden_SD.dtype), weight_VD, out=slope_SD[piece])
+        saved = (slope_SD,) if frozen else (hidden_SD, weight_VD, bias_V, target_S, torch.cat(lses))
+        ctx.save_for_backward(*saved)
+        ctx.frozen, ctx.scale, ctx.softcap, ctx.chunk_size = frozen, scale, softcap, chunk_size
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad_S):
+        if ctx.frozen:
+            (slope_SD,) = ctx.saved_tensors
+            return slope_SD * grad_S[:, None].to(slope_SD.dtype), None, None, None, None, None, None
         hidden_SD, weight_VD, bias_V, target_S, lse_S = ctx.saved_tensors
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
         grad_hidden = torch.empty_like(hidden_SD)
-        grad_weight = (
-            torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
         for start in range(0, len(target_S), ctx.chunk_size):
             piece = slice(start, start + ctx.chunk_size)
-            hidden, target, grad = hidden_SD[piece], target_S[piece], grad_S[piece]
-            logits = head.logits(hidden)
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
-            grad_logits = logits.sub_(lse_S[piece, None]).exp_().mul_(-grad[:, None])
-            grad_logits[torch.arange(len(target), device=target.device), target] += grad
-            if slope is not None:
-                grad_logits *= slope
-            if ctx.scale != 1.0:
-                grad_logits *= ctx.scale
-            grad_logits = grad_logits.to(hidden.dtype)
+            slope = _logits_slope(head.logits(hidden_SD[piece]), lse_S[piece], target_S[piece], head)
+            grad_logits = slope.mul_(grad_S[piece, None]).to(hidden_SD.dtype)
             grad_hidden[piece] = grad_logits @ weight_VD
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden
+            grad_weight += grad_logits.T @ hidden_SD[piece]
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_VD.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight.to(weight_VD.dtype), grad_bias, None, None, None, None
+
+
+def _logits_slope(logits_SV: Tensor, lse_S: Tensor, target_S: Tensor, head: Head) -> Tensor:
+    """d log P(target) / d(weight @ hidden) = scale * softcap' * (onehot - softmax), [S, V]; overwrites `logits`."""
+    bend = None if head.softcap is None else 1 - (logits_SV / head.softcap).square()
+    slope = logits_SV.sub_(lse_S[:, None]).exp_().neg_()
+    slope[torch.arange(len(target_S), device=target_S.device), target_S] += 1
+    if bend is not None:
+        slope *= bend
+    return slope if head.scale == 1.0 else slope.mul_(head.scale)

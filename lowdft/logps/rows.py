@@ -1,21 +1,24 @@
-"""Prompts with their completions, laid out as rows for one forward pass.
+"""Prompts with their completions, laid out for one forward pass.
 
-Layout "shared": one row a prompt, `[prompt][completion 1]…[completion K]`. Every completion's positions start right
-after the prompt, and a mask lets it see the prompt and itself alone, so the prompt is computed once for all of them.
-Layout "padded": one row a completion, for models that take no 4-D mask. Both give the same log-probabilities.
+Layout "packed": one row without padding, `[prompt][completion 1]…[completion K][prompt]…`. Positions of a completion
+start right after its prompt; `attention.Part` says which tokens each piece attends to, so that a prompt is computed
+once for all of its completions. Layout "padded": one row a completion, for models whose attention cannot be told so.
+Both give the same log-probabilities.
 
-Shape suffixes: R rows, L tokens of the longest row, S scored tokens, C completions.
+Shape suffixes: R rows, L tokens of the longest row, S scored tokens, C completions, G groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-PROMPT, PADDING = 0, -1  # segments of a row; completion k of a row is segment k + 1
+from lowdft.logps.attention import Part, make_part
+
+ROW_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -25,75 +28,84 @@ class Group:
     prompt_ids: Sequence[int]
     completions: Sequence[Sequence[int]]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a packed row computes for this group."""
+        return len(self.prompt_ids) + sum(map(len, self.completions))
+
 
 @dataclass(frozen=True)
 class Rows:
     """What a forward pass takes, and which hidden states score which tokens."""
 
-    layout: str
     input_ids_RL: Tensor
     position_ids_RL: Tensor
-    segments_RL: Tensor
     predictor_S: Tensor  # flat index into R * L of the hidden state that predicts the token
     target_S: Tensor  # the token's id
     completion_S: Tensor  # which completion it belongs to, counted through all groups
-    num_completions: int
+    mask_RL: Tensor | None = None  # padded: which tokens are real
+    parts: tuple[Part, Part] | None = None  # packed: the prompts' and the completions' attention
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        if self.parts is not None:
+            moved["parts"] = tuple(part.to(device) for part in self.parts)
         return Rows(**moved)
 
 
-def lay_out(groups: Sequence[Group], layout: str = "shared", pad_id: int = 0) -> Rows:
+def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
     """Lays groups out as rows; completions are counted group by group, in the order given."""
-    if layout == "padded":
-        groups = [Group(g.prompt_ids, [completion]) for g in groups for completion in g.completions]
-    lengths = [len(g.prompt_ids) + sum(map(len, g.completions)) for g in groups]
-    width = max(lengths)
-    input_ids = torch.full((len(groups), width), pad_id)
-    position_ids = torch.zeros((len(groups), width), dtype=torch.int64)
-    segments = torch.full((len(groups), width), PADDING)
-    predictors, targets, owners = [], [], []
-    num_completions = 0
-    for row, group in enumerate(groups):
-        start = prompt_length = len(group.prompt_ids)
-        input_ids[row, :start] = torch.as_tensor(group.prompt_ids)
-        position_ids[row, :start] = torch.arange(start)
-        segments[row, :start] = PROMPT
-        for k, completion in enumerate(group.completions):
-            end = start + len(completion)
-            ids = torch.as_tensor(completion)
-            input_ids[row, start:end] = ids
-            position_ids[row, start:end] = torch.arange(prompt_length, prompt_length + len(ids))
-            segments[row, start:end] = k + 1
-            first = row * width
-            predictors.append(torch.tensor([first + prompt_length - 1]))
-            predictors.append(torch.arange(first + start, first + end - 1))
-            targets.append(ids)
-            owners.append(torch.full((len(ids),), num_completions))
-            num_completions += 1
-            start = end
+    return _pack(groups) if layout == "packed" else _pad(groups)
+
+
+def _pack(groups: Sequence[Group]) -> Rows:
+    ids, positions, predictors, owners = [], [], [], []
+    prompts, completions = [], []  # (start of the prompt, its length, start of the completion, its length)
+    start = 0
+    for group in groups:
+        prompt_start, prompt_length = start, len(group.prompt_ids)
+        prompts.append((prompt_start, 0, prompt_start, prompt_length))
+        ids.append(torch.as_tensor(group.prompt_ids))
+        positions.append(torch.arange(prompt_length))
+        start += prompt_length
+        for completion in group.completions:
+            length = len(completion)
+            predictors += [torch.tensor([prompt_start + prompt_length - 1]), torch.arange(start, start + length - 1)]
+            owners.append(torch.full((length,), len(completions)))
+            completions.append((prompt_start, prompt_length, start, length))
+            ids.append(torch.as_tensor(completion))
+            positions.append(torch.arange(prompt_length, prompt_length + length))
+            start += length
+    filler = torch.zeros(-start % ROW_ALIGNMENT, dtype=torch.int64)
+    scored = [torch.as_tensor(completion) for group in groups for completion in group.completions]
     return Rows(
-        layout,
-        input_ids,
-        position_ids,
-        segments,
-        torch.cat(predictors),
-        torch.cat(targets),
-        torch.cat(owners),
-        num_completions,
+        input_ids_RL=torch.cat([*ids, filler])[None],
+        position_ids_RL=torch.cat([*positions, filler])[None],
+        predictor_S=torch.cat(predictors),
+        target_S=torch.cat(scored),
+        completion_S=torch.cat(owners),
+        parts=(make_part(prompts), make_part(completions)),
     )
 
 
-def visible(rows: Rows, window: int | None = None) -> Tensor:
-    """Bool [R, 1, L, L]: may query q see key k? Within a sliding `window` of positions where the model has one."""
-    segments, positions = rows.segments_RL, rows.position_ids_RL
-    width = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    order = torch.arange(width, device=segments.device)
-    seen = (order[None, :, None] >= order[None, None, :]) & ((key == PROMPT) | (key == query)) & (key != PADDING)
-    if window is not None:
-        seen = seen & (positions[:, :, None] - positions[:, None, :] < window)
-    seen = seen | torch.eye(width, dtype=torch.bool, device=segments.device)  # padding sees itself: no empty softmax
-    return seen[:, None]
+def _pad(groups: Sequence[Group]) -> Rows:
+    pairs = [(group.prompt_ids, completion) for group in groups for completion in group.completions]
+    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    input_ids, mask = torch.zeros((len(pairs), width), dtype=torch.int64), torch.zeros((len(pairs), width)).long()
+    predictors, owners = [], []
+    for row, (prompt, completion) in enumerate(pairs):
+        start, end = len(prompt), len(prompt) + len(completion)
+        input_ids[row, :end] = torch.cat([torch.as_tensor(prompt), torch.as_tensor(completion)])
+        mask[row, :end] = 1
+        predictors.append(torch.arange(start - 1, end - 1) + row * width)
+        owners.append(torch.full((end - start,), row))
+    return Rows(
+        input_ids_RL=input_ids,
+        position_ids_RL=torch.arange(width).expand(len(pairs), width) * mask,
+        predictor_S=torch.cat(predictors),
+        target_S=torch.cat([torch.as_tensor(completion) for _, completion in pairs]),
+        completion_S=torch.cat(owners),
+        mask_RL=mask,
+    )

@@ -46,7 +46,8 @@ class Objective:
     """A named loss: `compute(scores, **hyperparameters) -> Losses`.
 
     `needs` is a subset of {"negatives", "reference", "log_u"}: what the trainer has to prepare. `per_token` says that
-    the objective compares completions by mean rather than summed log-probability.
+    the objective compares completions by mean rather than summed log-probability. `linear` says that the surrogate is
+    linear in the completion's score, so that its derivative is known before the completion is scored.
     """
 
     name: str
@@ -55,3 +56,4 @@ class Objective:
     defaults: Mapping[str, float] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     per_token: bool = False
+    linear: bool = False

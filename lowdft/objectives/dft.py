@@ -62,6 +62,7 @@ DFT = Objective(
     source="arXiv 2502.18679, Eq. 7-8",
     defaults={"tau": 1.0, "gamma": 0.85},
     needs=frozenset({"negatives", "reference", "log_u"}),
+    linear=True,
 )
 DFT2 = Objective(
     name="dft2",
@@ -70,4 +71,5 @@ DFT2 = Objective(
     defaults={"tau": 0.3, "gamma": 0.9},
     needs=frozenset({"negatives", "log_u"}),
     per_token=True,
+    linear=True,
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from lowdft.logps import Group, choose_layout
+from lowdft.logps import Group, choose_layout, proposal_logps
 from lowdft.parts import make_in_parts
+from lowdft.passes import Passes
 from lowdft.reference import negative_logps
 from lowdft.run import Run, say
 
@@ -16,7 +18,7 @@ def needed(run: Run) -> bool:
 
 
 def main(run: Run) -> None:
-    """Scores every negative under the base, laid out as training will lay it out: B negatives of a visit in a row."""
+    """Scores every negative under the base as training will: in packed rows, `tokens_per_pass` tokens at a time."""
     if not needed(run):
         return
     product = run.reference
@@ -25,37 +27,28 @@ def main(run: Run) -> None:
         return
     rows = run.encoded("train")
     model = run.base()
-    layout = run.args.layout or choose_layout(model)
+    args, section = run.args, run.recipe.negatives
+    passes = Passes(args.layout or choose_layout(model), args.logits_chunk_size, args.tokens_per_pass)
+    if args.reference_prompt == "proposal":
+        sampler = {"temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
+        passes.head_logps = partial(proposal_logps, chunk_size=args.logits_chunk_size, **sampler)
+    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     make_in_parts(
         product,
         rows,
-        part_size=4 * run.args.per_device_train_batch_size,
-        work=lambda part: score_rows(run, model, layout, part),
+        part_size=4 * args.per_device_train_batch_size,
+        work=lambda part: score_rows(model, part, prompt, passes),
         what="reference",
     )
     say(f"{product.path}: {len(rows)} rows scored")
 
 
-def score_rows(run: Run, model, layout: str, rows: Sequence[dict]) -> list[dict]:
+def score_rows(model, rows: Sequence[dict], prompt: str, passes: Passes) -> list[dict]:
     """Per row its id and `ref_negative_logps`, in the order of its negatives."""
-    args, section = run.args, run.recipe.negatives
-    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
-    proposal = None
-    if args.reference_prompt == "proposal":
-        proposal = {"temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
-    groups, owners = [], []
-    for i, row in enumerate(rows):
-        ids = row["negative_ids"]
-        for start in range(0, len(ids), args.negatives_per_step):
-            groups.append(Group(row[prompt], ids[start : start + args.negatives_per_step]))
-            owners.append(i)
-    scored: list[list[float]] = [[] for _ in rows]
-    size = args.per_device_train_batch_size
-    for start in range(0, len(groups), size):
-        batch = groups[start : start + size]
-        logps = iter(negative_logps(model, batch, layout, args.logits_chunk_size, proposal).float().tolist())
-        for group, owner in zip(batch, owners[start : start + size], strict=True):
-            scored[owner] += [next(logps) for _ in group.completions]
-    return [
-        {"example_id": row["example_id"], "ref_negative_logps": logps} for row, logps in zip(rows, scored, strict=True)
-    ]
+    out = []
+    for count in sorted({len(row["negative_ids"]) for row in rows}):
+        alike = [row for row in rows if len(row["negative_ids"]) == count]
+        logps = negative_logps(model, [Group(row[prompt], row["negative_ids"]) for row in alike], passes).tolist()
+        out += zip(alike, logps, strict=True)
+    scored = {row["example_id"]: logps for row, logps in out}
+    return [{"example_id": row["example_id"], "ref_negative_logps": scored[row["example_id"]]} for row in rows]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowdft.logps import Group, choose_layout, lay_out, score
+from lowdft.logps import Group, choose_layout, lay_out, packed_attention, score
 
 COMMON = dict(
     vocab_size=97,
@@ -67,7 +67,7 @@ def one_by_one(model, some_groups) -> torch.Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, layout):
     """Within 1e-3 nats a sequence, gradients of every parameter within 1e-5 relative, in float32."""
@@ -109,24 +109,55 @@ def test_counts_tokens():
 
 
 def test_rows_worked_by_hand():
-    """[7 8][5][6 4]: both completions start at position 2, predicted by the prompt's last token."""
+    """[7 8][5][6 4]: both completions start at position 2, predicted by the prompt's last token; then filler."""
     rows = lay_out([Group([7, 8], [[5], [6, 4]])])
-    assert rows.input_ids_RL.tolist() == [[7, 8, 5, 6, 4]]
-    assert rows.position_ids_RL.tolist() == [[0, 1, 2, 2, 3]]
+    assert rows.input_ids_RL[0, :5].tolist() == [7, 8, 5, 6, 4] and not rows.input_ids_RL[0, 5:].any()
+    assert rows.position_ids_RL[0, :5].tolist() == [0, 1, 2, 2, 3]
     assert rows.predictor_S.tolist() == [1, 1, 3]
     assert rows.target_S.tolist() == [5, 6, 4]
     assert rows.completion_S.tolist() == [0, 1, 1]
+    prompts, completions = rows.parts
+    assert prompts.key_NK[0, :2].tolist() == [0, 1]
+    assert completions.query_NQ[:, :2].tolist() == [[2, 2], [3, 4]]
+    assert completions.key_NK[:, :4].tolist() == [[0, 1, 2, 2], [0, 1, 3, 4]]
+    seen = completions.mask(None, torch.float32, 1)[:, 0, :2, :4] == 0
+    assert seen[0, 0].tolist() == [True, True, True, False]
+    assert seen[1].tolist() == [[True, True, True, False], [True, True, True, True]]
+    assert (completions.mask(2, torch.float32, 1)[1, 0, 1, :4] == 0).tolist() == [False, False, True, True]
+
+
+def test_neighbours_change_nothing_in_bfloat16():
+    """A group scores the same bits alone, without its last completion, and among longer groups."""
+    model = make("llama").bfloat16()
+    a, b = groups()
+    rng = random.Random(1)
+    long = Group([rng.randrange(3, 97) for _ in range(90)], [[rng.randrange(3, 97) for _ in range(150)]])
+    alone = score(model, [a]).logps_C
+    assert torch.equal(score(model, [a, b]).logps_C[:3], alone)
+    assert torch.equal(score(model, [long, a, b]).logps_C[1:4], alone)
+    assert torch.equal(score(model, [Group(a.prompt_ids, a.completions[:2])]).logps_C, alone[:2])
+
+
+def test_other_attention_fails_loudly():
+    """Were the backward pass of a checkpointed layer run without `packed_attention`, it must not go unnoticed."""
+    model = make("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = score(model, groups()).logps_C.sum()
+    with pytest.raises(RuntimeError):
+        loss.backward()
+    with packed_attention(model):
+        score(model, groups()).logps_C.sum().backward()
 
 
 def test_layout_is_chosen_by_trial():
-    """A model that ignores the 4-D mask gives itself away, and gets padded rows."""
+    """A model that attends across the packed row gives itself away, and gets padded rows."""
     model = make("llama")
-    assert choose_layout(model) == "shared"
+    assert choose_layout(model) == "packed"
     decoder, original = model.get_decoder(), model.get_decoder().forward
 
-    def deaf(input_ids, position_ids, attention_mask, use_cache):
-        mask = attention_mask if attention_mask.dim() == 2 else None
-        return original(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=use_cache)
+    def deaf(parts=None, attention_mask=None, **inputs):
+        model.config._attn_implementation = "sdpa"
+        return original(attention_mask=None if parts else attention_mask, **inputs)
 
     decoder.forward = deaf
     assert choose_layout(model) == "padded"

@@ -37,6 +37,18 @@ def test_equals_full_log_softmax(scale, softcap, bias):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.5, None), (2.0, 3.0)])
+def test_a_frozen_head_gives_the_same(scale, softcap):
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    head = Head(torch.randn(17, 6, dtype=torch.float64), torch.randn(17, dtype=torch.float64), scale, softcap)
+    target, pull = torch.randint(17, (11,)), torch.randn(11, dtype=torch.float64)
+    found, wanted = token_logps(hidden, head, target, chunk_size=4), reference(hidden, head, target)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(x @ pull, hidden)[0] for x in (found, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     head = Head(torch.randn(7, 4, dtype=torch.float64), softcap=2.0)
@@ -46,15 +58,18 @@ def test_gradcheck():
 
 
 def test_logits_exist_one_chunk_at_a_time(monkeypatch):
-    """Logits are never more than [chunk, vocabulary], forward or backward; a frozen head gets no gradient."""
+    """Logits are never more than [chunk, vocabulary]; a frozen head gets no gradient and computes them once."""
     seen = []
     original = Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
     hidden = torch.randn(10, 4, requires_grad=True)
     head = Head(torch.randn(9, 4))
     token_logps(hidden, head, torch.zeros(10, dtype=torch.int64), chunk_size=3).sum().backward()
-    assert seen == [3, 3, 3, 1] * 2
+    assert seen == [3, 3, 3, 1]
     assert head.weight_VD.grad is None
+    trainable = Head(torch.randn(9, 4, requires_grad=True))
+    token_logps(hidden, trainable, torch.zeros(10, dtype=torch.int64), chunk_size=3).sum().backward()
+    assert seen == [3, 3, 3, 1] * 3
 
 
 def test_proposal_is_the_samplers_density():

@@ -1,0 +1,53 @@
+"""A transformers Trainer whose checkpoints are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from lowdft.errors import UserError
+from lowdft.files import WRITE_ERRORS, flush_to_disk, reason
+
+
+class WholeCheckpoints(Trainer):
+    """Writes a checkpoint beside its place and renames it, so that no half one is ever resumed from."""
+
+    _writing_in: Path | None = None
+
+    def save_beside(self, folder: Path) -> None:
+        """Adds what a subclass needs to go on exactly to the checkpoint in `folder`."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        partial = run_dir / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._writing_in = partial
+            super()._save_checkpoint(model, trial)
+            self.save_beside(partial / name)
+            flush_to_disk(partial / name)
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(partial / name, run_dir / name)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+        except (*WRITE_ERRORS, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+            raise UserError(
+                f"{run_dir / name}: the checkpoint could not be written ({reason(error)}). Earlier "
+                "checkpoints are whole; free some space and run the same command again to go on from the last one."
+            ) from error
+        finally:
+            self._writing_in = None
+            shutil.rmtree(partial, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._writing_in) if self._writing_in else super()._get_output_dir(trial)

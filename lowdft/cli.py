@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "measure base and adapter on the held-out rows",
     "report": "curves, tables and samples on one page",
     "export": "make the adapter publishable, with its card; --push uploads it",
+    "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
     "inspect": "show rows as the model sees them, and a summary of the data",
 }
 
@@ -65,6 +66,9 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.verb == "inspect":
         importlib.import_module("lowdft.stages.inspect").main(run, row=arguments.row)
         return
+    if arguments.verb == "plan":
+        importlib.import_module("lowdft.stages.plan").main(run, gpu=arguments.gpu, probe=arguments.probe)
+        return
     run.check()
     if arguments.verb in ("run", "export"):
         recipe.export.push = arguments.push or recipe.export.push
@@ -95,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
         if name == "inspect":
             verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
+        if name == "plan":
+            verb.add_argument("--gpu", type=float, metavar="GB", help="find the largest setting for a GPU's memory")
+            verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
         if name in ("run", "export"):
             verb.add_argument("--push", metavar="NAME", help="upload the adapter to the Hub under this name")
     return parser

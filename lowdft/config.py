@@ -85,6 +85,16 @@ class DFTConfig(TrainingArguments):
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
+        if "completion_reference" in chosen.needs:
+            _require(
+                self.reference_prompt == "training",
+                "reference_prompt",
+                self.reference_prompt,
+                f"training for {chosen.name}",
+            )
+        if "mismatched" in chosen.needs:
+            batch = self.per_device_train_batch_size
+            _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()

@@ -121,10 +121,14 @@ def load_adapter(base, path: str | Path):
 
 def context_length(source: Source, section: ModelSection) -> int | None:
     """Positions that the base was made for, where its configuration says so."""
-    config = AutoConfig.from_pretrained(
+    return getattr(configuration(source, section).get_text_config(), "max_position_embeddings", None)
+
+
+def configuration(source: Source, section: ModelSection):
+    """The base's configuration, without its weights."""
+    return AutoConfig.from_pretrained(
         source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
     )
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def public_name(source: Source, section: ModelSection) -> str:

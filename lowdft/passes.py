@@ -47,6 +47,7 @@ class Passes:
         knows_last: the completion's pull does not depend on its score, so it need not be scored first.
         whole: the objective compares prompts with each other, so one surrogate covers the micro-batch.
         head_logps: another density than the model's own, see `logps.score`; for scoring only.
+        token_weight: weights of tokens in the summed log-probabilities, see `logps.score`.
     """
 
     layout: str
@@ -57,14 +58,15 @@ class Passes:
     knows_last: bool = False
     whole: bool = False
     head_logps: HeadLogps | None = None
+    token_weight: Callable[[Tensor], Tensor] | None = None
     expected_skips: float = 0.0  # the share of negative tokens that the last micro-batches could leave out
 
     @torch.no_grad()
     def score(self, model: nn.Module, groups: Sequence[Group]) -> Tensor:
-        """Log-probabilities [M, K] of every group's completions (all groups have K), without gradient."""
+        """Unweighted log-probabilities [M, K] of every group's completions (all groups have K), without gradient."""
         while True:
             try:
-                return self._score_pieces(model, groups, self._pieces(groups))[0]
+                return self._score_pieces(model, groups, self._pieces(groups), weighted=False)[0]
             except torch.OutOfMemoryError as error:
                 self.shrink(groups, error)
 
@@ -77,7 +79,7 @@ class Passes:
         rows, computed = {}, 0
         needed = sum(num_tokens(group, self.layout) for group in groups)
         for numbers in self._split(groups):
-            out = score(model, [groups[i] for i in numbers], self.layout, self.chunk_size)
+            out = score(model, [groups[i] for i in numbers], *self._how, self.token_weight)
             logps_MK = out.logps_C.view(len(numbers), -1)
             backward(surrogate(numbers, logps_MK))
             rows |= dict(zip(numbers, logps_MK.detach(), strict=True))
@@ -85,6 +87,10 @@ class Passes:
         logps_MK = torch.stack([rows[i] for i in range(len(groups))])
         skip_MB = self._negligible(groups, self._pull(surrogate, logps_MK))
         return Scored(logps_MK, torch.zeros_like(skip_MB), computed, needed)
+
+    @property
+    def _how(self) -> tuple:
+        return self.layout, self.chunk_size, self.head_logps
 
     def shrink(self, groups: Sequence[Group], error: torch.OutOfMemoryError) -> None:
         """Halves the budget after these groups ran out of memory, and says so.
@@ -121,15 +127,16 @@ class Passes:
         logps_MK[:, last] = again_MK[:, last]
         return Scored(logps_MK, skip_MB, computed + computed_again, needed + needed_again)
 
-    def _score_pieces(self, model, groups, pieces, pull_MK=None, backward=None) -> tuple[Tensor, int, int]:
+    def _score_pieces(self, model, groups, pieces, pull_MK=None, backward=None, weighted=True):
         """Detached log-probabilities [M, K] of (group, completions) pieces, 0 elsewhere; tokens computed and needed.
 
         With a pull, every pass is backpropagated before the next begins.
         """
         parts = [_part(groups[i], completions) for i, completions in pieces]
+        weight = self.token_weight if weighted else None
         found, computed = [], 0
         for numbers in self._split(parts):
-            out = score(model, [parts[n] for n in numbers], self.layout, self.chunk_size, self.head_logps)
+            out = score(model, [parts[n] for n in numbers], *self._how, weight)
             at = [(pieces[n][0], k) for n in numbers for k in pieces[n][1]]
             if backward is not None:
                 pull_C = torch.stack([pull_MK[place] for place in at])

@@ -18,6 +18,7 @@ from lowdft.data.encode import Encoder, Truncation
 from lowdft.data.prompting import fold_system, sampling_prompt
 from lowdft.errors import UserError
 from lowdft.recipe import Recipe, save_recipe, training_config
+from lowdft.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.run_folder import Product
 from lowdft.training_set import negatives_needed
 
@@ -130,6 +131,13 @@ class Run:
             )
         if len(rows) < per_step:
             say(f"warning: {len(rows)} rows are fewer than one step of {per_step}; every epoch is one smaller step")
+        if "aligned" in self.objective.needs:
+            raise UserError(
+                f"training.objective {self.objective.name} needs rows with `aligned_logps`, which no recipe gives; "
+                "use DFTTrainer with rows of ids"
+            )
+        if "mismatched" in self.objective.needs and self.recipe.adapter is None:
+            raise UserError(f"training.objective {self.objective.name} needs an adapter: its reference is the base")
         if "negatives" not in self.objective.needs:
             return
         needed, section = negatives_needed(args, len(rows)), self.recipe.negatives
@@ -219,9 +227,11 @@ class Run:
         return rows
 
     def with_reference(self, rows: list[dict]) -> list[dict]:
-        """Training rows with the precomputed `ref_negative_logps` of the run folder."""
-        table = _column(self.reference.path, "ref_negative_logps")
-        return [{**row, "ref_negative_logps": table[row["example_id"]]} for row in rows]
+        """Training rows with the precomputed reference log-probabilities of the run folder."""
+        for name in (FIELDS[need] for need in sorted(self.objective.needs & REFERENCE_NEEDS)):
+            table = _column(self.reference.path, name)
+            rows = [{**row, name: table[row["example_id"]]} for row in rows]
+        return rows
 
     # ---- products: what each is made from ---------------------------------------------------------------------------
 
@@ -254,7 +264,7 @@ class Run:
         """The base's log-probabilities of the training negatives."""
         made_from = self._made_from_negatives("train") | {
             "reference_prompt": self.args.reference_prompt,
-            "negatives_per_step": self.args.negatives_per_step,
+            "scored": sorted(self.objective.needs & REFERENCE_NEEDS),
         }
         return Product(self.folder / "reference.parquet", made_from)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -30,7 +31,7 @@ from lowdft.logps import Group, bare, choose_layout, packed_attention, score
 from lowdft.metrics import StepMetrics
 from lowdft.objectives import Losses, Scores
 from lowdft.passes import Passes
-from lowdft.reference import adapter_off, negative_logps
+from lowdft.reference import REFERENCE_NEEDS, adapter_off, has_reference, reference_logps
 from lowdft.step import Step
 from lowdft.training_set import attach_reference, check_rows, fingerprint
 
@@ -110,6 +111,7 @@ class DFTTrainer(WholeCheckpoints):
             args.skip_negligible,
             backward_cost=2.4 if args.gradient_checkpointing else 1.4,
             knows_last=self.objective.linear,
+            token_weight=self.objective.token_weight,
         )
 
     @property
@@ -147,15 +149,13 @@ class DFTTrainer(WholeCheckpoints):
                 self._step.done.append(batch)
 
     def _accumulate(self, model: nn.Module, batch: Batch) -> Tensor:
-        visits_M = self._log_u.visits[batch.index_M]
         groups = self._groups(batch)
-        ref_MB = self._reference(model, batch, visits_M)
-        log_u_M = self._log_u.values[batch.index_M]
+        given = self._given(model, batch, self._log_u.visits[batch.index_M])
 
         def losses(numbers: Sequence[int], logps_MK: Tensor) -> tuple[Scores, Losses]:
             chosen = list(numbers)
-            ref = None if ref_MB is None else ref_MB[chosen]
-            return self._losses([groups[i] for i in chosen], logps_MK, ref, log_u_M[chosen], self._step)
+            part = {name: value[chosen] for name, value in given.items()}
+            return self._losses([groups[i] for i in chosen], logps_MK, part, self._step)
 
         def surrogate(numbers: Sequence[int], logps_MK: Tensor) -> Tensor:
             return losses(numbers, logps_MK)[1].surrogate_M.sum() / self._step.prompts
@@ -180,11 +180,11 @@ class DFTTrainer(WholeCheckpoints):
         batch, training = inputs["batch"], model.training
         visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
         groups = batch.groups(batch.negatives(visits_M, self._count))
-        out = score(model, groups, self.layout, self.args.logits_chunk_size)
+        weight = self.objective.token_weight
+        out = score(model, groups, self.layout, self.args.logits_chunk_size, token_weight=weight)
         step = self._step if training else Step(len(batch), batch.completion_tokens)
-        ref_MB = self._reference(model, batch, visits_M)
-        log_u_M = self._log_u.values[batch.index_M] if training else None
-        scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), ref_MB, log_u_M, step)
+        given = self._given(model, batch, visits_M)
+        scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), given, step)
         if training:
             self._log_u.update(batch.index_M, losses.log_u_M)
         self._metrics["train" if training else "eval"].add(scores, losses, self.objective.per_token, batch)
@@ -192,29 +192,52 @@ class DFTTrainer(WholeCheckpoints):
         loss = surrogate + (value - surrogate).detach()
         return (loss, losses) if return_outputs else loss
 
-    def _losses(self, groups: Sequence[Group], logps_MK: Tensor, ref_MB, log_u_M, step: Step) -> tuple[Scores, Losses]:
+    def _losses(self, groups: Sequence[Group], logps_MK: Tensor, given: dict, step: Step) -> tuple[Scores, Losses]:
         """The objective on a scored micro-batch; of K completions the negatives come first."""
-        needs, device = self.objective.needs, logps_MK.device
-        tokens_MK = torch.tensor([[len(c) for c in group.completions] for group in groups], device=device)
+        tokens_MK = torch.tensor([[len(c) for c in group.completions] for group in groups], device=logps_MK.device)
         scores = Scores(logps_MK[:, -1], tokens_MK[:, -1], tokens_per_prompt=step.tokens / step.prompts)
         if self._count:
             scores.policy_negative_logps_MB, scores.negative_tokens_MB = logps_MK[:, :-1], tokens_MK[:, :-1]
-        if ref_MB is not None:
-            scores.ref_negative_logps_MB = ref_MB.to(logps_MK)
-        if "log_u" in needs and log_u_M is not None:
-            scores.log_u_M = log_u_M.to(device)
+        for name, value in given.items():
+            setattr(scores, name, value.to(logps_MK))
         return scores, self.objective.compute(scores, **self.args.hyperparameters())
 
-    def _reference(self, model, batch: Batch, visits_M: Tensor) -> Tensor | None:
-        """Reference log-probabilities [M, B] of this visit's negatives; None: the objective needs none."""
-        if "reference" not in self.objective.needs:
-            return None
-        if all("ref_negative_logps" in row for row in batch.rows):
-            return batch.ref_negative_logps(visits_M, self._count)
-        prompt = "prompt_ids" if self.args.reference_prompt == "training" else "sampling_prompt_ids"
-        groups = batch.groups(batch.negatives(visits_M, self._count), prompt, completions=False)
+    def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor) -> dict[str, Tensor]:
+        """What the objective needs beside the policy's scores, as fields of `Scores`: constants, a row a prompt."""
+        needs, given = self.objective.needs, {}
+        if "log_u" in needs and model.training:
+            given["log_u_M"] = self._log_u.values[batch.index_M]
+        if "aligned" in needs:
+            given["aligned_logps_M"] = batch.column("aligned_logps")
+        if not needs & REFERENCE_NEEDS:
+            return given
+        with_negatives, with_completion = "reference" in needs, "completion_reference" in needs
+        if all(has_reference(row, self.objective) for row in batch.rows):
+            ref_MB = batch.ref_negative_logps(visits_M, self._count) if with_negatives else None
+            ref_M = batch.column("ref_logps") if with_completion else None
+        else:
+            prompt = "prompt_ids" if self.args.reference_prompt == "training" else "sampling_prompt_ids"
+            negatives = batch.negatives(visits_M, self._count if with_negatives else 0)
+            with adapter_off(self.accelerator.unwrap_model(model)) as base:
+                ref_MK = reference_logps(base, batch.groups(negatives, prompt, with_completion), self._passes)
+            ref_MB = ref_MK[:, :-1] if with_completion else ref_MK
+            ref_M = ref_MK[:, -1] if with_completion else None
+        given |= {"ref_negative_logps_MB": ref_MB} if with_negatives else {}
+        given |= {"ref_logps_M": ref_M} if with_completion else {}
+        if "mismatched" in needs:
+            given["mismatched_gain_M"] = self._mismatched_gain(model, batch)
+        return given
+
+    def _mismatched_gain(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean log policy - log reference of every prompt with the next row's completion; [M], all the same."""
+        groups = [
+            Group(row["prompt_ids"], [other["completion_ids"]])
+            for row, other in zip(batch.rows, [*batch.rows[1:], batch.rows[0]], strict=True)
+        ]
+        policy = reference_logps(model, groups, self._passes)
         with adapter_off(self.accelerator.unwrap_model(model)) as base:
-            return negative_logps(base, groups, self._passes)
+            gain_M1 = policy - reference_logps(base, groups, self._passes)
+        return gain_M1.mean().expand(len(batch))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation: the loss without a moving average (as with gamma = 1), on each row's first B negatives."""
@@ -261,15 +284,21 @@ class DFTTrainer(WholeCheckpoints):
             folder = Path(resume_from_checkpoint)
             self._log_u.load(folder / LOG_U_FILE)
             vars(self._passes).update(read_json(folder / PASSES_FILE))
-        if "reference" in self.objective.needs:
+        if self.objective.needs & REFERENCE_NEEDS:
             rows, resuming = self.train_dataset.rows, bool(resume_from_checkpoint)
-            attach_reference(self.model, rows, self.args, self._passes, resuming)
+            attach_reference(self.model, rows, self.objective, self.args, self._passes, resuming)
         with self._layers_ready():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
+    @contextlib.contextmanager
     def _layers_ready(self):
         """Layers stay as scoring sets them until the last backward pass: checkpointed ones run again there."""
-        return packed_attention(bare(self.model)) if self.layout == "packed" else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            if self.layout == "packed":
+                stack.enter_context(packed_attention(bare(self.model)))
+            if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
+                stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
+            yield
 
     def save_beside(self, folder: Path) -> None:
         """`log_u`, and what decides how a step is split into passes: rounding depends on it."""

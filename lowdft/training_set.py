@@ -19,7 +19,7 @@ from lowdft.files import replacing
 from lowdft.logps import Group
 from lowdft.objectives import Objective
 from lowdft.passes import Passes
-from lowdft.reference import negative_logps
+from lowdft.reference import has_reference, reference_logps
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -32,6 +32,11 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training
     empty += [row["example_id"] for row in rows if not all(row["negative_ids"])]
     if empty:
         raise UserError(f"{len(empty)} rows have a prompt, completion or negative without tokens: {_some(empty)}")
+    if "aligned" in objective.needs and any("aligned_logps" not in row for row in rows):
+        raise UserError(
+            f"{objective.name} needs `aligned_logps` in every row: the mean log-probability a token of its completion "
+            "under aligned models, scored beforehand"
+        )
     if "negatives" not in objective.needs:
         return
     wanted = negatives_needed(args, len(rows)) if training else args.negatives_per_step
@@ -72,8 +77,10 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
     return {"data": digest.hexdigest()} | {name: getattr(args, name) for name in names}
 
 
-def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, passes: Passes, resuming: bool) -> None:
-    """Gives every row its `ref_negative_logps` where it has none and `reference` is "precomputed".
+def attach_reference(
+    model: nn.Module, rows: list[dict], objective: Objective, args: DFTConfig, passes: Passes, resuming: bool
+) -> None:
+    """Gives every row the reference log-probabilities it lacks (`reference.FIELDS`) where they are "precomputed".
 
     They come from the initial weights, before the first step: for full parameters that is the only moment at which
     they exist. A resumed training reads them back from its output folder.
@@ -81,7 +88,7 @@ def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, passes
     Raises:
         UserError: `reference: online` without a fresh adapter to switch off; or a resumed run without its file.
     """
-    if all("ref_negative_logps" in row for row in rows):
+    if all(has_reference(row, objective) for row in rows):
         return
     if args.reference_prompt == "proposal":
         raise UserError("reference_prompt: proposal needs rows with ref_negative_logps; run `lowdft score` first")
@@ -92,25 +99,29 @@ def attach_reference(model: nn.Module, rows: list[dict], args: DFTConfig, passes
     if resuming:
         if not path.is_file():
             raise UserError(f"{path}: is not there; a resumed training needs the scores of its initial weights")
-        table = load_file(path)["ref_negative_logps"]
+        table = load_file(path)["logps"]
     else:
-        table = _score_rows(model, rows, args, passes)
+        bar = tqdm(rows, desc="scoring the reference", disable=args.disable_tqdm)
+        table = torch.cat([_reference_of(model, row, objective, args, passes) for row in bar])
         with replacing(path) as temporary:
-            save_file({"ref_negative_logps": table}, temporary)
+            save_file({"logps": table}, temporary)
     start = 0
     for row in rows:
-        row["ref_negative_logps"] = table[start : start + len(row["negative_ids"])].tolist()
-        start += len(row["negative_ids"])
+        if "reference" in objective.needs:
+            row["ref_negative_logps"] = table[start : start + len(row["negative_ids"])].tolist()
+            start += len(row["negative_ids"])
+        if "completion_reference" in objective.needs:
+            row["ref_logps"] = table[start].item()
+            start += 1
 
 
-def _score_rows(model: nn.Module, rows: list[dict], args: DFTConfig, passes: Passes) -> Tensor:
-    """Every row's negatives, as training scores them; flat, in order."""
+def _reference_of(model: nn.Module, row: dict, objective: Objective, args: DFTConfig, passes: Passes) -> Tensor:
+    """Log-probabilities of a row's negatives, then of its completion, as far as the objective needs them; flat."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
-    out = []
-    for row in tqdm(rows, desc="scoring the reference", disable=args.disable_tqdm):
-        group = Group(row.get(prompt, row["prompt_ids"]), row["negative_ids"])
-        out.append(negative_logps(model, [group], passes)[0].float().cpu())
-    return torch.cat(out)
+    negatives = row["negative_ids"] if "reference" in objective.needs else []
+    completion = [row["completion_ids"]] if "completion_reference" in objective.needs else []
+    group = Group(row.get(prompt, row["prompt_ids"]), [*negatives, *completion])
+    return reference_logps(model, [group], passes)[0].float().cpu()
 
 
 def _check_online(model, resuming: bool) -> None:

@@ -95,7 +95,7 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
             [[*n, p] for n, p in zip(step["logp_neg"], step["logp_pos"], strict=True)], dtype=torch.float64
         ).requires_grad_()
 
-        def lookup(model, groups, *_, ids=step["ids"], leaf=leaf):
+        def lookup(model, groups, *_, ids=step["ids"], leaf=leaf, **__):
             found = [leaf[ids.index(g.prompt_ids[0]), c[0]] for g in groups for c in g.completions]
             return CompletionLogps(torch.empty(0), torch.stack(found), torch.empty(0), 0)
 

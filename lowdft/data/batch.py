@@ -47,6 +47,10 @@ class Batch:
             for row, visit in zip(self.rows, visits_M, strict=True)
         ]
 
+    def column(self, name: str) -> Tensor:
+        """A number of every row, [M]."""
+        return torch.tensor([row[name] for row in self.rows], dtype=torch.float64)
+
     def ref_negative_logps(self, visits_M: Sequence[int], count: int) -> Tensor:
         """The precomputed reference log-probabilities [M, count] of the same negatives."""
         return torch.tensor(

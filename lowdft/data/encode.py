@@ -125,7 +125,7 @@ class Encoder:
             "completion_ids": self.fit(prompt_ids, completion_ids),
             "negative_ids": [self.fit(prompt_ids, ids, "negatives") for ids in negative_ids],
         }
-        kept = ("example_id", "ref_negative_logps", "sampling_prompt_ids")
+        kept = ("example_id", "ref_negative_logps", "ref_logps", "aligned_logps", "sampling_prompt_ids")
         return encoded | {key: row[key] for key in kept if row.get(key) is not None}
 
     def rows(self, rows: Iterable[dict]) -> list[dict]:

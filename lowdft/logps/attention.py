@@ -58,18 +58,19 @@ class Part:
 
 def make_part(pieces: Sequence[tuple[int, int, int, int]]) -> Part:
     """A part from (start of what comes before, its length, start of the piece, its length) for each piece."""
+    num_queries = _aligned(max(length for *_, length in pieces), QUERY_ALIGNMENT)
+    num_keys = _aligned(max(before + length for _, before, _, length in pieces), KEY_ALIGNMENT)
+    places = torch.cat([torch.arange(start, start + length) for *_, start, length in pieces])
+    sources = torch.cat([torch.arange(n * num_queries, n * num_queries + p[3]) for n, p in enumerate(pieces)])
     before_start, before, start, length = (torch.tensor(column)[:, None] for column in zip(*pieces, strict=True))
-    query = torch.arange(_aligned(length.max(), QUERY_ALIGNMENT))
-    key = torch.arange(_aligned((before + length).max(), KEY_ALIGNMENT))
-    valid_NQ = query < length
-    query_NQ = torch.where(valid_NQ, start + query, start)
-    key_NK = torch.where(key < before, before_start + key, start + (key - before).clamp(max=length - 1))
-    places = query_NQ[valid_NQ], valid_NQ.flatten().nonzero()[:, 0]
-    return Part(query_NQ, key_NK, before[:, 0], length[:, 0], *places)
+    query, key = torch.arange(num_queries), torch.arange(num_keys)
+    query_NQ = start + query.minimum(length - 1)
+    key_NK = torch.where(key < before, before_start + key, start + (key - before).minimum(length - 1))
+    return Part(query_NQ, key_NK, before[:, 0], length[:, 0], places, sources)
 
 
-def _aligned(n: Tensor, to: int) -> int:
-    return -(-int(n) // to) * to
+def _aligned(n: int, to: int) -> int:
+    return -(-n // to) * to
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def score(
     layout: str = "packed",
     chunk_size: int = 256,
     head_logps: Callable[[Tensor, Head, Tensor], Tensor] | None = None,
+    token_weight: Callable[[Tensor], Tensor] | None = None,
 ) -> CompletionLogps:
     """Scores every completion of every group in one forward pass, in nats.
 
@@ -47,6 +48,7 @@ def score(
         layout: "packed" or "padded", see `rows`.
         chunk_size: tokens whose logits exist at once.
         head_logps: what turns (hidden states, head, targets) into log-probabilities; `token_logps` unless given.
+        token_weight: weights [S] of the tokens in `logps_C`, from their log-probabilities; 1 unless given.
     """
     causal_lm = bare(model)
     head = Head.of(causal_lm)
@@ -62,7 +64,8 @@ def score(
             per_token_S = head_logps(hidden_SD, head, rows.target_S)
     tokens_C = torch.tensor([len(c) for group in groups for c in group.completions], device=per_token_S.device)
     zeros_C = torch.zeros(len(tokens_C), dtype=per_token_S.dtype, device=per_token_S.device)
-    logps_C = zeros_C.index_add(0, rows.completion_S, per_token_S)
+    weighted_S = per_token_S if token_weight is None else token_weight(per_token_S) * per_token_S
+    logps_C = zeros_C.index_add(0, rows.completion_S, weighted_S)
     return CompletionLogps(per_token_S, logps_C, tokens_C, rows.input_ids_RL.numel())
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from lowdft.objectives import dft, pairwise, sft
 from lowdft.objectives.base import Losses, Objective, Scores
-from lowdft.objectives.dft import DFT, DFT2
-from lowdft.objectives.sft import SFT
 
 __all__ = ["Losses", "Objective", "Scores", "get", "names"]
 
-_OBJECTIVES = {objective.name: objective for objective in (DFT, DFT2, SFT)}
+_OBJECTIVES = {o.name: o for o in (*dft.OBJECTIVES, *sft.OBJECTIVES, *pairwise.OBJECTIVES)}
 
 
 def names() -> list[str]:

@@ -10,6 +10,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+NEEDS = {
+    "negatives": "B negatives a prompt and visit",
+    "reference": "the reference's log-probabilities of the negatives",
+    "completion_reference": "the reference's log-probability of the completion",
+    "log_u": "a moving average of every example",
+    "mismatched": "completions scored under other rows' prompts (two prompts a micro-batch at least)",
+    "aligned": "`aligned_logps` of every row, scored beforehand by aligned models",
+}
+
 
 @dataclass
 class Scores:
@@ -25,6 +34,9 @@ class Scores:
     ref_negative_logps_MB: Tensor | None = None
     log_u_M: Tensor | None = None  # None: no moving average (evaluation), as with gamma = 1; NaN: not started yet
     tokens_per_prompt: float | Tensor = 1.0  # completion tokens of the whole optimizer step over its prompts
+    ref_logps_M: Tensor | None = None
+    mismatched_gain_M: Tensor | None = None  # mean log policy - log reference of completions under other prompts
+    aligned_logps_M: Tensor | None = None  # mean log-probability a token of the completion under aligned models
 
 
 @dataclass
@@ -45,15 +57,25 @@ class Losses:
 class Objective:
     """A named loss: `compute(scores, **hyperparameters) -> Losses`.
 
-    `needs` is a subset of {"negatives", "reference", "log_u"}: what the trainer has to prepare. `per_token` says that
-    the objective compares completions by mean rather than summed log-probability. `linear` says that the surrogate is
-    linear in the completion's score, so that its derivative is known before the completion is scored.
+    `needs` is a subset of `NEEDS`: what the trainer has to prepare. `per_token` says that the objective compares
+    completions by mean rather than summed log-probability. `linear` says that the surrogate is linear in the
+    completion's score, so that its derivative is known before the completion is scored. `token_weight` turns the
+    log-probabilities [S] of tokens into their weights in the sums that the objective sees (1 unless given).
     """
 
     name: str
     compute: Callable[..., Losses]
     source: str
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     per_token: bool = False
     linear: bool = False
+    token_weight: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self):
+        assert self.needs <= NEEDS.keys(), self.needs
+
+
+def plain(loss_M: Tensor) -> Losses:
+    """Losses that are their own surrogate."""
+    return Losses(surrogate_M=loss_M, value_M=loss_M.detach())

@@ -56,20 +56,22 @@ def _discriminate(score_M, score_MB, log_w_MB, log_u_M, tau, gamma) -> Losses:
     )
 
 
-DFT = Objective(
-    name="dft",
-    compute=dft,
-    source="arXiv 2502.18679, Eq. 7-8",
-    defaults={"tau": 1.0, "gamma": 0.85},
-    needs=frozenset({"negatives", "reference", "log_u"}),
-    linear=True,
-)
-DFT2 = Objective(
-    name="dft2",
-    compute=dft2,
-    source="arXiv 2502.18679, Eq. 11-13",
-    defaults={"tau": 0.3, "gamma": 0.9},
-    needs=frozenset({"negatives", "log_u"}),
-    per_token=True,
-    linear=True,
+OBJECTIVES = (
+    Objective(
+        name="dft",
+        compute=dft,
+        source="arXiv 2502.18679, Eq. 7-8",
+        defaults={"tau": 1.0, "gamma": 0.85},
+        needs=frozenset({"negatives", "reference", "log_u"}),
+        linear=True,
+    ),
+    Objective(
+        name="dft2",
+        compute=dft2,
+        source="arXiv 2502.18679, Eq. 11-13",
+        defaults={"tau": 0.3, "gamma": 0.9},
+        needs=frozenset({"negatives", "log_u"}),
+        per_token=True,
+        linear=True,
+    ),
 )

@@ -1,14 +1,84 @@
-"""Supervised fine-tuning: the negative log-likelihood of the completion, averaged over the step's tokens."""
+"""Supervised fine-tuning and its relatives: objectives on the completion alone.
+
+With P the summed log-probability of the completion, T its tokens, RP the reference's, p_t the probability of token t.
+"""
 
 from __future__ import annotations
 
-from lowdft.objectives.base import Losses, Objective, Scores
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lowdft.objectives.base import Losses, Objective, Scores, plain
 
 
 def sft(scores: Scores) -> Losses:
     """Token-mean NLL. The step's mean over prompts of these [M] values is its summed NLL over its token count."""
-    nll_M = -scores.policy_logps_M / scores.tokens_per_prompt
-    return Losses(surrogate_M=nll_M, value_M=nll_M.detach())
+    return plain(token_mean_nll(scores))
 
 
-SFT = Objective(name="sft", compute=sft, source="maximum likelihood")
+def token_mean_nll(scores: Scores) -> Tensor:
+    """[M]: each prompt's part of the step's token-mean negative log-likelihood."""
+    return -scores.policy_logps_M / scores.tokens_per_prompt
+
+
+def own_probability(per_token_logps_S: Tensor) -> Tensor:
+    """The weight of a token in `dynamic_ft`: its own probability, as a constant."""
+    return per_token_logps_S.detach().exp()
+
+
+def f_sft(scores: Scores, divergence: str, beta: float) -> Losses:
+    """-phi(D) / beta with D = beta (P - RP), mean over completions.
+
+    Derived here from "Implicit Reward as the Bridge" (arXiv 2507.00018), not read in it: its exact equations were not
+    at hand. `divergence` chooses phi; total variation is SFT with summed log-probabilities.
+
+    Raises:
+        ValueError: an unknown divergence.
+    """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"objective_args.divergence is {divergence!r}; wanted {', '.join(DIVERGENCES)}")
+    d_M = beta * (scores.policy_logps_M - scores.ref_logps_M)
+    return plain(-DIVERGENCES[divergence](d_M) / beta)
+
+
+def poft(scores: Scores, beta: float, shift: float) -> Losses:
+    """-log sigmoid(beta (P/T - c) + shift), c the mean log-probability a token of y under aligned models."""
+    mean_M = scores.policy_logps_M / scores.completion_tokens_M
+    return plain(-logsigmoid(beta * (mean_M - scores.aligned_logps_M) + shift))
+
+
+def _linear_below(point: float, phi, slope: float):
+    """phi, continued in a straight line below `point`."""
+
+    def continued(d_M: Tensor) -> Tensor:
+        inside = d_M.clamp_min(point)
+        return phi(inside) + slope * (d_M - inside)
+
+    return continued
+
+
+DIVERGENCES = {
+    "total_variation": lambda d_M: d_M,
+    "pearson": lambda d_M: d_M - d_M.square() / 4,
+    "squared_hellinger": _linear_below(-0.5, lambda d_M: d_M / (1 + d_M), 4.0),
+    "jensen_shannon": _linear_below(
+        -0.5, lambda d_M: torch.log(2 - torch.exp(-d_M)), math.exp(0.5) / (2 - math.exp(0.5))
+    ),
+    "reverse_kl": lambda d_M: 1 - torch.exp((-d_M).clamp_max(30.0)),
+}
+
+OBJECTIVES = (
+    Objective("sft", sft, "maximum likelihood"),
+    Objective("dynamic_ft", sft, "arXiv 2508.05629 (Dynamic Fine-Tuning)", token_weight=own_probability),
+    Objective(
+        "f_sft",
+        f_sft,
+        "derived from arXiv 2507.00018",
+        {"divergence": "pearson", "beta": 0.1},
+        frozenset({"completion_reference"}),
+    ),
+    Objective("poft", poft, "Preference-Oriented SFT", {"beta": 1.0, "shift": 0.0}, frozenset({"aligned"})),
+)

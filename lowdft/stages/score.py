@@ -8,17 +8,17 @@ from functools import partial
 from lowdft.logps import Group, choose_layout, proposal_logps
 from lowdft.parts import make_in_parts
 from lowdft.passes import Passes
-from lowdft.reference import negative_logps
+from lowdft.reference import REFERENCE_NEEDS, reference_logps
 from lowdft.run import Run, say
 
 
 def needed(run: Run) -> bool:
     """Does this run take its reference from a file?"""
-    return "reference" in run.objective.needs and run.args.reference == "precomputed"
+    return bool(run.objective.needs & REFERENCE_NEEDS) and run.args.reference == "precomputed"
 
 
 def main(run: Run) -> None:
-    """Scores every negative under the base as training will: in packed rows, `tokens_per_pass` tokens at a time."""
+    """Scores what the objective needs under the base, as training will: packed, `tokens_per_pass` at a time."""
     if not needed(run):
         return
     product = run.reference
@@ -32,23 +32,41 @@ def main(run: Run) -> None:
     if args.reference_prompt == "proposal":
         sampler = {"temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
         passes.head_logps = partial(proposal_logps, chunk_size=args.logits_chunk_size, **sampler)
-    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     make_in_parts(
         product,
         rows,
         part_size=4 * args.per_device_train_batch_size,
-        work=lambda part: score_rows(model, part, prompt, passes),
+        work=lambda part: score_rows(run, model, part, passes),
         what="reference",
     )
     say(f"{product.path}: {len(rows)} rows scored")
 
 
-def score_rows(model, rows: Sequence[dict], prompt: str, passes: Passes) -> list[dict]:
-    """Per row its id and `ref_negative_logps`, in the order of its negatives."""
+def score_rows(run: Run, model, rows: Sequence[dict], passes: Passes) -> list[dict]:
+    """Per row its id and, as far as the objective needs them, `ref_negative_logps` and `ref_logps`."""
+    needs = run.objective.needs
+    prompt = "prompt_ids" if run.args.reference_prompt == "training" else "sampling_prompt_ids"
+    groups = {
+        row["example_id"]: Group(
+            row[prompt],
+            [
+                *(row["negative_ids"] if "reference" in needs else []),
+                *([row["completion_ids"]] if "completion_reference" in needs else []),
+            ],
+        )
+        for row in rows
+    }
+    scored = {}
+    for count in sorted({len(group.completions) for group in groups.values()}):
+        alike = {name: group for name, group in groups.items() if len(group.completions) == count}
+        logps = reference_logps(model, list(alike.values()), passes).tolist()
+        scored |= dict(zip(alike, logps, strict=True))
     out = []
-    for count in sorted({len(row["negative_ids"]) for row in rows}):
-        alike = [row for row in rows if len(row["negative_ids"]) == count]
-        logps = negative_logps(model, [Group(row[prompt], row["negative_ids"]) for row in alike], passes).tolist()
-        out += zip(alike, logps, strict=True)
-    scored = {row["example_id"]: logps for row, logps in out}
-    return [{"example_id": row["example_id"], "ref_negative_logps": scored[row["example_id"]]} for row in rows]
+    for name, logps in scored.items():
+        row = {"example_id": name}
+        if "completion_reference" in needs:
+            row["ref_logps"] = logps.pop()
+        if "reference" in needs:
+            row["ref_negative_logps"] = logps
+        out.append(row)
+    return out

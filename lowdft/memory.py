@@ -21,6 +21,8 @@ from lowdft.recipe import AdapterSection, ModelSection
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those
 OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0.1, "sgd": 0}  # a trainable weight; others keep two float32
 PROBE_TOKENS = 256
+OVERHEAD = 1.15  # of an allocator over what a pass asks for; measured on a CPU, peaks at 1024 to 4096 tokens a pass
+LIBRARIES = 0.1e9  # bytes that the first step's libraries add to a process on a CPU; measured
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def estimate(
     else:
         per_token = layers * layer + rest
     largest = max(m.weight.numel() for m in one.modules() if type(m) is nn.Linear and m is not _head(one))
-    working = 4 * max(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size) * size
-    optimizer = next((v for k, v in OPTIMIZER_BYTES.items() if k in str(args.optim)), 8)
+    working = 6 * max(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size) * size
+    optimizer = next((v for k, v in OPTIMIZER_BYTES.items() if k in getattr(args.optim, "value", args.optim)), 8)
     parts = {
         "weights": linear * (NF4_BYTES if model.load_in_4bit else size) + other * size,
         "adapter" if adapter else "trainable copy": trainable * 4 if adapter else 0,
@@ -69,10 +71,10 @@ def estimate(
         "optimizer": trainable * optimizer,
         "dequantized weight": 2 * largest * size if model.load_in_4bit else 0,
         "logits of a chunk": args.logits_chunk_size * text.vocab_size * (8 + 2 * size),
-        "a pass: kept for backward": per_token * tokens,
-        "a pass: at work": working * tokens,
+        "a pass: kept for backward": OVERHEAD * per_token * tokens,
+        "a pass: at work": OVERHEAD * working * tokens,
     }
-    return Memory({k: v for k, v in parts.items() if v}, per_token + working)
+    return Memory({k: v for k, v in parts.items() if v}, OVERHEAD * (per_token + working))
 
 
 def _over_layers(one: nn.Module, two: nn.Module, layers: int, count) -> float:
@@ -91,6 +93,7 @@ def _skeleton(config: PreTrainedConfig, layers: int, dtype: torch.dtype, adapter
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device="cpu")
+    model.tie_weights()
     if adapter is None:
         return model
     modules = adapter.target_modules

@@ -13,7 +13,7 @@ from rich.table import Table
 from lowdft import model as models
 from lowdft.errors import UserError
 from lowdft.logps import Group, choose_layout
-from lowdft.memory import Memory, estimate
+from lowdft.memory import LIBRARIES, Memory, estimate
 from lowdft.passes import Passes, num_tokens
 from lowdft.run import Run, say
 
@@ -78,7 +78,7 @@ def process_bytes(gpu: float | None) -> float:
     """What a process takes before any model: a GPU's context, or this process as it stands."""
     if gpu is not None or torch.cuda.is_available():
         return GPU_CONTEXT
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 + LIBRARIES
 
 
 def show_memory(memory: Memory, base: float, tokens: int) -> None:

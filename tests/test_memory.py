@@ -1,0 +1,96 @@
+"""The memory estimate against a real model's own counts, and against a measured peak."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_llama
+from peft import LoraConfig, get_peft_model
+
+from lowdft import DFTConfig
+from lowdft.logps import Group, score
+from lowdft.memory import estimate
+from lowdft.recipe import AdapterSection, ModelSection
+
+
+def plan(tmp_path, tokens: int = 256, adapter: AdapterSection | None = None, **settings):
+    section = ModelSection(name_or_path="-", load_in_4bit=False, dtype="float32")
+    args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, logits_chunk_size=256, **settings)
+    return estimate(make_llama().config, section, adapter, args, tokens)
+
+
+def test_weights_adapter_and_optimizer_are_counted(tmp_path):
+    """Every parameter of the real model once; LoRA's in float32, with gradient and two moments."""
+    model = make_llama()
+    weights = sum(p.numel() for p in model.parameters())
+    lora = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trainable = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    parts = plan(tmp_path, adapter=AdapterSection()).parts
+    assert parts["weights"] == 4 * weights
+    assert parts["adapter"] == parts["gradients"] == 4 * trainable
+    assert parts["optimizer"] == 8 * trainable
+    assert plan(tmp_path, adapter=AdapterSection(), optim="paged_adamw_8bit").parts["optimizer"] == 2 * trainable
+    assert plan(tmp_path).parts["optimizer"] == 8 * weights
+
+
+def test_what_a_pass_keeps_is_what_autograd_keeps(tmp_path):
+    """On the whole model, at twice the probe's tokens: within 5%."""
+    model = make_llama()
+    model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def count(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        out = score(model, [Group([3] * 128, [[4] * 128]), Group([5] * 128, [[6] * 128])])
+    assert out.logps_C.requires_grad
+    found = plan(tmp_path, tokens=512, adapter=AdapterSection()).parts["a pass: kept for backward"]
+    assert found == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_checkpointing_keeps_one_layer(tmp_path):
+    whole, checkpointed = (plan(tmp_path, gradient_checkpointing=on).per_token for on in (False, True))
+    assert checkpointed < 0.75 * whole
+
+
+MEASURE = """
+import resource, sys
+from peft import LoraConfig, get_peft_model
+from lowdft import DFTConfig, model as models
+from lowdft.logps import Group
+from lowdft.memory import estimate
+from lowdft.passes import Passes
+from lowdft.recipe import AdapterSection, ModelSection
+import torch
+section = ModelSection(name_or_path=sys.argv[1], load_in_4bit=sys.argv[2] == "nf4")
+source = models.locate(section)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+args = DFTConfig(output_dir="/nowhere", use_cpu=True)
+memory = estimate(models.configuration(source, section), section, AdapterSection(), args, 2048)
+model = models.add_adapter(models.load_base(source, section), AdapterSection(), 0).train()
+groups = [Group([5] * 256, [[7] * 256] * 3)] * 2
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+Passes("packed", 256, 8192).backpropagate(model, groups, lambda n, logps: logps.sum(), torch.Tensor.backward)
+optimizer.step()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((base + memory.total) / peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+def test_estimate_is_within_15_percent_of_the_measured_peak(smollm2, weights):
+    """SmolLM2-135M, one optimizer step of 2 prompts of 256 with 3 completions of 256, in a process of its own."""
+    command = [sys.executable, "-c", MEASURE, smollm2, weights]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratio = float(out.stdout.splitlines()[-1])
+    print(f"estimated / measured peak memory, {weights}: {ratio:.3f}")
+    assert 0.85 < ratio < 1.15

@@ -72,6 +72,9 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     run.check()
     if arguments.verb in ("run", "export"):
         recipe.export.push = arguments.push or recipe.export.push
+    if arguments.verb == "export":
+        importlib.import_module("lowdft.stages.export").main(run, extrapolate=arguments.extrapolate)
+        return
     for verb in WHOLE_WAY if arguments.verb == "run" else [arguments.verb]:
         importlib.import_module(f"lowdft.stages.{verb}").main(run)
 
@@ -102,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             verb.add_argument("--gpu", type=float, metavar="GB", help="find the largest setting for a GPU's memory")
             verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
+        if name == "export":
+            verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")
         if name in ("run", "export"):
             verb.add_argument("--push", metavar="NAME", help="upload the adapter to the Hub under this name")
     return parser

@@ -25,6 +25,8 @@ class DFTConfig(TrainingArguments):
         objective_args: hyper-parameters of the other objectives, by name.
         reference: "precomputed" (the dataset's `ref_negative_logps`, else scored by the initial weights before the
             first step) or "online" (the base with the adapter off, each step).
+        reference_model: whose log-probabilities the reference has: "base", or "adapter:PATH", the base with that
+            trained adapter, of which training then starts from a copy (SFT, then preference optimization).
         reference_prompt: what the reference conditions on (the paper's Eq. 7 against its code): "training" prompt,
             "sampling" prompt, or "proposal", the sampler's density with temperature, top-k and top-p applied.
         max_length: longest prompt + completion in tokens; longer completions are cut at the end. None: no limit.
@@ -34,8 +36,8 @@ class DFTConfig(TrainingArguments):
             prompts) takes as many passes as it needs; a longer group of completions is scored and backpropagated in
             pieces. Memory depends on it, results do not.
         skip_negligible: share of a micro-batch's pull that may be left out of the backward pass when that saves time
-            (`passes.negligible`, whose r was measured at 4 at most: a relative error of the gradient of 2e-4); 0: everything
-            is backpropagated.
+            (`passes.negligible`, whose r was measured at 4 at most: a relative error of the gradient of 2e-4); 0:
+            everything is backpropagated.
         logits_chunk_size: tokens whose logits exist at once.
     """
 
@@ -46,6 +48,7 @@ class DFTConfig(TrainingArguments):
     negatives_per_step: int = 2
     objective_args: dict = field(default_factory=dict)
     reference: str = "precomputed"
+    reference_model: str = "base"
     reference_prompt: str = "training"
     max_length: int | None = 1024
     max_prompt_length: int | None = 512
@@ -75,6 +78,11 @@ class DFTConfig(TrainingArguments):
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
         _require(self.negatives_per_step >= 1, "negatives_per_step", self.negatives_per_step, "1 or more")
         _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
+        known = self.reference_model == "base" or self.reference_model.removeprefix("adapter:") not in (
+            "",
+            self.reference_model,
+        )
+        _require(known, "reference_model", self.reference_model, "base or adapter:PATH")
         _require(
             self.reference_prompt in REFERENCE_PROMPTS,
             "reference_prompt",
@@ -99,6 +107,11 @@ class DFTConfig(TrainingArguments):
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """The path in `reference_model: adapter:PATH`."""
+        return None if self.reference_model == "base" else self.reference_model.removeprefix("adapter:")
 
     def hyperparameters(self) -> dict:
         """What the objective is called with: its defaults under `objective_args`, and tau and gamma if it has them."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from peft import PeftModel
 from torch import Tensor, nn
 
+from lowdft.errors import UserError
 from lowdft.logps import Group
 from lowdft.objectives import Objective
 from lowdft.passes import Passes
@@ -15,11 +18,38 @@ FIELDS = {"reference": "ref_negative_logps", "completion_reference": "ref_logps"
 REFERENCE_NEEDS = frozenset(FIELDS)
 
 
+ADAPTER = "reference"  # the name of a frozen second adapter, where the reference is base + adapter
+
+
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
-    """The base under a peft model; a model without an adapter is its own base."""
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
-        yield model
+def reference_on(model: nn.Module) -> Iterator[nn.Module]:
+    """A peft model as its reference: with its frozen reference adapter, else with no adapter.
+
+    A model without an adapter is its own reference.
+    """
+    if ADAPTER in getattr(model, "peft_config", {}):
+        trained = model.active_adapter
+        model.set_adapter(ADAPTER, inference_mode=True)
+        try:
+            yield model
+        finally:
+            model.set_adapter(trained)
+    else:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+            yield model
+
+
+def start_from_adapter(base: nn.Module, path: str) -> nn.Module:
+    """A policy that starts as a copy of the trained adapter at `path`, and has it, frozen, as its reference.
+
+    Raises:
+        UserError: no adapter stands at `path`.
+    """
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"training.reference_model: {path} is not an adapter (no adapter_config.json)")
+    model = PeftModel.from_pretrained(base, path, is_trainable=True)
+    model.load_adapter(path, ADAPTER, is_trainable=False)
+    return model
 
 
 def has_reference(row: dict, objective: Objective) -> bool:

@@ -6,6 +6,7 @@ Everything is found when it is first asked for: what needs no model is checked b
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -138,6 +139,10 @@ class Run:
             )
         if "mismatched" in self.objective.needs and self.recipe.adapter is None:
             raise UserError(f"training.objective {self.objective.name} needs an adapter: its reference is the base")
+        if args.reference_adapter and self.recipe.adapter is None:
+            raise UserError(
+                "training.reference_model: adapter:… trains a copy of it; with `adapter: null` there is none"
+            )
         if "negatives" not in self.objective.needs:
             return
         needed, section = negatives_needed(args, len(rows)), self.recipe.negatives
@@ -265,14 +270,27 @@ class Run:
         made_from = self._made_from_negatives("train") | {
             "reference_prompt": self.args.reference_prompt,
             "scored": sorted(self.objective.needs & REFERENCE_NEEDS),
+            "reference_model": self._reference_model,
         }
         return Product(self.folder / "reference.parquet", made_from)
+
+    @property
+    def _reference_model(self) -> str:
+        """ "base", or the reference adapter named by its content."""
+        path = self.args.reference_adapter
+        if path is None:
+            return "base"
+        file = Path(path) / "adapter_model.safetensors"
+        if not file.is_file():
+            raise UserError(f"training.reference_model: {path} is not a trained adapter (no {file.name} there)")
+        return "adapter " + hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
     @property
     def training(self) -> Product:
         """The trained adapter (or the whole model)."""
         training = {k: v for k, v in self.recipe.training.items() if k not in INCIDENTAL}
         adapter = dataclasses.asdict(self.recipe.adapter) if self.recipe.adapter else None
+        training["reference_model"] = self._reference_model
         made_from = self._made_from_negatives("train") | {"adapter": adapter, "training": training}
         return Product(self.folder / ("adapter" if self.recipe.adapter else "model"), made_from)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -31,7 +31,7 @@ from lowdft.logps import Group, bare, choose_layout, packed_attention, score
 from lowdft.metrics import StepMetrics
 from lowdft.objectives import Losses, Scores
 from lowdft.passes import Passes
-from lowdft.reference import REFERENCE_NEEDS, adapter_off, has_reference, reference_logps
+from lowdft.reference import REFERENCE_NEEDS, has_reference, reference_logps, reference_on, start_from_adapter
 from lowdft.step import Step
 from lowdft.training_set import attach_reference, check_rows, fingerprint
 
@@ -70,6 +70,10 @@ class DFTTrainer(WholeCheckpoints):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        if args.reference_adapter and (peft_config is not None or isinstance(model, PeftModel)):
+            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
+        if args.reference_adapter:
+            model = start_from_adapter(model, args.reference_adapter)
         if peft_config is not None:
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
@@ -218,7 +222,7 @@ class DFTTrainer(WholeCheckpoints):
         else:
             prompt = "prompt_ids" if self.args.reference_prompt == "training" else "sampling_prompt_ids"
             negatives = batch.negatives(visits_M, self._count if with_negatives else 0)
-            with adapter_off(self.accelerator.unwrap_model(model)) as base:
+            with reference_on(self.accelerator.unwrap_model(model)) as base:
                 ref_MK = reference_logps(base, batch.groups(negatives, prompt, with_completion), self._passes)
             ref_MB = ref_MK[:, :-1] if with_completion else ref_MK
             ref_M = ref_MK[:, -1] if with_completion else None
@@ -235,7 +239,7 @@ class DFTTrainer(WholeCheckpoints):
             for row, other in zip(batch.rows, [*batch.rows[1:], batch.rows[0]], strict=True)
         ]
         policy = reference_logps(model, groups, self._passes)
-        with adapter_off(self.accelerator.unwrap_model(model)) as base:
+        with reference_on(self.accelerator.unwrap_model(model)) as base:
             gain_M1 = policy - reference_logps(base, groups, self._passes)
         return gain_M1.mean().expand(len(batch))
 

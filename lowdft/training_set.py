@@ -19,7 +19,7 @@ from lowdft.files import replacing
 from lowdft.logps import Group
 from lowdft.objectives import Objective
 from lowdft.passes import Passes
-from lowdft.reference import has_reference, reference_logps
+from lowdft.reference import ADAPTER, has_reference, reference_logps
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -71,6 +71,7 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
         "negatives_per_step",
         "log_u_init",
         "reference",
+        "reference_model",
         "reference_prompt",
         "objective_args",
     )
@@ -130,11 +131,13 @@ def _check_online(model, resuming: bool) -> None:
             "reference: online needs an adapter to switch off; with full parameters use reference: "
             "precomputed (the initial weights score once, before the first step)"
         )
+    if ADAPTER in model.peft_config:
+        return
     trained = any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name)
     if trained and not resuming:
         raise UserError(
             "reference: online would take the bare base, but this adapter is already trained, so the policy "
-            "starts elsewhere. Use reference: precomputed, or merge the adapter first."
+            "starts elsewhere. Name it as reference_model: adapter:PATH, or use reference: precomputed."
         )
 
 

@@ -13,7 +13,7 @@ from lowdft import model as models
 from lowdft.logps import Group, score
 from lowdft.passes import Passes
 from lowdft.recipe import AdapterSection, ModelSection
-from lowdft.reference import adapter_off, reference_logps
+from lowdft.reference import reference_logps, reference_on
 from lowdft.sampling import Request, SamplingSettings, get_sampler
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_gradients_after_generating_and_scoring(source, section):
     model = policy(source, section)
     sampler = get_sampler("padded", model, [2], SamplingSettings(max_new_tokens=4), batch_size=2)
     assert len(sampler.sample([Request([1, 5, 9], 0), Request([1, 7], 1)])) == 2
-    with adapter_off(model) as base:
+    with reference_on(model) as base:
         assert reference_logps(base, some_groups(), Passes("packed", 256, 8192)).isfinite().all()
     found = lora_gradients(model)
 

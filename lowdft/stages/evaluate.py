@@ -17,7 +17,7 @@ from lowdft.data.prompting import plain_text
 from lowdft.errors import UserError
 from lowdft.files import write_json
 from lowdft.logps import choose_layout, score
-from lowdft.reference import adapter_off
+from lowdft.reference import reference_on
 from lowdft.run import Run, say
 from lowdft.sampling import Request, SamplingSettings, get_sampler
 from lowdft.tables import print_table
@@ -136,7 +136,7 @@ def _systems(run: Run):
     if not trained.exists():
         raise UserError(f"{trained}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
     with _loaded(run, trained if run.recipe.adapter else None) as model:
-        with adapter_off(model):
+        with reference_on(model):
             yield "base", model
         if run.recipe.adapter:
             yield "after", model

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
 
 from lowdft import __version__, tables
 from lowdft import model as models
 from lowdft.data.prompting import SYSTEM_PROMPTS
 from lowdft.errors import UserError
-from lowdft.files import read_json, write_json, write_text
+from lowdft.files import read_json, replacing, write_json, write_text
 from lowdft.recipe import NegativesSection
 from lowdft.run import Run, say
 
@@ -27,7 +29,7 @@ VOCABULARY = {"tokenizer.json", "vocab.json", "added_tokens.json"}  # tokens may
 MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path")
 
 
-def main(run: Run, push: str | None = None) -> None:
+def main(run: Run, push: str | None = None, extrapolate: float | None = None) -> None:
     """Cleans configuration files, writes README.md, and uploads the folder when `push` or `export.push` names a place.
 
     Raises:
@@ -36,8 +38,10 @@ def main(run: Run, push: str | None = None) -> None:
     folder = run.training.path
     if not run.training.is_done():
         raise UserError(f"{folder}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
+    if extrapolate is not None:
+        folder = extrapolated(run, folder, extrapolate)
     clean(folder, models.public_name(run.source, run.recipe.model), run.source.revision)
-    write_text(folder / "README.md", str(card(run)))
+    write_text(folder / "README.md", str(card(run, extrapolate)))
     found = [f"{place} says {text!r}" for place, text in leaks(folder)]
     push = push or run.recipe.export.push
     if found and push:
@@ -48,6 +52,25 @@ def main(run: Run, push: str | None = None) -> None:
     say(f"{folder}: ready to publish, with README.md")
     if push:
         say(f"pushed to {upload(folder, push, run.recipe.export.private)}")
+
+
+def extrapolated(run: Run, folder: Path, by: float) -> Path:
+    """A copy of the adapter whose change of the base is (1 + by) times as large: theta1 + by (theta1 - theta0).
+
+    Exact for LoRA, whose change is linear in B ("Model Extrapolation", ExPO; it takes 0.3 to 0.5).
+
+    Raises:
+        UserError: there is no LoRA adapter, or training started from another one than a fresh one.
+    """
+    if run.recipe.adapter is None or run.args.reference_adapter:
+        raise UserError("--extrapolate scales a LoRA adapter that training began afresh; this run has none")
+    target = folder.with_name(f"{folder.name}-extrapolated")
+    with replacing(target) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        weights = load_file(folder / "adapter_model.safetensors")
+        scaled = {k: v * (1 + by) if "lora_B" in k else v for k, v in weights.items()}
+        save_file(scaled, Path(temporary) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -106,7 +129,7 @@ def upload(folder: Path, name: str, private: bool) -> str:
 # ---- card -----------------------------------------------------------------------------------------------------------
 
 
-def card(run: Run) -> ModelCard:
+def card(run: Run, extrapolate: float | None = None) -> ModelCard:
     """The model card: what this is, how to load it, what it was made from, what it measured."""
     name = models.public_name(run.source, run.recipe.model)
     full = run.recipe.adapter is None
@@ -119,6 +142,12 @@ def card(run: Run) -> ModelCard:
         datasets=[run.recipe.data.train.partition(":")[0]] if _hub_data(run) else None,
     )  # fmt: skip
     sections = [_what(run, name), _loading(run, name), _data(run), _training(run), _evaluation(run), _versions(run)]
+    if extrapolate is not None:
+        sections.insert(
+            1,
+            f"**Extrapolated**: the adapter's change of the base is {1 + extrapolate:g} times that of training "
+            f"(ExPO with a = {extrapolate:g}). What was measured below is the adapter as trained.",
+        )
     return ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *filter(None, sections), CITATION]) + "\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from lowdft import model as models
 from lowdft.logps import Group, choose_layout, proposal_logps
 from lowdft.parts import make_in_parts
 from lowdft.passes import Passes
@@ -27,6 +28,8 @@ def main(run: Run) -> None:
         return
     rows = run.encoded("train")
     model = run.base()
+    if run.args.reference_adapter:
+        model = models.load_adapter(model, run.args.reference_adapter)
     args, section = run.args, run.recipe.negatives
     passes = Passes(args.layout or choose_layout(model), args.logits_chunk_size, args.tokens_per_pass)
     if args.reference_prompt == "proposal":

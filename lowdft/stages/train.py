@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
@@ -10,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import model as models
 from lowdft.files import replacing, write_text
-from lowdft.reference import REFERENCE_NEEDS
+from lowdft.reference import ADAPTER, REFERENCE_NEEDS
 from lowdft.run import Run, say
 from lowdft.trainer import DFTTrainer
 
@@ -27,7 +28,7 @@ def main(run: Run) -> None:
     if cut := run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length):
         say(f"warning: {cut}")
     model = run.base()
-    if run.recipe.adapter:
+    if run.recipe.adapter and not run.args.reference_adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
     product.begin()
     metrics = run.folder / "metrics.jsonl"
@@ -42,6 +43,7 @@ def main(run: Run) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     with replacing(product.path) as temporary:
         trainer.save_model(str(temporary))
+        shutil.rmtree(Path(temporary) / ADAPTER, ignore_errors=True)  # the frozen reference is not what was trained
         run.tokenizer.save_pretrained(temporary)
     seconds = trainer.state.log_history[-1].get("train_runtime")
     product.finish(steps=trainer.state.global_step, seconds=seconds, objective=run.args.hyperparameters())

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowdft.cli import main
@@ -299,3 +300,64 @@ def test_resample_replaces_unusable_negatives(recipe, monkeypatch):
     assert row["negatives"] == ["bad", "bad"]
     assert len(set(sampler.seeds)) == 4
     torch.manual_seed(0)
+
+
+def test_sft_then_preference(recipe, tmp_path):
+    """The second recipe's reference is base + first adapter: at step 0 DPO is log 2, precomputed and online alike."""
+    assert main(["train", recipe, "training.objective=sft", "training.learning_rate=0.05"]) == 0
+    first = folder(recipe) / "adapter"
+    found = {}
+    for reference in ("precomputed", "online"):
+        more = [f"output_dir={tmp_path}/{reference}", "training.objective=dpo", f"training.reference={reference}"]
+        more += [f"training.reference_model=adapter:{first}", "training.logging_steps=1"]
+        for verb in ("generate", "score", "train"):
+            assert main([verb, recipe, *more]) == 0
+        lines = [json.loads(line) for line in (tmp_path / reference / "metrics.jsonl").read_text().splitlines()]
+        found[reference] = [line["loss"] for line in lines]
+        assert found[reference][0] == pytest.approx(0.6931, abs=1e-3)
+        assert not (tmp_path / reference / "adapter" / "reference").exists()
+    assert found["online"] == pytest.approx(found["precomputed"], rel=1e-4)
+    start = load_file(first / "adapter_model.safetensors")
+    end = load_file(tmp_path / "online" / "adapter" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in start.items() if "lora_B" in name)
+    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_wrong_references_are_told(recipe, tmp_path, capsys):
+    assert main(["train", recipe, f"training.reference_model=adapter:{tmp_path}"]) == 1
+    assert "not a trained adapter" in capsys.readouterr().err
+    assert main(["train", recipe, "training.reference_model=adapter:x", "adapter=null"]) == 1
+    assert "with `adapter: null`" in capsys.readouterr().err
+    assert main(["train", recipe, "training.reference_model=somewhere"]) == 1
+    assert "base or adapter:PATH" in capsys.readouterr().err
+
+
+def test_extrapolation_scales_the_adapters_change(recipe, tiny_folder):
+    """Logits of base + (1 + a) B A: weights merged by hand from the trained adapter, against the exported one."""
+    for verb in ("generate", "score", "train"):
+        assert main([verb, recipe, "training.learning_rate=0.05"]) == 0
+    assert main(["export", recipe, "training.learning_rate=0.05", "--extrapolate", "0.5"]) == 0
+    target = folder(recipe) / "adapter-extrapolated"
+    ids = torch.tensor([[5, 6, 7]])
+
+    def merged(path) -> AutoModelForCausalLM:
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+        return PeftModel.from_pretrained(base, path).merge_and_unload()
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    trained, found = merged(folder(recipe) / "adapter"), merged(target)
+    with torch.no_grad():
+        for start, end in zip(base.parameters(), trained.parameters(), strict=True):
+            end.add_(0.5 * (end - start))
+        torch.testing.assert_close(found(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-5)
+    assert "1.5 times" in (target / "README.md").read_text()
+
+
+def test_plan_before_and_after_negatives_are_written(recipe, capsys):
+    """Steps, tokens and memory from the recipe alone; nothing is written into the run folder."""
+    assert main(["plan", recipe, "--gpu", "1", "--probe"]) == 0
+    out = capsys.readouterr().out
+    assert "6 steps" in out and "fits 1 GB up to" in out and "tokens/s" in out
+    assert not (folder(recipe) / "recipe.yaml").exists()
+    assert main(["plan", recipe, "--gpu", "0.6"]) == 0
+    assert "does not fit 0.6 GB" in capsys.readouterr().out

@@ -24,6 +24,7 @@ VERBS = {
     "report": "curves, tables and samples on one page",
     "export": "make the adapter publishable, with its card; --push uploads it",
     "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
+    "compare": "run a study: one recipe over a grid of settings, side by side in one table",
     "inspect": "show rows as the model sees them, and a summary of the data",
 }
 
@@ -56,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    if arguments.verb == "compare":
+        _quiet()
+        from lowdft import study
+
+        study.main(arguments.recipe, overrides)
+        return
     from lowdft.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, overrides)
@@ -97,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, what in VERBS.items():
         verb = verbs.add_parser(name, help=what, description=what)
-        verb.add_argument("recipe", help="a YAML recipe, see recipes/")
+        verb.add_argument("recipe", help="a YAML recipe (compare: a study), see recipes/")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
         verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
         if name == "inspect":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lowdft.recipe import load_recipe, training_config
+from lowdft.study import read_study
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -20,6 +22,7 @@ MODULES = sorted(
 # floor of each room; a module may import its own floor and below, a stage no other stage
 FLOORS = {
     "lowdft.cli": 3,
+    "lowdft.study": 3,
     "lowdft.__main__": 4,
     "lowdft.stages": 2,
     "lowdft.objectives": 0,
@@ -78,10 +81,22 @@ def test_every_module_imports(module):
     assert importlib.import_module(module).__name__ == module
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda p: p.stem)
+STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(STUDIES)), ids=lambda p: p.stem)
 def test_every_recipe_parses(path):
     recipe = load_recipe(path)
     assert training_config(recipe).objective in ("dft", "dft2", "sft")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_study_parses(path):
+    """With every combination of its grid, on its recipe."""
+    study = read_study(path)
+    for values in itertools.product(*study["grid"].values()):
+        chosen = {**study["set"], **dict(zip(study["grid"], values, strict=True))}
+        training_config(load_recipe(study["recipe"], [f"{k}={v}" for k, v in chosen.items()]))
 
 
 def test_help_is_instant_and_imports_no_torch():

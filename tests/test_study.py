@@ -1,0 +1,92 @@
+"""A study on a tiny model: shared products, resuming, repetitions, failures told at the end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowdft.cli import main
+from lowdft.study import markdown, tabulate
+
+
+@pytest.fixture
+def study(tmp_path, tiny_folder):
+    rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name_or_path: {tiny_folder}, load_in_4bit: false, dtype: float32}}\n"
+        f"output_dir: unused\ndata: {{train: {tmp_path}/rows.jsonl, eval_rows: 3}}\nadapter: {{r: 2}}\n"
+        "negatives: {max_new_tokens: 6, batch_size: 4}\n"
+        "training: {per_device_train_batch_size: 4, num_train_epochs: 1, use_cpu: true, learning_rate: 1e-2}\n"
+        "evaluation: {max_new_tokens: 4}\n"
+    )
+    (tmp_path / "study.yaml").write_text(
+        f"recipe: recipe.yaml\noutput_dir: {tmp_path}/out\n"
+        "grid: {training.objective: [sft, dft, dpo], training.seed: [0, 1]}\n"
+    )
+    return tmp_path / "study.yaml"
+
+
+def test_study(study, capsys, monkeypatch):
+    """Six runs; negatives are written once and the reference scored once an objective that needs it."""
+    from lowdft.stages import generate, score
+
+    calls = {"generate": 0, "score": 0}
+    for stage in (generate, score):
+        name, original = stage.__name__.rsplit(".", 1)[1], stage.make_in_parts
+
+        def counted(*args, name=name, original=original, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(stage, "make_in_parts", counted)
+    assert main(["compare", str(study)]) == 0
+    out = study.parent / "out"
+    assert calls == {"generate": 2, "score": 2}  # training and held-out negatives; what dft needs, what dpo needs
+    table = json.loads((out / "study.json").read_text())["table"]
+    assert [(line["name"], line["runs"]) for line in table] == [("base", 1), ("sft", 2), ("dft", 2), ("dpo", 2)]
+    assert table[1]["logps/positive"][0] > table[0]["logps/positive"][0]
+    assert (out / "curves.png").stat().st_size > 1000
+    first = (out / "study.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/adapter/*.safetensors")}
+    assert len(before) == 6
+    assert main(["compare", str(study)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/adapter/*.safetensors")} == before
+    assert (out / "study.md").read_text() == first
+    capsys.readouterr()
+
+
+def test_a_failing_run_does_not_stop_the_others(study, capsys):
+    study.write_text(study.read_text().replace("[sft, dft, dpo]", "[poft, sft]").replace("[0, 1]", "[0]"))
+    assert main(["compare", str(study)]) == 1
+    told = capsys.readouterr()
+    assert "1 of 2 runs failed: objective=poft,seed=0" in told.err and "| sft |" in told.out
+
+
+def test_table_by_hand():
+    """Accuracies .5 and .7 of two seeds: 60 ± 14.14%."""
+    results = [
+        {
+            "settings": {"training.objective": "dft", "training.seed": s},
+            "base": {"accuracy": 0.1},
+            "after": {"accuracy": a},
+        }
+        for s, a in enumerate((0.5, 0.7))
+    ]
+    text = markdown(tabulate(results, "training.seed"), "training.seed")
+    assert "| base | 10.00 | 1 |" in text and "| dft | 60.00 ± 14.14 | 2 |" in text
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("recipe: r.yaml", "output_dir is missing"),
+        ("recipe: r.yaml\noutput_dir: o\ngrid: {training.seed: 1}", "wanted a list"),
+        ("recipe: r.yaml\noutput_dir: o\ngrid: {}\nseeds: 3", "seeds is not a key"),
+    ],
+)
+def test_mistakes_are_told(text, told, tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text(text)
+    assert main(["compare", str(tmp_path / "study.yaml")]) == 1
+    assert told in capsys.readouterr().err

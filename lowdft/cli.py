@@ -63,27 +63,37 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
         study.main(arguments.recipe, overrides)
         return
-    from lowdft.recipe import load_recipe
+    from lowdft.recipe import load_recipe, rounds_of
 
     recipe = load_recipe(arguments.recipe, overrides)
     _quiet()
-    from lowdft.run import Run
+    from lowdft.run import Run, say
 
+    if arguments.verb in ("run", "export"):
+        recipe.export.push = arguments.push or recipe.export.push
+    if arguments.verb == "run" and recipe.rounds > 1:
+        if recipe.adapter is None:
+            raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
+        for number, one in enumerate(rounds_of(recipe), 1):
+            say(f"round {number} of {recipe.rounds}: {one.output_dir}")
+            _walk(Run(one), WHOLE_WAY)
+        return
     run = Run(recipe)
     if arguments.verb == "inspect":
         importlib.import_module("lowdft.stages.inspect").main(run, row=arguments.row)
-        return
-    if arguments.verb == "plan":
+    elif arguments.verb == "plan":
         importlib.import_module("lowdft.stages.plan").main(run, gpu=arguments.gpu, probe=arguments.probe)
-        return
-    run.check()
-    if arguments.verb in ("run", "export"):
-        recipe.export.push = arguments.push or recipe.export.push
-    if arguments.verb == "export":
+    elif arguments.verb == "export":
+        run.check()
         importlib.import_module("lowdft.stages.export").main(run, extrapolate=arguments.extrapolate)
-        return
-    for verb in WHOLE_WAY if arguments.verb == "run" else [arguments.verb]:
-        importlib.import_module(f"lowdft.stages.{verb}").main(run)
+    else:
+        _walk(run, WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
+
+
+def _walk(run, stages: tuple[str, ...]) -> None:
+    run.check()
+    for stage in stages:
+        importlib.import_module(f"lowdft.stages.{stage}").main(run)
 
 
 def _quiet() -> None:

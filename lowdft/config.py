@@ -39,6 +39,8 @@ class DFTConfig(TrainingArguments):
             (`passes.negligible`, whose r was measured at 4 at most: a relative error of the gradient of 2e-4); 0:
             everything is backpropagated.
         logits_chunk_size: tokens whose logits exist at once.
+        freeze_half: train a random half of the adapted modules, balanced over their types, chosen by `seed` ("Half
+            Fine-Tuning"; its form for LoRA is derived here). With `rounds` every round has another half.
     """
 
     objective: str = "dft"
@@ -56,6 +58,7 @@ class DFTConfig(TrainingArguments):
     tokens_per_pass: int = 8192
     skip_negligible: float = 5e-5
     logits_chunk_size: int = 256
+    freeze_half: bool = False
 
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "cosine"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -74,6 +76,7 @@ class NegativesSection:
     top_k: int = 50
     max_new_tokens: int = 320
     seed: int = 0
+    adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
     backend: str = "padded"
     batch_size: int = 32
     resample: int = 0  # tries to replace a negative that is empty or equals the completion
@@ -105,6 +108,7 @@ class Recipe:
     """The whole recipe. `training` holds fields of `DFTConfig`."""
 
     output_dir: str = "???"
+    rounds: int = 1  # of `lowdft run`: each begins where the last ended, with negatives that it writes anew
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection | None = field(default_factory=AdapterSection)
     data: DataSection = field(default_factory=DataSection)
@@ -141,6 +145,25 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
     _check_values(recipe, str(path))
     return recipe
+
+
+def rounds_of(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe of every round, each with a folder of its own.
+
+    From the second round on the model of the last one writes the negatives, is the reference, and is where training
+    starts (SPIN's iteration, arXiv 2401.01335; DFT beyond one round).
+    """
+    last = None
+    for number in range(1, recipe.rounds + 1):
+        one = copy.deepcopy(recipe)
+        one.rounds, one.output_dir = 1, str(Path(recipe.output_dir) / f"round-{number}")
+        one.negatives.seed += number - 1
+        one.training["seed"] = one.training.get("seed", 42) + number - 1
+        if last is not None:
+            one.negatives.adapter = last
+            one.training["reference_model"] = f"adapter:{last}"
+        last = str(Path(one.output_dir) / "adapter")
+        yield one
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -218,7 +241,10 @@ def _check_values(recipe: Recipe, path: str) -> None:
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
     if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
         raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
+    if n.adapter and n.backend == "vllm":
+        raise UserError(f"{path}: negatives.adapter needs the backend padded or continuous, not vllm")
     at_least = {
+        "rounds": (recipe.rounds, 1),
         "negatives.temperature": (n.temperature, 0),
         "negatives.top_k": (n.top_k, 0),
         "negatives.max_new_tokens": (n.max_new_tokens, 1),

@@ -28,12 +28,14 @@ def reference_on(model: nn.Module) -> Iterator[nn.Module]:
     A model without an adapter is its own reference.
     """
     if ADAPTER in getattr(model, "peft_config", {}):
-        trained = model.active_adapter
+        trained, trainable = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
         model.set_adapter(ADAPTER, inference_mode=True)
         try:
             yield model
         finally:
-            model.set_adapter(trained)
+            model.set_adapter(trained, inference_mode=True)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
     else:
         with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
             yield model

@@ -258,6 +258,9 @@ class Run:
             for k, v in section.items()
             if k not in ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size")
         }
+        kept["adapter"] = None  # held-out negatives are always the base's, so that runs and rounds compare
+        if split == "train" and section["adapter"]:
+            kept["adapter"] = adapter_identity("negatives.adapter", section["adapter"])
         name = "negatives.parquet" if split == "train" else "heldout_negatives.parquet"
         made_from = (
             self._made_from_base | self._made_from_data(split) | kept | {"per_prompt": self.negatives_wanted(split)}
@@ -278,12 +281,7 @@ class Run:
     def _reference_model(self) -> str:
         """ "base", or the reference adapter named by its content."""
         path = self.args.reference_adapter
-        if path is None:
-            return "base"
-        file = Path(path) / "adapter_model.safetensors"
-        if not file.is_file():
-            raise UserError(f"training.reference_model: {path} is not a trained adapter (no {file.name} there)")
-        return "adapter " + hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        return "base" if path is None else adapter_identity("training.reference_model", path)
 
     @property
     def training(self) -> Product:
@@ -306,6 +304,14 @@ class Run:
         if self.ready_negatives or not self.negatives_wanted(split):
             return self._made_from_base | self._made_from_data(split)
         return self.negatives(split).made_from
+
+
+def adapter_identity(key: str, path: str) -> str:
+    """Names a trained adapter by its content; UserError when none stands at `path`."""
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{key}: {path} is not a trained adapter (no {file.name} there)")
+    return "adapter " + hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def say(line: str) -> None:

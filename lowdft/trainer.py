@@ -8,6 +8,7 @@ new `log_u`.
 from __future__ import annotations
 
 import contextlib
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -77,6 +79,8 @@ class DFTTrainer(WholeCheckpoints):
         if peft_config is not None:
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
+        if args.freeze_half:
+            freeze_half(model, args.seed)
         self.objective = objectives.get(args.objective)
         encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
         train_rows = _encode(train_dataset, encoder)
@@ -321,6 +325,24 @@ def _encode(dataset, encoder: Encoder | None) -> list[dict]:
             )
         encoder = Encoder(_NoTokenizer())
     return encoder.rows(rows)
+
+
+def freeze_half(model: nn.Module, seed: int) -> None:
+    """Freezes half of the trainable modules of every type (the last part of a module's name), rounded down.
+
+    Raises:
+        UserError: the model has no adapter whose modules could be halved.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError("training.freeze_half halves the modules of an adapter; this training has none")
+    by_type: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            by_type.setdefault(name.rsplit(".", 1)[-1], []).append(module)
+    rng = random.Random(seed)
+    for modules in by_type.values():
+        for module in rng.sample(modules, len(modules) // 2):
+            module.requires_grad_(False)
 
 
 class _NoTokenizer:

@@ -398,3 +398,18 @@ def test_objective_needs_are_checked(tmp_path):
         make_trainer(tmp_path, objective="kto", per_device_train_batch_size=1)
     with pytest.raises(ValueError, match="reference_prompt"):
         make_trainer(tmp_path, objective="dpo", reference_prompt="sampling")
+
+
+def test_half_of_every_type_is_frozen(tmp_path):
+    """Of two layers' modules of each type one is trained, and only that one moves; another seed, another half."""
+    trainer = make_trainer(tmp_path / "a", freeze_half=True, warmup_steps=0)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trainable) == len([n for n in start if "lora_" in n]) // 2
+    for kind in ("q_proj", "down_proj"):
+        assert len({name.split(".layers.")[1][0] for name in trainable if kind in name}) == 1
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved <= trainable and any("lora_B" in name for name in moved)
+    other = make_trainer(tmp_path / "b", freeze_half=True, seed=7)
+    assert {name for name, p in other.model.named_parameters() if p.requires_grad} != trainable

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import pyarrow as pa
 
@@ -22,15 +23,17 @@ def main(run: Run) -> None:
     todo = [split for split in SPLITS if _wanted(run, split)]
     if run.ready_negatives and run.examples("train"):
         say("negatives: the rows bring their own")
-    sampler = _sampler(run) if todo else None
+    sampler = None
     for split in todo:
+        if sampler is None or run.recipe.negatives.adapter:
+            sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
         table = make_in_parts(
             product,
             examples,
             part_size=max(1, 2 * section.batch_size // run.negatives_wanted(split)),
-            work=lambda part, split=split: write_negatives(run, sampler, part, run.negatives_wanted(split)),
+            work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
         )
         facts = count(table)
@@ -104,6 +107,10 @@ def push(run: Run) -> None:
     say(f"pushed the negatives to {section.push}")
 
 
+def _part(run: Run, sampler: Sampler, per_prompt: int, examples: Sequence[Example]) -> list[dict]:
+    return write_negatives(run, sampler, examples, per_prompt)
+
+
 def _wanted(run: Run, split: str) -> bool:
     if run.ready_negatives or not run.examples(split) or not run.negatives_wanted(split):
         return False
@@ -114,8 +121,10 @@ def _wanted(run: Run, split: str) -> bool:
     return True
 
 
-def _sampler(run: Run) -> Sampler:
+def _sampler(run: Run, adapter: str | None) -> Sampler:
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
     model = run.source if section.backend == "vllm" else run.base()
+    if adapter:
+        model = models.load_adapter(model, adapter)
     return get_sampler(section.backend, model, models.end_ids(run.tokenizer, model), settings, section.batch_size)

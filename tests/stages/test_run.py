@@ -361,3 +361,27 @@ def test_plan_before_and_after_negatives_are_written(recipe, capsys):
     assert not (folder(recipe) / "recipe.yaml").exists()
     assert main(["plan", recipe, "--gpu", "0.6"]) == 0
     assert "does not fit 0.6 GB" in capsys.readouterr().out
+
+
+def test_rounds(recipe, tmp_path):
+    """Two rounds: the second's negatives are other ones, its reference and start are the first's adapter; resumable."""
+    more = ["rounds=2", "training.learning_rate=0.05", "negatives.temperature=0", "training.freeze_half=true"]
+    assert main(["run", recipe, *more]) == 0
+    first, second = (folder(recipe) / f"round-{n}" for n in (1, 2))
+    texts = [pq.read_table(path / "negatives.parquet")["negatives"].to_pylist() for path in (first, second)]
+    assert texts[0] != texts[1]  # greedy, so only another model writes other ones
+    held = [(path / "heldout_negatives.parquet.manifest.json").read_text() for path in (first, second)]
+    assert '"adapter": null' in held[1]
+    line = json.loads((second / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["weights/mean"] == pytest.approx(1.0, abs=1e-3) and line["reference/gap"] < 1e-3
+    weights = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (first, second)]
+    moved = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert 0 < len(moved) < len(weights[0])
+    before = (second / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert main(["run", recipe, *more]) == 0
+    assert (second / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_rounds_need_an_adapter(recipe, capsys):
+    assert main(["run", recipe, "rounds=2", "adapter=null"]) == 1
+    assert "adapter" in capsys.readouterr().err

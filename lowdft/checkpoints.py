@@ -24,15 +24,19 @@ class WholeCheckpoints(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        partial = run_dir / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, first = run_dir / ".partial", self.args.should_save
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         try:
             self._writing_in = partial
             super()._save_checkpoint(model, trial)
-            self.save_beside(partial / name)
-            flush_to_disk(partial / name)
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            os.replace(partial / name, run_dir / name)
+            self.accelerator.wait_for_everyone()  # every rank adds the state of its random numbers
+            if first:
+                self.save_beside(partial / name)
+                flush_to_disk(partial / name)
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+                os.replace(partial / name, run_dir / name)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
         except (*WRITE_ERRORS, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
@@ -42,12 +46,15 @@ class WholeCheckpoints(Trainer):
             ) from error
         finally:
             self._writing_in = None
-            shutil.rmtree(partial, ignore_errors=True)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if first:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
 
     def _get_output_dir(self, trial) -> str:
         return str(self._writing_in) if self._writing_in else super()._get_output_dir(trial)

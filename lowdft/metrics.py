@@ -9,6 +9,7 @@ import time
 import torch
 from torch import Tensor
 
+from lowdft import ranks
 from lowdft.data.batch import Batch
 from lowdft.objectives import Losses, Scores
 from lowdft.passes import Scored
@@ -59,14 +60,16 @@ class StepMetrics:
             self._add("reference/gap", difference_MB.abs().mean(1))
 
     def flush(self, log_u: Tensor | None) -> dict[str, float]:
-        """The means, the speed and the peak memory since the last flush."""
-        now = time.perf_counter()
-        out = {name: total / max(1, self._prompts) for name, total in self._sums.items()}
+        """The means over all ranks, their speed and this one's peak memory since the last flush."""
+        every = ranks.from_all((self._sums, self._prompts, self._tokens, self._computed, self._needed))
+        sums, prompts, tokens, computed, needed = zip(*every, strict=True)
+        names = dict.fromkeys(name for one in sums for name in one)
+        out = {name: sum(one.get(name, 0.0) for one in sums) / max(1, sum(prompts)) for name in names}
         if log_u is not None and log_u.isfinite().any():
             out["log_u/mean"] = log_u[log_u.isfinite()].mean().item()
-        out["tokens_per_second"] = self._tokens / max(1e-9, now - self._since)
-        if self._computed:
-            out["padding"] = 1 - self._needed / self._computed
+        out["tokens_per_second"] = sum(tokens) / max(1e-9, time.perf_counter() - self._since)
+        if sum(computed):
+            out["padding"] = 1 - sum(needed) / sum(computed)
         out["peak_memory_gb"] = peak_memory_gb()
         self.__init__()
         return out

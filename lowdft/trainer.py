@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from lowdft import objectives
+from lowdft import objectives, ranks
 from lowdft.checkpoints import WholeCheckpoints
 from lowdft.config import DFTConfig
 from lowdft.data.batch import Batch, EncodedDataset, collate
@@ -104,6 +105,10 @@ class DFTTrainer(WholeCheckpoints):
             **kwargs,
         )
         self.loss_is_scaled_for_ga = True
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise UserError(
+                "sharded training (DeepSpeed, FSDP) is not supported yet; whole copies on several ranks are"
+            )
         self.layout = args.layout or choose_layout(self.model)
         if self.layout == "padded" and args.layout is None:
             warnings.warn(
@@ -132,6 +137,10 @@ class DFTTrainer(WholeCheckpoints):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Takes the micro-batches of one optimizer step and counts its prompts and completion tokens, on all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if ranks.world_size() > 1 and not self.args.dataloader_drop_last:
+            again = ranks.repeated([inputs["batch"].index_M for inputs in samples], self._log_u.visits)
+            for inputs, skip in zip(samples, again, strict=True):
+                inputs["batch"] = inputs["batch"].select([i for i, skipped in enumerate(skip) if not skipped])
         batches = [inputs["batch"] for inputs in samples]
         counts = torch.tensor([[sum(map(len, batches)), sum(b.completion_tokens for b in batches)]], device=device)
         prompts, tokens = self.accelerator.gather(counts).sum(0).tolist()
@@ -143,18 +152,28 @@ class DFTTrainer(WholeCheckpoints):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """One micro-batch: accumulates its gradient, updates `log_u`, returns its share of the step's loss."""
         model.train()
+        if ranks.world_size() > 1:
+            return self._among_ranks(self.accelerator.unwrap_model(model), inputs["batch"])
         while True:
             try:
                 loss = self._accumulate(model, inputs["batch"])
                 self._step.done.append(inputs["batch"])
                 return loss
             except torch.OutOfMemoryError as error:
-                if self.accelerator.num_processes > 1:  # the other ranks would wait for this one
-                    raise
                 self._passes.shrink(self._groups(inputs["batch"]), error)
             for batch in self._step.begin_again(self._log_u, self._metrics["train"], model):
                 self._accumulate(model, batch)
                 self._step.done.append(batch)
+
+    def _among_ranks(self, model: nn.Module, batch: Batch) -> Tensor:
+        """A micro-batch on one of several ranks: afterwards all know all updates of `log_u`, and share the gradient."""
+        loss = self._accumulate(model, batch) if len(batch) else torch.zeros((), device=self.args.device)
+        mine = (batch.index_M, self._log_u.values[batch.index_M], self._log_u.visits[batch.index_M])
+        for index, values, visits in ranks.from_all(mine):
+            self._log_u.values[index], self._log_u.visits[index] = values, visits
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(model.parameters())
+        return loss
 
     def _accumulate(self, model: nn.Module, batch: Batch) -> Tensor:
         groups = self._groups(batch)

@@ -1,0 +1,67 @@
+"""Several processes as one: every rank knows every update of `log_u`, and gradients are those of one process.
+
+All functions are no-ops with one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def world_size() -> int:
+    """Processes of this training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def from_all(value: object) -> list:
+    """Every rank's `value`, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    found: list = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean over ranks of every trainable parameter's gradient, in place; a missing one counts as zero."""
+    if world_size() == 1:
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    by_kind: dict[tuple, list[Tensor]] = {}
+    for parameter in parameters:
+        by_kind.setdefault((parameter.grad.device, parameter.grad.dtype), []).append(parameter.grad)
+    for gradients in by_kind.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def repeated(index_by_micro_batch: list[Tensor], visits: Tensor) -> list[list[bool]]:
+    """For every example of this rank's step: is it one that a sampler repeats to give all ranks equally many?
+
+    An example is repeated when this epoch has visited it already (it is ahead of the least visited), or when it stands
+    earlier in this step, in the order of micro-batches and ranks. Each example is then used once an epoch, as by one
+    process.
+    """
+    mine = [index.tolist() for index in index_by_micro_batch]
+    everyone = from_all(mine)
+    rank = dist.get_rank() if world_size() > 1 else 0
+    behind, seen = int(visits.min()), set()
+    out = [[False] * len(index) for index in mine]
+    for step in range(max(map(len, everyone))):
+        for owner, batches in enumerate(everyone):
+            for place, i in enumerate(batches[step] if step < len(batches) else []):
+                again = i in seen or int(visits[i]) > behind
+                seen.add(i)
+                if owner == rank:
+                    out[step][place] = again
+    return out

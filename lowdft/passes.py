@@ -45,7 +45,6 @@ class Passes:
         skip_negligible: the share of the pull that may be left out of the backward pass, see `negligible`; 0: nothing.
         backward_cost: of a token, in forward passes.
         knows_last: the completion's pull does not depend on its score, so it need not be scored first.
-        whole: the objective compares prompts with each other, so one surrogate covers the micro-batch.
         head_logps: another density than the model's own, see `logps.score`; for scoring only.
         token_weight: weights of tokens in the summed log-probabilities, see `logps.score`.
     """
@@ -56,7 +55,6 @@ class Passes:
     skip_negligible: float = 0.0
     backward_cost: float = 1.4
     knows_last: bool = False
-    whole: bool = False
     head_logps: HeadLogps | None = None
     token_weight: Callable[[Tensor], Tensor] | None = None
     expected_skips: float = 0.0  # the share of negative tokens that the last micro-batches could leave out
@@ -165,7 +163,7 @@ class Passes:
         if len(groups[0].completions) == 1:
             return False
         sizes = [num_tokens(group, self.layout) for group in groups]
-        if max(sizes) > self.budget or (self.whole and sum(sizes) > self.budget):
+        if max(sizes) > self.budget:
             return True
         prompt = sum(len(g.prompt_ids) for g in groups)
         negative = sum(len(c) for g in groups for c in g.completions[:-1])

@@ -8,7 +8,6 @@ new `log_u`.
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -29,14 +27,16 @@ from lowdft.data.batch import Batch, EncodedDataset, collate
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
+from lowdft.given import prepare
 from lowdft.log_u import LogU
 from lowdft.logps import Group, bare, choose_layout, packed_attention, score
 from lowdft.metrics import StepMetrics
+from lowdft.model import freeze_half
 from lowdft.objectives import Losses, Scores
 from lowdft.passes import Passes
-from lowdft.reference import REFERENCE_NEEDS, has_reference, reference_logps, reference_on, start_from_adapter
+from lowdft.reference import REFERENCE_NEEDS, start_from_adapter
 from lowdft.step import Step
-from lowdft.training_set import attach_reference, check_rows, fingerprint
+from lowdft.training_set import attach_reference, check_rows, encode_rows, fingerprint
 
 LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
 FADED_WEIGHT, FADED_STEPS = 0.01, 5
@@ -84,12 +84,12 @@ class DFTTrainer(WholeCheckpoints):
             freeze_half(model, args.seed)
         self.objective = objectives.get(args.objective)
         encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
-        train_rows = _encode(train_dataset, encoder)
+        train_rows = encode_rows(train_dataset, encoder)
         check_rows(train_rows, self.objective, args)
         if encoder and (cut := encoder.truncation.words(args.max_length, args.max_prompt_length)):
             warnings.warn(cut, stacklevel=2)
         if eval_dataset is not None:
-            eval_dataset = EncodedDataset(_encode(eval_dataset, encoder))
+            eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))
             check_rows(eval_dataset.rows, self.objective, args, training=False)
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
@@ -230,41 +230,11 @@ class DFTTrainer(WholeCheckpoints):
         return scores, self.objective.compute(scores, **self.args.hyperparameters())
 
     def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor) -> dict[str, Tensor]:
-        """What the objective needs beside the policy's scores, as fields of `Scores`: constants, a row a prompt."""
-        needs, given = self.objective.needs, {}
-        if "log_u" in needs and model.training:
+        bare_policy = self.accelerator.unwrap_model(model)
+        given = prepare(bare_policy, batch, visits_M, self._count, self.objective, self.args, self._passes)
+        if "log_u" in self.objective.needs and model.training:
             given["log_u_M"] = self._log_u.values[batch.index_M]
-        if "aligned" in needs:
-            given["aligned_logps_M"] = batch.column("aligned_logps")
-        if not needs & REFERENCE_NEEDS:
-            return given
-        with_negatives, with_completion = "reference" in needs, "completion_reference" in needs
-        if all(has_reference(row, self.objective) for row in batch.rows):
-            ref_MB = batch.ref_negative_logps(visits_M, self._count) if with_negatives else None
-            ref_M = batch.column("ref_logps") if with_completion else None
-        else:
-            prompt = "prompt_ids" if self.args.reference_prompt == "training" else "sampling_prompt_ids"
-            negatives = batch.negatives(visits_M, self._count if with_negatives else 0)
-            with reference_on(self.accelerator.unwrap_model(model)) as base:
-                ref_MK = reference_logps(base, batch.groups(negatives, prompt, with_completion), self._passes)
-            ref_MB = ref_MK[:, :-1] if with_completion else ref_MK
-            ref_M = ref_MK[:, -1] if with_completion else None
-        given |= {"ref_negative_logps_MB": ref_MB} if with_negatives else {}
-        given |= {"ref_logps_M": ref_M} if with_completion else {}
-        if "mismatched" in needs:
-            given["mismatched_gain_M"] = self._mismatched_gain(model, batch)
         return given
-
-    def _mismatched_gain(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean log policy - log reference of every prompt with the next row's completion; [M], all the same."""
-        groups = [
-            Group(row["prompt_ids"], [other["completion_ids"]])
-            for row, other in zip(batch.rows, [*batch.rows[1:], batch.rows[0]], strict=True)
-        ]
-        policy = reference_logps(model, groups, self._passes)
-        with reference_on(self.accelerator.unwrap_model(model)) as base:
-            gain_M1 = policy - reference_logps(base, groups, self._passes)
-        return gain_M1.mean().expand(len(batch))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation: the loss without a moving average (as with gamma = 1), on each row's first B negatives."""
@@ -331,38 +301,3 @@ class DFTTrainer(WholeCheckpoints):
         """`log_u`, and what decides how a step is split into passes: rounding depends on it."""
         self._log_u.save(folder / LOG_U_FILE)
         write_json(folder / PASSES_FILE, {n: getattr(self._passes, n) for n in ("budget", "expected_skips")})
-
-
-def _encode(dataset, encoder: Encoder | None) -> list[dict]:
-    """Rows of ids from rows of text or of ids."""
-    rows = list(dataset)
-    if encoder is None:
-        if any("prompt_ids" not in row for row in rows):
-            raise UserError(
-                "rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, "
-                "completion_ids and negative_ids"
-            )
-        encoder = Encoder(_NoTokenizer())
-    return encoder.rows(rows)
-
-
-def freeze_half(model: nn.Module, seed: int) -> None:
-    """Freezes half of the trainable modules of every type (the last part of a module's name), rounded down.
-
-    Raises:
-        UserError: the model has no adapter whose modules could be halved.
-    """
-    if not isinstance(model, PeftModel):
-        raise UserError("training.freeze_half halves the modules of an adapter; this training has none")
-    by_type: dict[str, list[nn.Module]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            by_type.setdefault(name.rsplit(".", 1)[-1], []).append(module)
-    rng = random.Random(seed)
-    for modules in by_type.values():
-        for module in rng.sample(modules, len(modules) // 2):
-            module.requires_grad_(False)
-
-
-class _NoTokenizer:
-    chat_template = "none"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowdft.config import DFTConfig
+from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.logps import Group
@@ -22,6 +23,23 @@ from lowdft.passes import Passes
 from lowdft.reference import ADAPTER, has_reference, reference_logps
 
 REFERENCE_FILE = "reference.safetensors"
+
+
+def encode_rows(dataset, encoder: Encoder | None) -> list[dict]:
+    """Rows of ids from rows of text or of ids."""
+    rows = list(dataset)
+    if encoder is None:
+        if any("prompt_ids" not in row for row in rows):
+            raise UserError(
+                "rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, "
+                "completion_ids and negative_ids"
+            )
+        encoder = Encoder(_NoTokenizer())
+    return encoder.rows(rows)
+
+
+class _NoTokenizer:
+    chat_template = "none"
 
 
 def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training: bool = True) -> None:

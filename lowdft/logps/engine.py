@@ -100,7 +100,7 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows) -> Tensor:
     inputs = dict(input_ids=rows.input_ids_RL, position_ids=rows.position_ids_RL, use_cache=False)
     decoder = causal_lm.get_decoder()
     if rows.parts is None:
-        return decoder(attention_mask=rows.mask_RL, **inputs).last_hidden_state
+        return decoder(attention_mask=torch.ones_like(rows.input_ids_RL), **inputs).last_hidden_state
     # an empty 4-D mask: passed through as it is by every model, and an error for any attention but ours
     empty = torch.empty((1, 1, 0, 0), device=rows.input_ids_RL.device)
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None)

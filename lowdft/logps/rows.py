@@ -43,7 +43,6 @@ class Rows:
     predictor_S: Tensor  # flat index into R * L of the hidden state that predicts the token
     target_S: Tensor  # the token's id
     completion_S: Tensor  # which completion it belongs to, counted through all groups
-    mask_RL: Tensor | None = None  # padded: which tokens are real
     parts: tuple[Part, Part] | None = None  # packed: the prompts' and the completions' attention
 
     def to(self, device: torch.device) -> Rows:
@@ -93,19 +92,17 @@ def _pack(groups: Sequence[Group]) -> Rows:
 def _pad(groups: Sequence[Group]) -> Rows:
     pairs = [(group.prompt_ids, completion) for group in groups for completion in group.completions]
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    input_ids, mask = torch.zeros((len(pairs), width), dtype=torch.int64), torch.zeros((len(pairs), width)).long()
-    predictors, owners = [], []
+    input_ids = torch.zeros((len(pairs), width), dtype=torch.int64)
+    predictors, owners = [], []  # padding comes last, where no real token sees it: it needs no mask
     for row, (prompt, completion) in enumerate(pairs):
         start, end = len(prompt), len(prompt) + len(completion)
         input_ids[row, :end] = torch.cat([torch.as_tensor(prompt), torch.as_tensor(completion)])
-        mask[row, :end] = 1
         predictors.append(torch.arange(start - 1, end - 1) + row * width)
         owners.append(torch.full((end - start,), row))
     return Rows(
         input_ids_RL=input_ids,
-        position_ids_RL=torch.arange(width).expand(len(pairs), width) * mask,
+        position_ids_RL=torch.arange(width).expand(len(pairs), width),
         predictor_S=torch.cat(predictors),
         target_S=torch.cat([torch.as_tensor(completion) for _, completion in pairs]),
         completion_S=torch.cat(owners),
-        mask_RL=mask,
     )

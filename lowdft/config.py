@@ -81,10 +81,8 @@ class DFTConfig(TrainingArguments):
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
         _require(self.negatives_per_step >= 1, "negatives_per_step", self.negatives_per_step, "1 or more")
         _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
-        known = self.reference_model == "base" or self.reference_model.removeprefix("adapter:") not in (
-            "",
-            self.reference_model,
-        )
+        kind, _, path = self.reference_model.partition(":")
+        known = self.reference_model == "base" or (kind == "adapter" and path)
         _require(known, "reference_model", self.reference_model, "base or adapter:PATH")
         _require(
             self.reference_prompt in REFERENCE_PROMPTS,

@@ -83,8 +83,10 @@ class Passes:
             rows |= dict(zip(numbers, logps_MK.detach(), strict=True))
             computed += out.computed
         logps_MK = torch.stack([rows[i] for i in range(len(groups))])
-        skip_MB = self._negligible(groups, self._pull(surrogate, logps_MK))
-        return Scored(logps_MK, torch.zeros_like(skip_MB), computed, needed)
+        if self.skip_negligible > 0 and logps_MK.shape[1] > 1:
+            self._negligible(groups, self._pull(surrogate, logps_MK))  # for what the next micro-batches expect
+        nothing_MB = torch.zeros_like(logps_MK[:, :-1], dtype=torch.bool)
+        return Scored(logps_MK, nothing_MB, computed, needed)
 
     @property
     def _how(self) -> tuple:

@@ -9,6 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lowdft.config import DFTConfig
 from lowdft.errors import UserError
 from lowdft.logps import Group
 from lowdft.objectives import Objective
@@ -16,8 +17,6 @@ from lowdft.passes import Passes
 
 FIELDS = {"reference": "ref_negative_logps", "completion_reference": "ref_logps"}  # of encoded rows, by need
 REFERENCE_NEEDS = frozenset(FIELDS)
-
-
 ADAPTER = "reference"  # the name of a frozen second adapter, where the reference is base + adapter
 
 
@@ -57,6 +56,23 @@ def start_from_adapter(base: nn.Module, path: str) -> nn.Module:
 def has_reference(row: dict, objective: Objective) -> bool:
     """Does an encoded row bring the reference log-probabilities that this objective needs?"""
     return all(FIELDS[need] in row for need in objective.needs & REFERENCE_NEEDS)
+
+
+def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
+    """The completions of a row that the reference scores for this objective: negatives first, the good one last."""
+    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
+    negatives = row["negative_ids"] if "reference" in objective.needs else []
+    completion = [row["completion_ids"]] if "completion_reference" in objective.needs else []
+    return Group(row.get(prompt, row["prompt_ids"]), [*negatives, *completion])
+
+
+def reference_fields(logps: list[float], objective: Objective) -> dict:
+    """The fields of an encoded row (`FIELDS`) from the log-probabilities of its `reference_group`."""
+    with_completion = "completion_reference" in objective.needs
+    fields = {"ref_logps": logps[-1]} if with_completion else {}
+    return fields | (
+        {"ref_negative_logps": logps[: len(logps) - with_completion]} if "reference" in objective.needs else {}
+    )
 
 
 def reference_logps(model: nn.Module, groups: Sequence[Group], passes: Passes) -> Tensor:

@@ -231,6 +231,11 @@ class Run:
             rows.append(encoded)
         return rows
 
+    @property
+    def reference_from_file(self) -> bool:
+        """Does training take its reference from the run folder?"""
+        return bool(self.objective.needs & REFERENCE_NEEDS) and self.args.reference == "precomputed"
+
     def with_reference(self, rows: list[dict]) -> list[dict]:
         """Training rows with the precomputed reference log-probabilities of the run folder."""
         for name in (FIELDS[need] for need in sorted(self.objective.needs & REFERENCE_NEEDS)):

@@ -160,7 +160,7 @@ class DFTTrainer(WholeCheckpoints):
                 self._step.done.append(inputs["batch"])
                 return loss
             except torch.OutOfMemoryError as error:
-                self._passes.shrink(self._groups(inputs["batch"]), error)
+                self._passes.shrink(self._groups(inputs["batch"], self._log_u.visits[inputs["batch"].index_M]), error)
             for batch in self._step.begin_again(self._log_u, self._metrics["train"], model):
                 self._accumulate(model, batch)
                 self._step.done.append(batch)
@@ -176,8 +176,9 @@ class DFTTrainer(WholeCheckpoints):
         return loss
 
     def _accumulate(self, model: nn.Module, batch: Batch) -> Tensor:
-        groups = self._groups(batch)
-        given = self._given(model, batch, self._log_u.visits[batch.index_M])
+        visits_M = self._log_u.visits[batch.index_M]
+        groups = self._groups(batch, visits_M)
+        given = self._given(model, batch, visits_M)
 
         def losses(numbers: Sequence[int], logps_MK: Tensor) -> tuple[Scores, Losses]:
             chosen = list(numbers)
@@ -198,15 +199,15 @@ class DFTTrainer(WholeCheckpoints):
             self._metrics["train"].gap(scores)
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
 
-    def _groups(self, batch: Batch) -> list[Group]:
+    def _groups(self, batch: Batch, visits_M: Tensor) -> list[Group]:
         """What this visit of each prompt scores."""
-        return batch.groups(batch.negatives(self._log_u.visits[batch.index_M], self._count))
+        return batch.groups(batch.negatives(visits_M, self._count))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of the step's loss in one graph: the objective's value, the surrogate's gradient."""
         batch, training = inputs["batch"], model.training
         visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
-        groups = batch.groups(batch.negatives(visits_M, self._count))
+        groups = self._groups(batch, visits_M)
         weight = self.objective.token_weight
         out = score(model, groups, self.layout, self.args.logits_chunk_size, token_weight=weight)
         step = self._step if training else Step(len(batch), batch.completion_tokens)

@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lowdft.config import DFTConfig
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
 from lowdft.files import replacing
-from lowdft.logps import Group
 from lowdft.objectives import Objective
 from lowdft.passes import Passes
-from lowdft.reference import ADAPTER, has_reference, reference_logps
+from lowdft.reference import ADAPTER, has_reference, reference_fields, reference_group, reference_logps
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -121,26 +120,15 @@ def attach_reference(
         table = load_file(path)["logps"]
     else:
         bar = tqdm(rows, desc="scoring the reference", disable=args.disable_tqdm)
-        table = torch.cat([_reference_of(model, row, objective, args, passes) for row in bar])
+        groups = (reference_group(row, objective, args) for row in bar)
+        table = torch.cat([reference_logps(model, [group], passes)[0].float().cpu() for group in groups])
         with replacing(path) as temporary:
             save_file({"logps": table}, temporary)
     start = 0
     for row in rows:
-        if "reference" in objective.needs:
-            row["ref_negative_logps"] = table[start : start + len(row["negative_ids"])].tolist()
-            start += len(row["negative_ids"])
-        if "completion_reference" in objective.needs:
-            row["ref_logps"] = table[start].item()
-            start += 1
-
-
-def _reference_of(model: nn.Module, row: dict, objective: Objective, args: DFTConfig, passes: Passes) -> Tensor:
-    """Log-probabilities of a row's negatives, then of its completion, as far as the objective needs them; flat."""
-    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
-    negatives = row["negative_ids"] if "reference" in objective.needs else []
-    completion = [row["completion_ids"]] if "completion_reference" in objective.needs else []
-    group = Group(row.get(prompt, row["prompt_ids"]), [*negatives, *completion])
-    return reference_logps(model, [group], passes)[0].float().cpu()
+        end = start + len(reference_group(row, objective, args).completions)
+        row |= reference_fields(table[start:end].tolist(), objective)
+        start = end
 
 
 def _check_online(model, resuming: bool) -> None:

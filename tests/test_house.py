@@ -96,7 +96,8 @@ def test_every_study_parses(path):
     study = read_study(path)
     for values in itertools.product(*study["grid"].values()):
         chosen = {**study["set"], **dict(zip(study["grid"], values, strict=True))}
-        training_config(load_recipe(study["recipe"], [f"{k}={v}" for k, v in chosen.items()]))
+        args = training_config(load_recipe(study["recipe"], [f"{k}={v}" for k, v in chosen.items()]))
+        assert all(getattr(args, key.removeprefix("training.")) == value for key, value in chosen.items())
 
 
 def test_help_is_instant_and_imports_no_torch():

@@ -25,7 +25,7 @@ QUERY_ALIGNMENT, KEY_ALIGNMENT = 16, 128
 
 @dataclass(frozen=True)
 class Part:
-    """Pieces of a packed row that attend alike: piece n has `length` queries, and as keys `before` others and these"""
+    """Pieces of a packed row that attend alike: piece n has `length` queries, and `before` more keys than those."""
 
     query_NQ: Tensor  # places in the packed row; what is beyond `length` is anything
     key_NK: Tensor
@@ -46,11 +46,10 @@ class Part:
             query = torch.arange(self.query_NQ.shape[1], device=self.query_NQ.device)[:, None]
             key = torch.arange(self.key_NK.shape[1], device=self.key_NK.device)[None, :]
             position_NQ1 = query + self.before_N[:, None, None]
-            seen = (key <= position_NQ1) & (key < (self.before_N + self.length_N)[:, None, None])
+            end_N11 = (self.before_N + self.length_N)[:, None, None]
+            seen = (key <= position_NQ1) & (key < end_N11)
             if window is not None:
-                seen = seen & (
-                    position_NQ1.clamp(max=(self.before_N + self.length_N)[:, None, None] - 1) - key < window
-                )
+                seen = seen & (position_NQ1.minimum(end_N11 - 1) - key < window)
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
             self.masks[window, dtype, times] = mask.repeat(1, times, 1)[:, None]
         return self.masks[window, dtype, times]

@@ -92,6 +92,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_SD, weight_VD, bias_V, target_S, scale, softcap, chunk_size):
+        """Log-probabilities [S]; see `token_logps`."""
         head = Head(weight_VD, bias_V, scale, softcap)
         frozen = not any(ctx.needs_input_grad[1:3])
         slope_SD = torch.empty_like(hidden_SD) if frozen and ctx.needs_input_grad[0] else None
@@ -112,6 +113,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_S):
+        """Gradients of the hidden states, and of weight and bias where the head is trained."""
         if ctx.frozen:
             (slope_SD,) = ctx.saved_tensors
             return slope_SD * grad_S[:, None].to(slope_SD.dtype), None, None, None, None, None, None

@@ -6,21 +6,16 @@ from collections.abc import Sequence
 from functools import partial
 
 from lowdft import model as models
-from lowdft.logps import Group, choose_layout, proposal_logps
+from lowdft.logps import choose_layout, proposal_logps
 from lowdft.parts import make_in_parts
 from lowdft.passes import Passes
-from lowdft.reference import REFERENCE_NEEDS, reference_logps
+from lowdft.reference import reference_fields, reference_group, reference_logps
 from lowdft.run import Run, say
-
-
-def needed(run: Run) -> bool:
-    """Does this run take its reference from a file?"""
-    return bool(run.objective.needs & REFERENCE_NEEDS) and run.args.reference == "precomputed"
 
 
 def main(run: Run) -> None:
     """Scores what the objective needs under the base, as training will: packed, `tokens_per_pass` at a time."""
-    if not needed(run):
+    if not run.reference_from_file:
         return
     product = run.reference
     if product.is_done():
@@ -47,29 +42,10 @@ def main(run: Run) -> None:
 
 def score_rows(run: Run, model, rows: Sequence[dict], passes: Passes) -> list[dict]:
     """Per row its id and, as far as the objective needs them, `ref_negative_logps` and `ref_logps`."""
-    needs = run.objective.needs
-    prompt = "prompt_ids" if run.args.reference_prompt == "training" else "sampling_prompt_ids"
-    groups = {
-        row["example_id"]: Group(
-            row[prompt],
-            [
-                *(row["negative_ids"] if "reference" in needs else []),
-                *([row["completion_ids"]] if "completion_reference" in needs else []),
-            ],
-        )
-        for row in rows
-    }
-    scored = {}
+    groups = {row["example_id"]: reference_group(row, run.objective, run.args) for row in rows}
+    scored = []
     for count in sorted({len(group.completions) for group in groups.values()}):
         alike = {name: group for name, group in groups.items() if len(group.completions) == count}
         logps = reference_logps(model, list(alike.values()), passes).tolist()
-        scored |= dict(zip(alike, logps, strict=True))
-    out = []
-    for name, logps in scored.items():
-        row = {"example_id": name}
-        if "completion_reference" in needs:
-            row["ref_logps"] = logps.pop()
-        if "reference" in needs:
-            row["ref_negative_logps"] = logps
-        out.append(row)
-    return out
+        scored += zip(alike, logps, strict=True)
+    return [{"example_id": name, **reference_fields(logps, run.objective)} for name, logps in scored]

@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import model as models
 from lowdft.files import replacing, write_text
-from lowdft.reference import ADAPTER, REFERENCE_NEEDS
+from lowdft.reference import ADAPTER
 from lowdft.run import Run, say
 from lowdft.trainer import DFTTrainer
 
@@ -23,7 +23,7 @@ def main(run: Run) -> None:
         say(f"{product.path}: already trained")
         return
     rows = run.encoded("train")
-    if run.objective.needs & REFERENCE_NEEDS and run.args.reference == "precomputed":
+    if run.reference_from_file:
         rows = run.with_reference(rows)
     if cut := run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length):
         say(f"warning: {cut}")

@@ -86,6 +86,7 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
         "tau",
         "gamma",
         "negatives_per_step",
+        "negatives_from",
         "log_u_init",
         "reference",
         "reference_model",

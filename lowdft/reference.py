@@ -63,7 +63,7 @@ def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
     """The completions of a row that the reference scores for this objective: negatives first, the good one last."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     negatives = row["negative_ids"] if "reference" in objective.needs else []
-    return group_of(row, negatives, prompt, "completion_reference" in objective.needs, args.negatives_from)
+    return group_of(row, negatives, prompt, "completion_reference" in objective.needs, args.negatives_scored)
 
 
 def reference_fields(logps: list[float], objective: Objective) -> dict:

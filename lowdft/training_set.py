@@ -86,7 +86,7 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
         "tau",
         "gamma",
         "negatives_per_step",
-        "negatives_from",
+        "negatives_scored",
         "log_u_init",
         "reference",
         "reference_model",

@@ -121,10 +121,10 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reference", ["precomputed", "online"])
-def test_negatives_from_the_difference(reference, tmp_path):
+def test_negatives_scored_from_the_difference(reference, tmp_path):
     """Only a negative's tokens after the shared ones are scored, by policy and reference alike: w = 1 at step 0."""
     rows = [{"prompt_ids": [5], "completion_ids": [7, 8, 9], "negative_ids": [[7, 8, 4, 6], [7, 3]]}]
-    trainer = make_trainer(tmp_path, rows, negatives_from="difference", reference=reference, num_train_epochs=1)
+    trainer = make_trainer(tmp_path, rows, negatives_scored="from_difference", reference=reference, num_train_epochs=1)
     trainer.train()
     entry, model = trainer.state.log_history[0], make_llama()
     logps = score(model, [Group([5], rows[0]["negative_ids"], [2, 1])]).logps_C

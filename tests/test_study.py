@@ -79,7 +79,7 @@ def test_table_by_hand():
         }
         for s, a in enumerate((0.5, 0.7))
     ]
-    text = markdown(tabulate(results, "training.seed"), "training.seed")
+    text = markdown(tabulate(results, "training.seed", {}), "training.seed")
     assert "| base | 10.00 | 1 |" in text and "| dft | 60.00 ± 14.14 | 2 |" in text
 
 

@@ -7,6 +7,7 @@ with empty weights; everything else follows from shapes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, an 8-bit scale fo
 OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0.1, "sgd": 0}  # a trainable weight; others keep two float32
 PROBE_TOKENS = 256
 OVERHEAD = 1.15  # of an allocator over what a pass asks for; measured on a CPU, peaks at 1024 to 4096 tokens a pass
+GATHERED = 1e9  # weights that a GPU holds whole at once: the default of DeepSpeed's stage3_max_live_parameters
 LIBRARIES = 0.1e9  # bytes that the first step's libraries add to a process on a CPU; measured
 
 
@@ -75,6 +77,21 @@ def estimate(
         "a pass: at work": OVERHEAD * working * tokens,
     }
     return Memory({k: v for k, v in parts.items() if v}, OVERHEAD * (per_token + working))
+
+
+def sharded(memory: Memory, gpus: int, dtype: str) -> Memory:
+    """What each of `gpus` GPUs takes when all parameters are trained under ZeRO-3.
+
+    It has its part of weights, gradients and optimizer and of a float32 copy of half-precision weights, and gathers
+    the layers at work whole.
+    """
+    size = getattr(torch, dtype).itemsize
+    weights = memory.parts["weights"] / size
+    parts = {n: v / gpus if n in ("weights", "gradients", "optimizer") else v for n, v in memory.parts.items()}
+    if size < 4:
+        parts["float32 copy of the weights"] = 4 * weights / gpus
+    parts["layers gathered whole"] = size * min(GATHERED, weights * (1 - 1 / gpus))
+    return dataclasses.replace(memory, parts=parts)
 
 
 def _over_layers(one: nn.Module, two: nn.Module, layers: int, count) -> float:

@@ -58,12 +58,17 @@ def locate(section: ModelSection) -> Source:
 
 
 def load_tokenizer(source: Source, section: ModelSection):
-    """The base's tokenizer; a missing pad token is the end token (no token is ever added to a vocabulary)."""
+    """The base's tokenizer, with the recipe's chat template where it gives one.
+
+    A missing pad token is the end token (no token is ever added to a vocabulary).
+    """
     tokenizer = AutoTokenizer.from_pretrained(
         source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if section.chat_template:
+        tokenizer.chat_template = section.chat_template
     return tokenizer
 
 

@@ -66,11 +66,12 @@ class Run:
     @cached_property
     def _data(self) -> tuple[list[Example], list[Example], str]:
         section = self.recipe.data
-        loaded = self._load(section.train, section.split)
+        loaded = self._load(section.train, section.split, section.revision)
         rows = loaded.examples
         held: list[Example] = []
         if section.eval:
-            held = self._load(section.eval, section.eval_split).examples[: section.eval_rows]
+            revision = section.eval_revision or section.revision
+            held = self._load(section.eval, section.eval_split, revision).examples[: section.eval_rows]
         elif section.eval_rows:
             if section.eval_rows >= len(rows):
                 raise UserError(
@@ -82,12 +83,12 @@ class Run:
             say(f"warning: {warning}")
         return rows, held, loaded.layout
 
-    def _load(self, source: str, split: str) -> Loaded:
+    def _load(self, source: str, split: str, revision: str | None) -> Loaded:
         section = self.recipe.data
         loaded = load_examples(
             source,
             split=split,
-            revision=section.revision,
+            revision=revision,
             columns=dict(section.columns),
             prompt_style=section.prompt_style,
             system_prompt=section.system_prompt,

@@ -10,6 +10,7 @@ turn remembers its place under the user's own column names, for messages such as
 | prompt + chosen, prompt + real | prompt | chosen or real: an answer, or the whole conversation |
 | chosen, or real, alone | all turns but the last | the last turn |
 | question + answer, prompt + answer | question or prompt | answer |
+| query + response (MetaMathQA) | query | response |
 | instruction (+ input) + output (Alpaca) | instruction, blank line, input | output |
 
 Beside these: negatives (a list), rejected, generated, rejected_0… and generated_0… are negatives; system is the system
@@ -37,8 +38,9 @@ LAYOUTS = {
     "chosen": ("chosen",),
     "real": ("real",),
     "prompt+answer": ("prompt", "answer"),
+    "query+response": ("query", "response"),
 }
-ONLY_ALONE = ("chosen", "real", "prompt+answer")  # taken where no other layout fits
+ONLY_ALONE = ("chosen", "real", "prompt+answer", "query+response")  # taken where no other layout fits
 CONVERSATIONS = ("messages", "conversations", "chosen", "real")
 MAPPABLE = ("prompt", "completion", "messages", "negatives", "example_id", "tools", "system", "answer")
 KNOWN_COLUMNS = [*dict.fromkeys(c for needed in LAYOUTS.values() for c in needed), "input", "negatives", "rejected"]

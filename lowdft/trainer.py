@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
 from lowdft.given import prepare
 from lowdft.log_u import LogU
-from lowdft.logps import Group, bare, choose_layout, packed_attention, score
+from lowdft.logps import Group, bare, choose_layout, packed_attention
 from lowdft.metrics import StepMetrics
 from lowdft.model import freeze_half
 from lowdft.objectives import Losses, Scores
@@ -117,6 +118,7 @@ class DFTTrainer(WholeCheckpoints):
                 stacklevel=2,
             )
         self._count = args.negatives_per_step if "negatives" in self.objective.needs else 0
+        settings, weight = args.hyperparameters(), self.objective.token_weight
         self._passes = Passes(
             self.layout,
             args.logits_chunk_size,
@@ -124,7 +126,8 @@ class DFTTrainer(WholeCheckpoints):
             args.skip_negligible,
             backward_cost=2.4 if args.gradient_checkpointing else 1.4,
             knows_last=self.objective.linear,
-            token_weight=self.objective.token_weight,
+            token_weight=weight and partial(weight, **settings),
+            predicted_share=settings["predicted_share"] if "predictions" in self.objective.needs else 0.0,
         )
 
     @property
@@ -208,8 +211,7 @@ class DFTTrainer(WholeCheckpoints):
         batch, training = inputs["batch"], model.training
         visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
         groups = self._groups(batch, visits_M)
-        weight = self.objective.token_weight
-        out = score(model, groups, self.layout, self.args.logits_chunk_size, token_weight=weight)
+        out = self._passes.forward(model, groups)
         step = self._step if training else Step(len(batch), batch.completion_tokens)
         given = self._given(model, batch, visits_M)
         scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), given, step)

@@ -99,7 +99,6 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
             found = [leaf[ids.index(g.prompt_ids[0]), c[0]] for g in groups for c in g.completions]
             return CompletionLogps(torch.empty(0), torch.stack(found), torch.empty(0), 0)
 
-        monkeypatch.setattr("lowdft.trainer.score", lookup)
         monkeypatch.setattr("lowdft.passes.score", lookup)
         batch = Batch(
             index, [trainer.train_dataset.rows[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])]

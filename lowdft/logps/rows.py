@@ -42,6 +42,7 @@ class Rows:
     position_ids_RL: Tensor
     predictor_S: Tensor  # flat index into R * L of the hidden state that predicts the token
     target_S: Tensor  # the token's id
+    place_S: Tensor  # flat index into R * L of the token itself
     completion_S: Tensor  # which completion it belongs to, counted through all groups
     parts: tuple[Part, Part] | None = None  # packed: the prompts' and the completions' attention
 
@@ -60,7 +61,7 @@ def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
 
 
 def _pack(groups: Sequence[Group]) -> Rows:
-    ids, positions, predictors, owners = [], [], [], []
+    ids, positions, predictors, places, owners = [], [], [], [], []
     prompts, completions = [], []  # (start of the prompt, its length, start of the completion, its length)
     start = 0
     for group in groups:
@@ -72,6 +73,7 @@ def _pack(groups: Sequence[Group]) -> Rows:
         for completion in group.completions:
             length = len(completion)
             predictors += [torch.tensor([prompt_start + prompt_length - 1]), torch.arange(start, start + length - 1)]
+            places.append(torch.arange(start, start + length))
             owners.append(torch.full((length,), len(completions)))
             completions.append((prompt_start, prompt_length, start, length))
             ids.append(torch.as_tensor(completion))
@@ -84,6 +86,7 @@ def _pack(groups: Sequence[Group]) -> Rows:
         position_ids_RL=torch.cat([*positions, filler])[None],
         predictor_S=torch.cat(predictors),
         target_S=torch.cat(scored),
+        place_S=torch.cat(places),
         completion_S=torch.cat(owners),
         parts=(make_part(prompts), make_part(completions)),
     )
@@ -93,16 +96,17 @@ def _pad(groups: Sequence[Group]) -> Rows:
     pairs = [(group.prompt_ids, completion) for group in groups for completion in group.completions]
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
     input_ids = torch.zeros((len(pairs), width), dtype=torch.int64)
-    predictors, owners = [], []  # padding comes last, where no real token sees it: it needs no mask
+    places, owners = [], []  # padding comes last, where no real token sees it: it needs no mask
     for row, (prompt, completion) in enumerate(pairs):
         start, end = len(prompt), len(prompt) + len(completion)
         input_ids[row, :end] = torch.cat([torch.as_tensor(prompt), torch.as_tensor(completion)])
-        predictors.append(torch.arange(start - 1, end - 1) + row * width)
+        places.append(torch.arange(start, end) + row * width)
         owners.append(torch.full((end - start,), row))
     return Rows(
         input_ids_RL=input_ids,
         position_ids_RL=torch.arange(width).expand(len(pairs), width),
-        predictor_S=torch.cat(predictors),
+        predictor_S=torch.cat(places) - 1,
         target_S=torch.cat([torch.as_tensor(completion) for _, completion in pairs]),
+        place_S=torch.cat(places),
         completion_S=torch.cat(owners),
     )

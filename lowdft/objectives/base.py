@@ -16,6 +16,7 @@ NEEDS = {
     "completion_reference": "the reference's log-probability of the completion",
     "log_u": "a moving average of every example",
     "mismatched": "completions scored under other rows' prompts (two prompts a micro-batch at least)",
+    "predictions": "embeddings mixed with those of the model's own predictions, by `predicted_share`",
     "aligned": "`aligned_logps` of every row, scored beforehand by aligned models",
 }
 
@@ -60,7 +61,8 @@ class Objective:
     `needs` is a subset of `NEEDS`: what the trainer has to prepare. `per_token` says that the objective compares
     completions by mean rather than summed log-probability. `linear` says that the surrogate is linear in the
     completion's score, so that its derivative is known before the completion is scored. `token_weight` turns the
-    log-probabilities [S] of tokens into their weights in the sums that the objective sees (1 unless given).
+    log-probabilities [S] of tokens, and the completion [S] that each belongs to (ascending), into their weights in the
+    sums that the objective sees (1 unless given); it takes the hyper-parameters too.
     """
 
     name: str
@@ -70,7 +72,7 @@ class Objective:
     needs: frozenset[str] = frozenset()
     per_token: bool = False
     linear: bool = False
-    token_weight: Callable[[Tensor], Tensor] | None = None
+    token_weight: Callable[..., Tensor] | None = None
 
     def __post_init__(self):
         assert self.needs <= NEEDS.keys(), self.needs

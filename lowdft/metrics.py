@@ -42,6 +42,8 @@ class StepMetrics:
                 else positive_M - negative_MB.mean(1)
             )
             self._add("margin", margin_M)
+        if scores.mismatched_gain_M is not None:
+            self._add("reference/mismatched_gain", scores.mismatched_gain_M)
         if losses.weights_MB is not None:
             omega_MB = losses.weights_MB
             self._add("weights/mean", omega_MB.mean(1))

@@ -28,7 +28,7 @@ from lowdft.data.batch import Batch, EncodedDataset, collate
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
-from lowdft.given import prepare
+from lowdft.given import mismatched_gain, prepare
 from lowdft.log_u import LogU
 from lowdft.logps import Group, bare, choose_layout, packed_attention
 from lowdft.metrics import StepMetrics
@@ -147,7 +147,7 @@ class DFTTrainer(WholeCheckpoints):
         batches = [inputs["batch"] for inputs in samples]
         counts = torch.tensor([[sum(map(len, batches)), sum(b.completion_tokens for b in batches)]], device=device)
         prompts, tokens = self.accelerator.gather(counts).sum(0).tolist()
-        self._step = Step(max(1, prompts), max(1, tokens))
+        self._step = Step(max(1, prompts), max(1, tokens), self._mismatched_gain(batches))
         if batches:
             self._step.remember(self._log_u, torch.cat([b.index_M for b in batches]), self._metrics["train"])
         return samples, prompts
@@ -181,7 +181,7 @@ class DFTTrainer(WholeCheckpoints):
     def _accumulate(self, model: nn.Module, batch: Batch) -> Tensor:
         visits_M = self._log_u.visits[batch.index_M]
         groups = self._groups(batch, visits_M)
-        given = self._given(model, batch, visits_M)
+        given = self._given(model, batch, visits_M, self._step)
 
         def losses(numbers: Sequence[int], logps_MK: Tensor) -> tuple[Scores, Losses]:
             chosen = list(numbers)
@@ -212,8 +212,10 @@ class DFTTrainer(WholeCheckpoints):
         visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
         groups = self._groups(batch, visits_M)
         out = self._passes.forward(model, groups)
-        step = self._step if training else Step(len(batch), batch.completion_tokens)
-        given = self._given(model, batch, visits_M)
+        step = self._step
+        if not training:
+            step = Step(len(batch), batch.completion_tokens, self._mismatched_gain([batch]))
+        given = self._given(model, batch, visits_M, step)
         scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), given, step)
         if training:
             self._log_u.update(batch.index_M, losses.log_u_M)
@@ -232,11 +234,18 @@ class DFTTrainer(WholeCheckpoints):
             setattr(scores, name, value.to(logps_MK))
         return scores, self.objective.compute(scores, **self.args.hyperparameters())
 
-    def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor) -> dict[str, Tensor]:
+    def _mismatched_gain(self, batches: Sequence[Batch]) -> float:
+        if "mismatched" not in self.objective.needs:
+            return 0.0
+        return mismatched_gain(self.accelerator.unwrap_model(self.model), batches, self._passes)
+
+    def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor, step: Step) -> dict[str, Tensor]:
         bare_policy = self.accelerator.unwrap_model(model)
         given = prepare(bare_policy, batch, visits_M, self._count, self.objective, self.args, self._passes)
         if "log_u" in self.objective.needs and model.training:
             given["log_u_M"] = self._log_u.values[batch.index_M]
+        if "mismatched" in self.objective.needs:
+            given["mismatched_gain_M"] = torch.full((len(batch),), step.mismatched_gain, dtype=torch.float64)
         return given
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -36,7 +36,7 @@ class Scores:
     log_u_M: Tensor | None = None  # None: no moving average (evaluation), as with gamma = 1; NaN: not started yet
     tokens_per_prompt: float | Tensor = 1.0  # completion tokens of the whole optimizer step over its prompts
     ref_logps_M: Tensor | None = None
-    mismatched_gain_M: Tensor | None = None  # mean log policy - log reference of completions under other prompts
+    mismatched_gain_M: Tensor | None = None  # mean log policy - log reference under other prompts, over the step
     aligned_logps_M: Tensor | None = None  # mean log-probability a token of the completion under aligned models
 
 

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -307,6 +308,8 @@ class DFTTrainer(WholeCheckpoints):
                 stack.enter_context(packed_attention(bare(self.model)))
             if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
                 stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
+            if self.args.offload_checkpoints:
+                stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
             yield
 
     def save_beside(self, folder: Path) -> None:

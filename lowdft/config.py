@@ -97,6 +97,10 @@ class DFTConfig(TrainingArguments):
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
+        chosen.try_out(self.hyperparameters())
+        if chosen.needs & {"reference", "completion_reference"} and self.reference == "online":
+            wanted = "training or sampling with reference: online (the sampler's density is scored beforehand)"
+            _require(self.reference_prompt != "proposal", "reference_prompt", self.reference_prompt, wanted)
         if "completion_reference" in chosen.needs:
             _require(
                 self.reference_prompt == "training",

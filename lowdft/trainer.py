@@ -38,10 +38,24 @@ from lowdft.objectives import Losses, Scores
 from lowdft.passes import Passes
 from lowdft.reference import REFERENCE_NEEDS, start_from_adapter
 from lowdft.step import Step
-from lowdft.training_set import attach_reference, check_rows, encode_rows, fingerprint
+from lowdft.training_set import attach_reference, check_adapter, check_rows, encode_rows, fingerprint
 
 LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
 FADED_WEIGHT, FADED_STEPS = 0.01, 5
+
+
+def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn.Module:
+    """The model to train: loaded where it is a name, under a fresh adapter or a copy of the reference's."""
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if args.reference_adapter:
+        model = start_from_adapter(model, args.reference_adapter)
+    if peft_config is not None:
+        set_seed(args.seed)
+        model = get_peft_model(model, peft_config)
+    if args.freeze_half:
+        freeze_half(model, args.seed)
+    return model
 
 
 class DFTTrainer(WholeCheckpoints):
@@ -59,7 +73,7 @@ class DFTTrainer(WholeCheckpoints):
 
     Raises:
         UserError: rows that cannot be trained on (no completion token, too few negatives), or a reference that the
-            model cannot give.
+            model cannot give; before a model that is given by name is loaded.
     """
 
     def __init__(
@@ -74,16 +88,6 @@ class DFTTrainer(WholeCheckpoints):
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        if args.reference_adapter and (peft_config is not None or isinstance(model, PeftModel)):
-            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
-        if args.reference_adapter:
-            model = start_from_adapter(model, args.reference_adapter)
-        if peft_config is not None:
-            set_seed(args.seed)
-            model = get_peft_model(model, peft_config)
-        if args.freeze_half:
-            freeze_half(model, args.seed)
         self.objective = objectives.get(args.objective)
         encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
         train_rows = encode_rows(train_dataset, encoder)
@@ -93,6 +97,12 @@ class DFTTrainer(WholeCheckpoints):
         if eval_dataset is not None:
             eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))
             check_rows(eval_dataset.rows, self.objective, args, training=False)
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        if args.reference_adapter and has_adapter:
+            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
+        if not has_adapter and not args.reference_adapter:
+            check_adapter(args, self.objective, train_rows)
+        model = make_policy(model, args, peft_config)
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._step = Step()
@@ -295,7 +305,8 @@ class DFTTrainer(WholeCheckpoints):
             self._log_u.load(folder / LOG_U_FILE)
             vars(self._passes).update(read_json(folder / PASSES_FILE))
         if self.objective.needs & REFERENCE_NEEDS:
-            rows, resuming = self.train_dataset.rows, bool(resume_from_checkpoint)
+            rows, resuming = list(self.train_dataset.rows), bool(resume_from_checkpoint)
+            rows += self.eval_dataset.rows if self.eval_dataset is not None else []
             attach_reference(self.model, rows, self.objective, self.args, self._passes, resuming)
         with self._layers_ready():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)

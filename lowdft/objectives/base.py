@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 NEEDS = {
@@ -76,6 +77,25 @@ class Objective:
 
     def __post_init__(self):
         assert self.needs <= NEEDS.keys(), self.needs
+
+    def try_out(self, hyperparameters: Mapping[str, object]) -> None:
+        """Computes a loss of two made-up prompts, so that a bad value is known before anything is loaded.
+
+        Raises:
+            ValueError: this objective cannot be computed with these hyper-parameters, or is not finite.
+        """
+        some_M, some_MB = torch.tensor([-3.0, -5.0]), torch.tensor([[-4.0, -2.0], [-6.0, -9.0]])
+        tokens_M, tokens_MB = torch.tensor([2, 3]), torch.tensor([[2, 1], [3, 4]])
+        scores = Scores(some_M, tokens_M, some_MB, tokens_MB, some_MB - 1, torch.zeros(2), 2.5, some_M - 1)
+        scores.mismatched_gain_M, scores.aligned_logps_M = torch.ones(2), torch.full((2,), -1.0)
+        try:
+            loss_M = self.compute(scores, **hyperparameters).surrogate_M
+            if self.token_weight is not None:
+                loss_M = loss_M * self.token_weight(some_M, torch.tensor([0, 1]), **hyperparameters)
+        except (TypeError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"{self.name} cannot be computed with {dict(hyperparameters)}: {error}") from error
+        if not loss_M.isfinite().all():
+            raise ValueError(f"{self.name} is not finite with {dict(hyperparameters)}")
 
 
 def plain(loss_M: Tensor) -> Losses:

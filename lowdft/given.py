@@ -45,8 +45,9 @@ def prepare(
         return given
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     negatives = batch.negatives(visits_M, count if with_negatives else 0)
+    groups = batch.groups(negatives, prompt=prompt, completion=with_completion, negatives_from=args.negatives_from)
     with reference_on(model):
-        ref_MK = reference_logps(model, batch.groups(negatives, prompt, with_completion), passes)
+        ref_MK = reference_logps(model, groups, passes)
     if with_completion:
         given["ref_logps_M"], ref_MK = ref_MK[:, -1], ref_MK[:, :-1]
     if with_negatives:

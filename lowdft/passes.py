@@ -134,7 +134,7 @@ class Passes:
 
         With a pull, every pass is backpropagated before the next begins.
         """
-        parts = [_part(groups[i], completions) for i, completions in pieces]
+        parts = [groups[i].select(completions) for i, completions in pieces]
         found, computed = [], 0
         for numbers in self._split(parts):
             out = self.forward(model, [parts[n] for n in numbers], weighted)
@@ -155,7 +155,7 @@ class Passes:
         return torch.autograd.grad(surrogate(range(len(leaf_MK)), leaf_MK), leaf_MK)[0]
 
     def _negligible(self, groups: Sequence[Group], pull_MK: Tensor) -> Tensor:
-        tokens_MK = torch.tensor([[len(c) for c in group.completions] for group in groups], device=pull_MK.device)
+        tokens_MK = torch.tensor([group.scored_tokens for group in groups], device=pull_MK.device)
         skip_MB = negligible(pull_MK, tokens_MK, self.skip_negligible)
         share = (skip_MB * tokens_MK[:, :-1]).sum().item() / max(1, tokens_MK[:, :-1].sum().item())
         self.expected_skips = (self.expected_skips + share) / 2
@@ -194,7 +194,7 @@ class Passes:
         for i, group in enumerate(groups):
             piece: list[int] = []
             for k in range(len(group.completions)) if kept is None else kept[i]:
-                if piece and num_tokens(_part(group, [*piece, k]), self.layout) > self.budget:
+                if piece and num_tokens(group.select([*piece, k]), self.layout) > self.budget:
                     pieces.append((i, piece))
                     piece = []
                 piece = [*piece, k]
@@ -221,7 +221,3 @@ def num_tokens(group: Group, layout: str) -> int:
     """Tokens that a forward pass computes for a group (padding between rows not counted)."""
     prompts = len(group.completions) if layout == "padded" else 1
     return prompts * len(group.prompt_ids) + sum(map(len, group.completions))
-
-
-def _part(group: Group, completions: Sequence[int]) -> Group:
-    return Group(group.prompt_ids, [group.completions[k] for k in completions])

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lowdft.config import DFTConfig
+from lowdft.data.batch import group_of
 from lowdft.logps import Group
 from lowdft.model import require_adapter
 from lowdft.objectives import Objective
@@ -60,8 +61,7 @@ def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
     """The completions of a row that the reference scores for this objective: negatives first, the good one last."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     negatives = row["negative_ids"] if "reference" in objective.needs else []
-    completion = [row["completion_ids"]] if "completion_reference" in objective.needs else []
-    return Group(row.get(prompt, row["prompt_ids"]), [*negatives, *completion])
+    return group_of(row, negatives, prompt, "completion_reference" in objective.needs, args.negatives_from)
 
 
 def reference_fields(logps: list[float], objective: Objective) -> dict:

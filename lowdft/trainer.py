@@ -215,7 +215,7 @@ class DFTTrainer(WholeCheckpoints):
 
     def _groups(self, batch: Batch, visits_M: Tensor) -> list[Group]:
         """What this visit of each prompt scores."""
-        return batch.groups(batch.negatives(visits_M, self._count))
+        return batch.groups(batch.negatives(visits_M, self._count), negatives_from=self.args.negatives_from)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of the step's loss in one graph: the objective's value, the surrogate's gradient."""
@@ -237,7 +237,7 @@ class DFTTrainer(WholeCheckpoints):
 
     def _losses(self, groups: Sequence[Group], logps_MK: Tensor, given: dict, step: Step) -> tuple[Scores, Losses]:
         """The objective on a scored micro-batch; of K completions the negatives come first."""
-        tokens_MK = torch.tensor([[len(c) for c in group.completions] for group in groups], device=logps_MK.device)
+        tokens_MK = torch.tensor([group.scored_tokens for group in groups], device=logps_MK.device)
         scores = Scores(logps_MK[:, -1], tokens_MK[:, -1], tokens_per_prompt=step.tokens / step.prompts)
         if self._count:
             scores.policy_negative_logps_MB, scores.negative_tokens_MB = logps_MK[:, :-1], tokens_MK[:, :-1]

@@ -113,6 +113,7 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
         "tau",
         "gamma",
         "negatives_per_step",
+        "negatives_from",
         "log_u_init",
         "reference",
         "reference_model",

@@ -14,7 +14,7 @@ from conftest import make_llama, make_rows
 from peft import LoraConfig
 
 from lowdft import DFTConfig, DFTTrainer
-from lowdft.data.batch import Batch, visit_range
+from lowdft.data.batch import Batch
 from lowdft.errors import UserError
 from lowdft.logps import CompletionLogps, Group, score
 from lowdft.step import Step
@@ -119,6 +119,18 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
         assert trainer.log_u[index].tolist() == pytest.approx(step["log_u_after"], rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("reference", ["precomputed", "online"])
+def test_negatives_from_the_difference(reference, tmp_path):
+    """Only a negative's tokens after the shared ones are scored, by policy and reference alike: w = 1 at step 0."""
+    rows = [{"prompt_ids": [5], "completion_ids": [7, 8, 9], "negative_ids": [[7, 8, 4, 6], [7, 3]]}]
+    trainer = make_trainer(tmp_path, rows, negatives_from="difference", reference=reference, num_train_epochs=1)
+    trainer.train()
+    entry, model = trainer.state.log_history[0], make_llama()
+    logps = score(model, [Group([5], rows[0]["negative_ids"], [2, 1])]).logps_C
+    assert entry["logps/negative"] == pytest.approx(logps.mean().item(), rel=1e-5)
+    assert entry["reference/gap"] < 1e-5 and entry["weights/mean"] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_first_step_by_hand(tmp_path):
     """At step 0 with a fresh adapter w = 1: the loss is the mean NLL of the completions, the gap 0, log_u stays 0."""
     trainer = make_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=5)
@@ -152,10 +164,6 @@ def test_accumulation_changes_nothing(objective, tmp_path):
         assert losses(run) == pytest.approx(losses(runs[0]), rel=1e-4)
         torch.testing.assert_close(run.log_u, runs[0].log_u, rtol=1e-3, atol=1e-4)
     assert len(losses(runs[0])) == 4
-
-
-def test_every_visit_takes_the_next_negatives():
-    assert [visit_range(v, 2, 6) for v in range(4)] == [[0, 1], [2, 3], [4, 5], [0, 1]]
 
 
 def test_visits_are_counted_per_example(tmp_path):

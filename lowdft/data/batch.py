@@ -30,15 +30,9 @@ class Batch:
         """Scored tokens of all completions."""
         return sum(len(row["completion_ids"]) for row in self.rows)
 
-    def groups(
-        self, negatives: Sequence[Sequence[Sequence[int]]], prompt: str = "prompt_ids", completions: bool = True
-    ) -> list[Group]:
-        """One group a row: its chosen negatives first, the completion last (or left out, for the reference)."""
-        last = [[row["completion_ids"]] if completions else [] for row in self.rows]
-        return [
-            Group(row.get(prompt, row["prompt_ids"]), [*chosen, *end])
-            for row, chosen, end in zip(self.rows, negatives, last, strict=True)
-        ]
+    def groups(self, negatives: Sequence[Sequence[Sequence[int]]], **how) -> list[Group]:
+        """One group a row with its chosen negatives; `how` goes to `group_of`."""
+        return [group_of(row, chosen, **how) for row, chosen in zip(self.rows, negatives, strict=True)]
 
     def negatives(self, visits_M: Sequence[int], count: int) -> list[list[list[int]]]:
         """Each row's next `count` negatives: those of its visit, without replacement until all were used."""
@@ -60,6 +54,31 @@ class Batch:
             ],
             dtype=torch.float64,
         )
+
+
+def group_of(
+    row: dict,
+    negatives: Sequence[Sequence[int]],
+    prompt: str = "prompt_ids",
+    completion: bool = True,
+    negatives_from: str = "start",
+) -> Group:
+    """A row's group: negatives first, the completion last (or left out, for the reference).
+
+    With `negatives_from="difference"` a negative is scored from its first token that differs from the completion.
+    """
+    good = row["completion_ids"]
+    completions = [*negatives, *([good] if completion else [])]
+    unscored = None
+    if negatives_from == "difference":
+        unscored = [*(shared_prefix(negative, good) for negative in negatives), *([0] if completion else [])]
+    return Group(row.get(prompt, row["prompt_ids"]), completions, unscored)
+
+
+def shared_prefix(negative: Sequence[int], completion: Sequence[int]) -> int:
+    """How many leading tokens two completions share; the negative's last token never counts as shared."""
+    pairs = zip(negative[:-1], completion, strict=False)
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(negative) - 1, len(completion)))
 
 
 def visit_range(visit: int, count: int, pool: int) -> list[int]:

@@ -65,7 +65,7 @@ def score(
             per_token_S = token_logps(hidden_SD, head, rows.target_S, chunk_size)
         else:
             per_token_S = head_logps(hidden_SD, head, rows.target_S)
-    tokens_C = torch.tensor([len(c) for group in groups for c in group.completions], device=per_token_S.device)
+    tokens_C = torch.tensor([n for group in groups for n in group.scored_tokens], device=per_token_S.device)
     zeros_C = torch.zeros(len(tokens_C), dtype=per_token_S.dtype, device=per_token_S.device)
     weighted_S = per_token_S if token_weight is None else token_weight(per_token_S, rows.completion_S) * per_token_S
     logps_C = zeros_C.index_add(0, rows.completion_S, weighted_S)

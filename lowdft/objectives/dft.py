@@ -8,6 +8,8 @@ For one prompt with completion y and negatives y'_j, all logarithms natural:
     surrogate = -s(y) + mean_j(omega_j s(y'_j))        its gradient is Eq. 8 (DFT) or Eq. 13 (DFT2)
     value     = -s(y) + tau log_u'
 
+`nll_weight` (not in the paper, 0 unless given) adds nll_weight * -s(y) to both: the good answer pulls that much harder.
+
 DFT scores by s(y) = log P(y) and weighs by log w_j = log P(y'_j) / tau - log P_ref(y'_j); DFT2 scores by the mean
 log-probability of a token, and log w_j = s(y'_j) / tau needs no reference.
 """
@@ -22,18 +24,18 @@ from torch import Tensor
 from lowdft.objectives.base import Losses, Objective, Scores
 
 
-def dft(scores: Scores, tau: float, gamma: float) -> Losses:
+def dft(scores: Scores, tau: float, gamma: float, nll_weight: float = 0.0) -> Losses:
     """DFT (Eq. 7-8). Scores are summed log-probabilities; the reference enters through the negatives' weights."""
     score_MB = scores.policy_negative_logps_MB
     log_w_MB = score_MB.detach() / tau - scores.ref_negative_logps_MB
-    return _discriminate(scores.policy_logps_M, score_MB, log_w_MB, scores.log_u_M, tau, gamma)
+    return _discriminate(scores.policy_logps_M, score_MB, log_w_MB, scores.log_u_M, tau, gamma, nll_weight)
 
 
-def dft2(scores: Scores, tau: float, gamma: float) -> Losses:
+def dft2(scores: Scores, tau: float, gamma: float, nll_weight: float = 0.0) -> Losses:
     """DFT2 (Eq. 11-13). Scores are log-probabilities a token; no reference."""
     score_M = scores.policy_logps_M / scores.completion_tokens_M
     score_MB = scores.policy_negative_logps_MB / scores.negative_tokens_MB
-    return _discriminate(score_M, score_MB, score_MB.detach() / tau, scores.log_u_M, tau, gamma)
+    return _discriminate(score_M, score_MB, score_MB.detach() / tau, scores.log_u_M, tau, gamma, nll_weight)
 
 
 def update_log_u(log_w_MB: Tensor, log_u_M: Tensor | None, gamma: float) -> Tensor:
@@ -45,12 +47,12 @@ def update_log_u(log_w_MB: Tensor, log_u_M: Tensor | None, gamma: float) -> Tens
     return torch.logaddexp(math.log1p(-gamma) + old_M, math.log(gamma) + m_M)
 
 
-def _discriminate(score_M, score_MB, log_w_MB, log_u_M, tau, gamma) -> Losses:
+def _discriminate(score_M, score_MB, log_w_MB, log_u_M, tau, gamma, nll_weight) -> Losses:
     new_log_u_M = update_log_u(log_w_MB, log_u_M, gamma)
     omega_MB = torch.exp(log_w_MB - new_log_u_M[:, None])
     return Losses(
-        surrogate_M=-score_M + (omega_MB * score_MB).mean(dim=1),
-        value_M=-score_M.detach() + tau * new_log_u_M,
+        surrogate_M=-(1 + nll_weight) * score_M + (omega_MB * score_MB).mean(dim=1),
+        value_M=-(1 + nll_weight) * score_M.detach() + tau * new_log_u_M,
         log_u_M=new_log_u_M,
         weights_MB=omega_MB,
     )
@@ -61,7 +63,7 @@ OBJECTIVES = (
         name="dft",
         compute=dft,
         source="arXiv 2502.18679, Eq. 7-8",
-        defaults={"tau": 1.0, "gamma": 0.85},
+        defaults={"tau": 1.0, "gamma": 0.85, "nll_weight": 0.0},
         needs=frozenset({"negatives", "reference", "log_u"}),
         linear=True,
     ),
@@ -69,7 +71,7 @@ OBJECTIVES = (
         name="dft2",
         compute=dft2,
         source="arXiv 2502.18679, Eq. 11-13",
-        defaults={"tau": 0.3, "gamma": 0.9},
+        defaults={"tau": 0.3, "gamma": 0.9, "nll_weight": 0.0},
         needs=frozenset({"negatives", "log_u"}),
         per_token=True,
         linear=True,

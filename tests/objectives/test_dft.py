@@ -95,6 +95,24 @@ def test_gradient_is_that_of_the_objective():
     torch.testing.assert_close(losses.value_M, objective.detach())
 
 
+@pytest.mark.parametrize("name", ["dft", "dft2"])
+def test_nll_weight_makes_the_good_answer_pull_harder(name):
+    """Weight 1 doubles the derivative by the completion's score and leaves the negatives' and log_u alone."""
+    torch.manual_seed(2)
+    positive, negative = tensor([-3.0, -7.0]).requires_grad_(), torch.randn(2, 3, dtype=torch.float64).requires_grad_()
+    scores = Scores(
+        positive, tensor([2, 4]), negative, torch.full((2, 3), 5), torch.zeros_like(negative), torch.zeros(2)
+    )
+    compute = objectives.get(name).compute
+    plain, weighted = (compute(scores, tau=0.8, gamma=0.9, nll_weight=w) for w in (0.0, 1.0))
+    gradients = [torch.autograd.grad(x.surrogate_M.sum(), (positive, negative)) for x in (plain, weighted)]
+    torch.testing.assert_close(gradients[1][0], 2 * gradients[0][0])
+    torch.testing.assert_close(gradients[1][1], gradients[0][1])
+    torch.testing.assert_close(weighted.log_u_M, plain.log_u_M)
+    score_M = positive.detach() / (1 if name == "dft" else tensor([2, 4]))
+    torch.testing.assert_close(weighted.value_M, plain.value_M - score_M)
+
+
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'dft2'"):
         objectives.get("dtf2")

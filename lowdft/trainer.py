@@ -208,7 +208,7 @@ class DFTTrainer(WholeCheckpoints):
         scored = self._passes.backpropagate(model, groups, surrogate, backward)
         scores, final = losses(range(len(batch)), scored.logps_MK)
         self._log_u.update(batch.index_M, final.log_u_M)
-        self._metrics["train"].add(scores, final, self.objective.per_token, batch, scored)
+        self._metrics["train"].add(scores, final, self.objective, batch, scored)
         if self.state.global_step == 0:
             self._metrics["train"].gap(scores)
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
@@ -230,7 +230,7 @@ class DFTTrainer(WholeCheckpoints):
         scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), given, step)
         if training:
             self._log_u.update(batch.index_M, losses.log_u_M)
-        self._metrics["train" if training else "eval"].add(scores, losses, self.objective.per_token, batch)
+        self._metrics["train" if training else "eval"].add(scores, losses, self.objective, batch)
         surrogate, value = losses.surrogate_M.sum() / step.prompts, losses.value_M.sum() / step.prompts
         loss = surrogate + (value - surrogate).detach()
         return (loss, losses) if return_outputs else loss

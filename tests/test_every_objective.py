@@ -55,6 +55,8 @@ def test_every_objective_trains(name, tmp_path):
     before = loss()
     trainer.train()
     after = loss()
+    weighted = objectives.get(name).token_weight is not None  # such a sum of log-probabilities has a name of its own
+    assert ("logps/positive_weighted" if weighted else "logps/positive") in trainer.state.log_history[0]
     assert torch.tensor(losses(trainer)).isfinite().all()
     assert after < before
 

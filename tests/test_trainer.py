@@ -144,7 +144,7 @@ def test_first_step_by_hand(tmp_path):
     assert trainer.log_u.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("objective", ["dft", "dft2", "sft"])
+@pytest.mark.parametrize("objective", ["dft", "dft2", "sft", "ift"])
 def test_accumulation_changes_nothing(objective, tmp_path):
     """A step of 4 prompts is the same in one micro-batch, in two and in four: losses and log_u."""
     runs = [
@@ -180,10 +180,14 @@ def test_evaluation_leaves_log_u_alone(tmp_path):
     assert metrics["eval_loss"] > 0
 
 
-def test_gradient_checkpointing_updates_once_and_changes_nothing(tmp_path):
+@pytest.mark.parametrize("objective", ["dft", "ift"])
+def test_gradient_checkpointing_updates_once_and_changes_nothing(objective, tmp_path):
     plain, checkpointed = (
         make_trainer(
-            tmp_path / str(flag), gradient_checkpointing=flag, gradient_checkpointing_kwargs={"use_reentrant": False}
+            tmp_path / str(flag),
+            objective=objective,
+            gradient_checkpointing=flag,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
         )
         for flag in (False, True)
     )

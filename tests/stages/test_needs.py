@@ -53,6 +53,16 @@ def test_preference_data_needs_no_generation(recipe, name, monkeypatch, tmp_path
         assert [len(row["ref_negative_logps"]) for row in scored] == [1] * 4 and scored[0]["ref_logps"] < 0
 
 
+@pytest.mark.parametrize("name", ["dynamic_ft", "f_sft", "ift"])
+def test_objectives_on_completions_alone(recipe, name, tmp_path):
+    """They train and are measured on preference data too, of which they use `chosen`."""
+    assert main(["run", recipe, f"training.objective={name}"]) == 0
+    scored = tmp_path / "run" / "reference.parquet"
+    assert scored.is_file() == (name == "f_sft")
+    assert not scored.is_file() or pq.read_table(scored).column_names == ["example_id", "ref_logps"]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_scores_of_aligned_models_come_with_the_rows(recipe, tmp_path, capsys):
     """PoFT: -log sigmoid(P/T - c) is smaller where the aligned models found the completions less likely."""
     first = []

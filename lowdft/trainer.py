@@ -101,7 +101,7 @@ class DFTTrainer(WholeCheckpoints):
         if args.reference_adapter and has_adapter:
             raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
         if not has_adapter and not args.reference_adapter:
-            check_adapter(args, self.objective, train_rows)
+            check_adapter(args, self.objective, train_rows + (eval_dataset.rows if eval_dataset else []))
         model = make_policy(model, args, peft_config)
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}

@@ -54,7 +54,7 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training
             "under aligned models, scored beforehand"
         )
     scored = all(has_reference(row, objective) for row in rows)
-    if training and args.reference_prompt == "proposal" and not scored:
+    if args.reference_prompt == "proposal" and not scored:
         raise UserError("reference_prompt: proposal needs rows with ref_negative_logps; run `lowdft score` first")
     if "negatives" not in objective.needs:
         return
@@ -73,7 +73,7 @@ def check_adapter(args: DFTConfig, objective: Objective, rows: list[dict] | None
     """Raises UserError for what only an adapter can do, for a training without one.
 
     Args:
-        rows: training rows, which may bring the reference; None: they do not.
+        rows: of training and evaluation, which may bring the reference; None: they do not.
     """
     brought = rows is not None and all(has_reference(row, objective) for row in rows)
     if args.reference == "online" and objective.needs & REFERENCE_NEEDS and not brought:

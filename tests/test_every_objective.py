@@ -108,6 +108,15 @@ def test_what_full_parameters_cannot_have_is_told(settings, words, tmp_path):
         make_trainer(tmp_path, peft=False, **settings)
 
 
+@pytest.mark.parametrize("settings", [dict(reference="online"), dict(reference_prompt="proposal")])
+def test_held_out_rows_must_bring_what_training_rows_bring(settings, tmp_path):
+    """A reference that cannot be scored in training cannot be scored for the held-out rows either."""
+    scored = [row | {"ref_negative_logps": [-5.0] * 4} for row in make_rows()]
+    make_trainer(tmp_path / "a", scored, peft=False, eval_rows=scored[:2], **settings)
+    with pytest.raises(UserError, match="needs"):
+        make_trainer(tmp_path / "b", scored, peft=False, eval_rows=make_rows(2), **settings)
+
+
 @pytest.mark.parametrize(
     "name, values, words",
     [

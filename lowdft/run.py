@@ -314,10 +314,16 @@ class Run:
     @property
     def evaluation(self) -> Product:
         """What was measured on the held-out rows."""
-        section = dataclasses.asdict(self.recipe.evaluation)
-        section.pop("batch_size")
-        made_from = self._made_from_negatives("heldout") | section | {"trained": self.training.made_from}
+        compared = {"compare": self.recipe.evaluation.compare}
+        made_from = self.base_evaluation.made_from | compared | {"trained": self.training.made_from}
         return Product(self.folder / "evaluation.json", made_from)
+
+    @property
+    def base_evaluation(self) -> Product:
+        """What was measured of the base alone: the same for every training on the same held-out rows."""
+        section = self.recipe.evaluation
+        how = {name: getattr(section, name) for name in ("answer", "pattern", "max_new_tokens")}
+        return Product(self.folder / "base_evaluation.json", self._made_from_negatives("heldout") | how)
 
     def _made_from_negatives(self, split: str) -> dict:
         if self.ready_negatives or not self.negatives_wanted(split):

@@ -94,7 +94,7 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path) -> None:
     """Walks one run up to its evaluation, with what sibling runs made from the very same things."""
     run = Run(load_recipe(recipe, overrides))
     run.check()
-    for product in (run.negatives("train"), run.negatives("heldout"), run.reference):
+    for product in (run.negatives("train"), run.negatives("heldout"), run.reference, run.base_evaluation):
         borrow(product, study_folder)
     for stage in STAGES:
         importlib.import_module(f"lowdft.stages.{stage}").main(run)

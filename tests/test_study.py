@@ -29,10 +29,14 @@ def study(tmp_path, tiny_folder):
 
 
 def test_study(study, capsys, monkeypatch):
-    """Six runs; negatives are written once and the reference scored once an objective that needs it."""
-    from lowdft.stages import generate, score
+    """Six runs; what they share is made once: negatives, the base's evaluation, and each objective's reference."""
+    from lowdft.stages import evaluate, generate, score
 
-    calls = {"generate": 0, "score": 0}
+    calls, measured = {"generate": 0, "score": 0}, []
+    original_measure = evaluate.measure
+    monkeypatch.setattr(
+        evaluate, "measure", lambda run, name, *a: measured.append(name) or original_measure(run, name, *a)
+    )
     for stage in (generate, score):
         name, original = stage.__name__.rsplit(".", 1)[1], stage.make_in_parts
 
@@ -44,6 +48,7 @@ def test_study(study, capsys, monkeypatch):
     assert main(["compare", str(study)]) == 0
     out = study.parent / "out"
     assert calls == {"generate": 2, "score": 2}  # training and held-out negatives; what dft needs, what dpo needs
+    assert measured.count("base") == 1 and measured.count("after") == 6
     table = json.loads((out / "study.json").read_text())["table"]
     assert [(line["name"], line["runs"]) for line in table] == [("base", 1), ("sft", 2), ("dft", 2), ("dpo", 2)]
     assert table[1]["logps/positive"][0] > table[0]["logps/positive"][0]

@@ -43,6 +43,7 @@ class DFTConfig(TrainingArguments):
             (`passes.negligible`, whose r was measured at 4 at most: a relative error of the gradient of 2e-4); 0:
             everything is backpropagated.
         logits_chunk_size: tokens whose logits exist at once.
+        offload_checkpoints: keep what gradient checkpointing saves in CPU memory rather than on the GPU: slower, exact.
         freeze_half: train a random half of the adapted modules, balanced over their types, chosen by `seed` ("Half
             Fine-Tuning"; its form for LoRA is derived here). With `rounds` every round has another half.
     """
@@ -63,6 +64,7 @@ class DFTConfig(TrainingArguments):
     tokens_per_pass: int = 8192
     skip_negligible: float = 5e-5
     logits_chunk_size: int = 256
+    offload_checkpoints: bool = False
     freeze_half: bool = False
 
     learning_rate: float = 2e-4
@@ -106,6 +108,10 @@ class DFTConfig(TrainingArguments):
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
+        chosen.try_out(self.hyperparameters())
+        if chosen.needs & {"reference", "completion_reference"} and self.reference == "online":
+            wanted = "training or sampling with reference: online (the sampler's density is scored beforehand)"
+            _require(self.reference_prompt != "proposal", "reference_prompt", self.reference_prompt, wanted)
         if "completion_reference" in chosen.needs:
             _require(
                 self.reference_prompt == "training",
@@ -116,6 +122,12 @@ class DFTConfig(TrainingArguments):
         if "mismatched" in chosen.needs:
             batch = self.per_device_train_batch_size
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
+        _require(
+            self.gradient_checkpointing or not self.offload_checkpoints,
+            "offload_checkpoints",
+            self.offload_checkpoints,
+            "false, or gradient_checkpointing: true beside it",
+        )
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()

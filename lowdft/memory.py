@@ -29,10 +29,14 @@ LIBRARIES = 0.1e9  # bytes that the first step's libraries add to a process on a
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what takes them. `per_token` is that of one more token in a pass, `fixed` all that does not grow."""
+    """Bytes by what takes them. `per_token` is that of one more token in a pass, `fixed` all that does not grow.
+
+    `offloaded` are bytes that a GPU's training keeps in CPU memory; no part of the others.
+    """
 
     parts: dict[str, float]
     per_token: float
+    offloaded: float = 0.0
 
     @property
     def total(self) -> float:
@@ -46,9 +50,14 @@ class Memory:
 
 
 def estimate(
-    config: PreTrainedConfig, model: ModelSection, adapter: AdapterSection | None, args: DFTConfig, tokens: int
+    config: PreTrainedConfig,
+    model: ModelSection,
+    adapter: AdapterSection | None,
+    args: DFTConfig,
+    tokens: int,
+    on_gpu: bool = False,
 ) -> Memory:
-    """Memory of training with passes of `tokens` tokens."""
+    """Memory of training with passes of `tokens` tokens; on a CPU `offload_checkpoints` moves nothing."""
     text = config.get_text_config()
     dtype = getattr(torch, model.dtype)
     size = dtype.itemsize
@@ -59,10 +68,9 @@ def estimate(
     )
     kept_one, kept_two = (_kept_bytes(m) / PROBE_TOKENS for m in (one, two))
     layer, rest = kept_two - kept_one, max(0.0, 2 * kept_one - kept_two)
-    if args.gradient_checkpointing:
-        per_token = layers * text.hidden_size * size + layer + rest
-    else:
-        per_token = layers * layer + rest
+    checkpoints = layers * text.hidden_size * size + rest
+    offloaded = checkpoints if args.offload_checkpoints and on_gpu else 0.0
+    per_token = checkpoints - offloaded + layer if args.gradient_checkpointing else layers * layer + rest
     largest = max(m.weight.numel() for m in one.modules() if type(m) is nn.Linear and m is not _head(one))
     working = 6 * max(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size) * size
     optimizer = next((v for k, v in OPTIMIZER_BYTES.items() if k in getattr(args.optim, "value", args.optim)), 8)
@@ -76,7 +84,7 @@ def estimate(
         "a pass: kept for backward": OVERHEAD * per_token * tokens,
         "a pass: at work": OVERHEAD * working * tokens,
     }
-    return Memory({k: v for k, v in parts.items() if v}, OVERHEAD * (per_token + working))
+    return Memory({k: v for k, v in parts.items() if v}, OVERHEAD * (per_token + working), offloaded * tokens)
 
 
 def sharded(memory: Memory, gpus: int, dtype: str) -> Memory:

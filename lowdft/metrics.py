@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowdft import ranks
 from lowdft.data.batch import Batch
-from lowdft.objectives import Losses, Scores
+from lowdft.objectives import Losses, Objective, Scores
 from lowdft.passes import Scored
 
 
@@ -27,23 +27,27 @@ class StepMetrics:
         self._computed, self._needed = 0, 0
         self._since = time.perf_counter()
 
-    def add(self, scores: Scores, losses: Losses, per_token: bool, batch: Batch, scored: Scored | None = None) -> None:
-        """Adds one micro-batch; `per_token` says on which score the margin is taken."""
+    def add(
+        self, scores: Scores, losses: Losses, objective: Objective, batch: Batch, scored: Scored | None = None
+    ) -> None:
+        """Adds one micro-batch. The objective says on which score the margin is taken, and if tokens are weighed."""
         positive_M, lengths_M = scores.policy_logps_M.detach(), scores.completion_tokens_M
         self._prompts += len(batch)
         self._tokens += int(lengths_M.sum()) + sum(len(row["prompt_ids"]) for row in batch.rows)
         self._add("surrogate", losses.surrogate_M.detach())
-        self._add("logps/positive", positive_M)
+        self._add("logps/positive" + ("_weighted" if objective.token_weight else ""), positive_M)
         if scores.policy_negative_logps_MB is not None:
             negative_MB, tokens_MB = scores.policy_negative_logps_MB.detach(), scores.negative_tokens_MB
             self._tokens += int(tokens_MB.sum())
             self._add("logps/negative", negative_MB.mean(1))
             margin_M = (
                 positive_M / lengths_M - (negative_MB / tokens_MB).mean(1)
-                if per_token
+                if objective.per_token
                 else positive_M - negative_MB.mean(1)
             )
             self._add("margin", margin_M)
+        if scores.mismatched_gain_M is not None:
+            self._add("reference/mismatched_gain", scores.mismatched_gain_M)
         if losses.weights_MB is not None:
             omega_MB = losses.weights_MB
             self._add("weights/mean", omega_MB.mean(1))

@@ -32,10 +32,11 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
     groups = expected_groups(run)
     sizes = sorted((num_tokens(group, "packed") for group in groups), reverse=True)
     largest = min(args.tokens_per_pass, sum(sizes[: args.per_device_train_batch_size]))
-    memory = estimate(config, run.recipe.model, run.recipe.adapter, args, largest)
+    on_gpu = gpu is not None or torch.cuda.is_available()
+    memory = estimate(config, run.recipe.model, run.recipe.adapter, args, largest, on_gpu)
     if gpus > 1 and run.recipe.adapter is None:
         memory = sharded(memory, gpus, run.recipe.model.dtype)
-    base = process_bytes(gpu)
+    base = GPU_CONTEXT if on_gpu else process_bytes()
     show_memory(memory, base, largest, gpus)
     if gpus == 1 and run.recipe.adapter is None and run.recipe.model.dtype != "float32":
         say(
@@ -95,10 +96,8 @@ def count_work(run: Run, sizes: list[int], gpus: int) -> tuple[int, int]:
     return steps, round(sum(sizes) / len(sizes) * min(steps * per_step, len(sizes) * math.ceil(args.num_train_epochs)))
 
 
-def process_bytes(gpu: float | None) -> float:
-    """What a process takes before any model: a GPU's context, or this process as it stands."""
-    if gpu is not None or torch.cuda.is_available():
-        return GPU_CONTEXT
+def process_bytes() -> float:
+    """What a process takes before any model: this one as it stands."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 + LIBRARIES
 
 
@@ -112,6 +111,8 @@ def show_memory(memory: Memory, base: float, tokens: int, gpus: int) -> None:
         table.add_row(name, f"{value / 1e9:.2f}")
     table.add_section()
     table.add_row("total (estimate)", f"{(base + memory.total) / 1e9:.2f}")
+    if memory.offloaded:
+        table.add_row("in CPU memory: offloaded checkpoints", f"{memory.offloaded / 1e9:.2f}")
     Console().print(table)
 
 

@@ -1,0 +1,44 @@
+"""The calculations written out in GSM8K's solutions, `<<48/2=24>>`, as rows with a prompt "48/2 =" and an answer " 24".
+
+    python benchmarks/gsm8k_calculations.py train.jsonl test.jsonl calculations
+    lowdft compare recipes/studies/gsm8k-calculations.yaml
+
+Real data with answers that can be checked, short enough for a 135M model on a CPU. Every expression comes once; those of
+the test file are left out of the training rows. The rows' order is drawn with a fixed seed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+CALCULATION = re.compile(r"<<([\d.+\-*/() ]+)=(-?\d+(?:\.\d+)?)>>")
+
+
+def main(train: str, test: str, folder: str) -> None:
+    """Writes FOLDER/train.jsonl and FOLDER/test.jsonl."""
+    held_out = read(test)
+    rows = {expression: result for expression, result in read(train).items() if expression not in held_out}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, calculations in (("train", rows), ("test", held_out)):
+        lines = [json.dumps({"prompt": f"{e} =", "completion": f" {r}"}) + "\n" for e, r in sorted(calculations.items())]
+        random.Random(0).shuffle(lines)
+        (Path(folder) / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{folder}/{name}.jsonl: {len(lines)} rows")
+
+
+def read(path: str) -> dict[str, str]:
+    """Expression without spaces -> its result as GSM8K writes it; the first one where it differs."""
+    found: dict[str, str] = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            for expression, result in CALCULATION.findall(json.loads(line)["answer"]):
+                found.setdefault(expression.replace(" ", ""), result)
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -26,6 +26,15 @@ def from_all(value: object) -> list:
     return found
 
 
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Is `flag` true on any rank?"""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean over ranks of every trainable parameter's gradient, in place; a missing one counts as zero."""
     if world_size() == 1:

@@ -86,7 +86,8 @@ class WholeCheckpoints(Trainer):
             if first:
                 self.save_beside(partial / name)
                 flush_to_disk(partial / name)
-                shutil.rmtree(run_dir / name, ignore_errors=True)
+                if (run_dir / name).exists():  # deleting it in its place could leave a half one there
+                    os.replace(run_dir / name, partial / "old")
                 os.replace(partial / name, run_dir / name)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")

@@ -17,33 +17,46 @@ from lowdft.run_folder import Product
 
 
 def make_in_parts(
-    product: Product, items: Sequence, part_size: int, work: Callable[[Sequence], list[dict]], what: str
-) -> pa.Table:
+    product: Product,
+    items: Sequence,
+    part_size: int,
+    work: Callable[[Sequence], list[dict]],
+    what: str,
+    count: Callable[[pa.Table], dict] = lambda table: {},
+) -> dict:
     """Turns items into one row each and stores them as `product` (a parquet file); goes on from the parts at hand.
 
     Args:
-        items: in an order that the same settings always give; part i is `items[i * part_size : (i + 1) * part_size]`.
+        items: in an order that the same settings always give.
+        part_size: items of a part; it may be another one after an interruption.
         work: rows of one part, in order.
         what: for the progress bar, which shows the rate and the time left.
+        count: facts about the whole table that are worth noting in the manifest; they are returned.
     """
-    folder = product.path.with_suffix(".parts")
+    folder, began = product.path.with_suffix(".parts"), time.perf_counter()
+    if not product.manifest.is_file():  # nobody knows what older parts were made from
+        shutil.rmtree(folder, ignore_errors=True)
     product.begin()
-    starts = range(0, len(items), part_size)
-    began = time.perf_counter()
+    if not product.path.is_file():
+        _write(_all_parts(folder, items, part_size, work, what), product.path)
+    shutil.rmtree(folder, ignore_errors=True)
+    facts = count(pq.read_table(product.path))
+    product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
+    return facts
+
+
+def _all_parts(folder: Path, items: Sequence, part_size: int, work: Callable, what: str) -> pa.Table:
+    """The parts together; a file is named by its first item and has one row an item: its length says what is next."""
+    parts, start = [], 0
     with tqdm(total=len(items), desc=what, unit="row", file=sys.stderr) as bar:
-        for number, start in enumerate(starts):
-            path = folder / f"part-{number:06d}.parquet"
+        while start < len(items):
+            path = folder / f"from-{start:09d}.parquet"
             if not path.is_file():
                 _write(pa.Table.from_pylist(work(items[start : start + part_size])), path)
-            bar.update(len(items[start : start + part_size]))
-    table = pa.concat_tables(
-        [pq.read_table(folder / f"part-{number:06d}.parquet") for number in range(len(starts))],
-        promote_options="permissive",
-    )
-    _write(table, product.path)
-    product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1))
-    shutil.rmtree(folder)
-    return table
+            parts.append(pq.read_table(path))
+            start += len(parts[-1])
+            bar.update(len(parts[-1]))
+    return pa.concat_tables(parts, promote_options="permissive")
 
 
 def _write(table: pa.Table, path: Path) -> None:

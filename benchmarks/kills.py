@@ -200,7 +200,8 @@ def kill_until(kills: int, seed: int, objective: str, place: Path) -> dict:
         folder = place / f"walk-{walks}"
         arguments = [recipe, f"output_dir={folder}"]
         statuses = []
-        for moment in [*moments(rng), None]:
+        scored = (place / "whole" / "reference.parquet").exists()
+        for moment in [*(m for m in moments(rng) if scored or "scoring" not in m.place), None]:
             statuses.append(attempt(arguments, folder, moment, place / "log"))
             by_place[moment.place if moment else "last attempt"] += statuses[-1] == -signal.SIGKILL
         assert set(statuses) <= {0, -signal.SIGKILL} and statuses[-1] == 0, (place / "log").read_text()[-5000:]

@@ -141,7 +141,7 @@ def processes(count: int) -> dict[str, float]:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--standalone"]
         command = [sys.executable, *launcher, __file__, "--rank-in", folder]
         out = subprocess.run(command, capture_output=True, text=True)
-        assert out.returncode == 0, out.stderr[-3000:]
+        assert out.returncode == 0, out.stderr
     return json.loads(next(line for line in out.stdout.splitlines() if line.startswith('{"ms')))
 
 

@@ -90,7 +90,9 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.verb == "inspect":
         importlib.import_module("lowdft.stages.inspect").main(run, row=arguments.row)
     elif arguments.verb == "plan":
-        importlib.import_module("lowdft.stages.plan").main(run, gpu=arguments.gpu, probe=arguments.probe)
+        importlib.import_module("lowdft.stages.plan").main(
+            run, gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
+        )
     elif arguments.verb == "export":
         run.check()
         importlib.import_module("lowdft.stages.export").main(run, extrapolate=arguments.extrapolate)
@@ -129,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
         if name == "plan":
             verb.add_argument("--gpu", type=float, metavar="GB", help="find the largest setting for a GPU's memory")
+            verb.add_argument(
+                "--gpus", type=int, default=1, metavar="N", help="plan for N GPUs: ZeRO-3, or whole copies"
+            )
             verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
         if name == "export":
             verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from lowdft import objectives
 
 REFERENCES = ("precomputed", "online")
-NEGATIVES_FROM = ("start", "difference")
+NEGATIVES_SCORED = ("whole", "from_difference", "at_difference")
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
 
@@ -23,8 +23,9 @@ class DFTConfig(TrainingArguments):
         gamma: step of the moving average in (0, 1]; None takes the objective's default.
         log_u_init: first value of every example's log_u: a number (the paper: 0) or "first_batch".
         negatives_per_step: B, the negatives of a prompt that one visit uses; every visit uses the next B.
-        negatives_from: where a negative's score begins: at its "start" (the paper), or at the first token that differs
-            from the completion ("difference": shared tokens are not pushed up and down at once).
+        negatives_scored: which tokens of a negative count: the "whole" (the paper), those "from_difference", the first
+            token that differs from the completion (what they share is not pushed up and down at once), or that one
+            token alone, "at_difference" (nor is what follows, which often is of the same form).
         objective_args: hyper-parameters of the objective beside tau and gamma, by name.
         reference: "precomputed" (the dataset's `ref_negative_logps`, else scored by the initial weights before the
             first step) or "online" (the base with the adapter off, each step).
@@ -42,6 +43,7 @@ class DFTConfig(TrainingArguments):
             (`passes.negligible`, whose r was measured at 4 at most: a relative error of the gradient of 2e-4); 0:
             everything is backpropagated.
         logits_chunk_size: tokens whose logits exist at once.
+        offload_checkpoints: keep what gradient checkpointing saves in CPU memory rather than on the GPU: slower, exact.
         freeze_half: train a random half of the adapted modules, balanced over their types, chosen by `seed` ("Half
             Fine-Tuning"; its form for LoRA is derived here). With `rounds` every round has another half.
     """
@@ -51,7 +53,7 @@ class DFTConfig(TrainingArguments):
     gamma: float | None = None
     log_u_init: float | str = 0.0
     negatives_per_step: int = 2
-    negatives_from: str = "start"
+    negatives_scored: str = "whole"
     objective_args: dict = field(default_factory=dict)
     reference: str = "precomputed"
     reference_model: str = "base"
@@ -62,6 +64,7 @@ class DFTConfig(TrainingArguments):
     tokens_per_pass: int = 8192
     skip_negligible: float = 5e-5
     logits_chunk_size: int = 256
+    offload_checkpoints: bool = False
     freeze_half: bool = False
 
     learning_rate: float = 2e-4
@@ -85,7 +88,10 @@ class DFTConfig(TrainingArguments):
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
         _require(self.negatives_per_step >= 1, "negatives_per_step", self.negatives_per_step, "1 or more")
         _require(
-            self.negatives_from in NEGATIVES_FROM, "negatives_from", self.negatives_from, " or ".join(NEGATIVES_FROM)
+            self.negatives_scored in NEGATIVES_SCORED,
+            "negatives_scored",
+            self.negatives_scored,
+            " or ".join(NEGATIVES_SCORED),
         )
         _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
         kind, _, path = self.reference_model.partition(":")
@@ -102,6 +108,10 @@ class DFTConfig(TrainingArguments):
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
+        chosen.try_out(self.hyperparameters())
+        if chosen.needs & {"reference", "completion_reference"} and self.reference == "online":
+            wanted = "training or sampling with reference: online (the sampler's density is scored beforehand)"
+            _require(self.reference_prompt != "proposal", "reference_prompt", self.reference_prompt, wanted)
         if "completion_reference" in chosen.needs:
             _require(
                 self.reference_prompt == "training",
@@ -112,6 +122,12 @@ class DFTConfig(TrainingArguments):
         if "mismatched" in chosen.needs:
             batch = self.per_device_train_batch_size
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
+        _require(
+            self.gradient_checkpointing or not self.offload_checkpoints,
+            "offload_checkpoints",
+            self.offload_checkpoints,
+            "false, or gradient_checkpointing: true beside it",
+        )
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
+from lowdft import ranks
 from lowdft.config import DFTConfig
 from lowdft.data.batch import Batch
 from lowdft.logps import Group
@@ -23,13 +27,13 @@ def prepare(
 ) -> dict[str, Tensor]:
     """Fields of `Scores` by name, a row a prompt, without gradient; only those that `objective.needs` names.
 
+    (`log_u_M` and `mismatched_gain_M`, which belong to the training and to the step, are the trainer's to add.)
+
     The reference comes from the rows where they bring it, else from the model with its reference on.
     """
     needs, given = objective.needs, {}
     if "aligned" in needs:
         given["aligned_logps_M"] = batch.column("aligned_logps")
-    if "mismatched" in needs:
-        given["mismatched_gain_M"] = mismatched_gain(model, batch, passes)
     if not needs & REFERENCE_NEEDS:
         return given
     with_negatives, with_completion = "reference" in needs, "completion_reference" in needs
@@ -41,7 +45,7 @@ def prepare(
         return given
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     negatives = batch.negatives(visits_M, count if with_negatives else 0)
-    groups = batch.groups(negatives, prompt=prompt, completion=with_completion, negatives_from=args.negatives_from)
+    groups = batch.groups(negatives, prompt=prompt, completion=with_completion, negatives_scored=args.negatives_scored)
     with reference_on(model):
         ref_MK = reference_logps(model, groups, passes)
     if with_completion:
@@ -51,16 +55,24 @@ def prepare(
     return given
 
 
-def mismatched_gain(model: nn.Module, batch: Batch, passes: Passes) -> Tensor:
-    """Mean log policy - log reference of every prompt with the next row's completion; [M], all the same.
+def mismatched_gain(model: nn.Module, batches: Sequence[Batch], passes: Passes) -> float:
+    """Mean of log policy - log reference of every prompt of a step with the next prompt's completion, over all ranks.
 
-    Over this micro-batch; several ranks do not share it.
+    Prompts stand in the order that one process would take them in, so that the number of ranks and the size of a
+    micro-batch change nothing. 0 for a lone prompt, which has no next one.
+
+    Args:
+        batches: this rank's micro-batches of the step.
     """
-    groups = [
-        Group(row["prompt_ids"], [other["completion_ids"]])
-        for row, other in zip(batch.rows, [*batch.rows[1:], batch.rows[0]], strict=True)
-    ]
-    policy = reference_logps(model, groups, passes)
-    with reference_on(model):
-        gain_M1 = policy - reference_logps(model, groups, passes)
-    return gain_M1.mean().expand(len(batch))
+    everyone = ranks.from_all([[(row["prompt_ids"], row["completion_ids"]) for row in b.rows] for b in batches])
+    by_micro_batch = itertools.zip_longest(*everyone, fillvalue=())
+    rows = [(owner, *row) for micro in by_micro_batch for owner, part in enumerate(micro) for row in part]
+    pairs = zip(rows, [*rows[1:], *rows[:1]], strict=True) if len(rows) > 1 else []
+    groups = [Group(prompt, [other]) for (owner, prompt, _), (*_, other) in pairs if owner == ranks.rank()]
+    gains = []
+    if groups:
+        policy_M1 = reference_logps(model, groups, passes)
+        with reference_on(model):
+            gains = (policy_M1 - reference_logps(model, groups, passes))[:, 0].tolist()
+    gains = list(itertools.chain(*ranks.from_all(gains)))
+    return sum(gains) / max(1, len(gains))

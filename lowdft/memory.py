@@ -7,6 +7,7 @@ with empty weights; everything else follows from shapes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +23,20 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, an 8-bit scale fo
 OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0.1, "sgd": 0}  # a trainable weight; others keep two float32
 PROBE_TOKENS = 256
 OVERHEAD = 1.15  # of an allocator over what a pass asks for; measured on a CPU, peaks at 1024 to 4096 tokens a pass
+GATHERED = 1e9  # weights that a GPU holds whole at once: the default of DeepSpeed's stage3_max_live_parameters
 LIBRARIES = 0.1e9  # bytes that the first step's libraries add to a process on a CPU; measured
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what takes them. `per_token` is that of one more token in a pass, `fixed` all that does not grow."""
+    """Bytes by what takes them. `per_token` is that of one more token in a pass, `fixed` all that does not grow.
+
+    `offloaded` are bytes that a GPU's training keeps in CPU memory; no part of the others.
+    """
 
     parts: dict[str, float]
     per_token: float
+    offloaded: float = 0.0
 
     @property
     def total(self) -> float:
@@ -44,9 +50,14 @@ class Memory:
 
 
 def estimate(
-    config: PreTrainedConfig, model: ModelSection, adapter: AdapterSection | None, args: DFTConfig, tokens: int
+    config: PreTrainedConfig,
+    model: ModelSection,
+    adapter: AdapterSection | None,
+    args: DFTConfig,
+    tokens: int,
+    on_gpu: bool = False,
 ) -> Memory:
-    """Memory of training with passes of `tokens` tokens."""
+    """Memory of training with passes of `tokens` tokens; on a CPU `offload_checkpoints` moves nothing."""
     text = config.get_text_config()
     dtype = getattr(torch, model.dtype)
     size = dtype.itemsize
@@ -57,10 +68,9 @@ def estimate(
     )
     kept_one, kept_two = (_kept_bytes(m) / PROBE_TOKENS for m in (one, two))
     layer, rest = kept_two - kept_one, max(0.0, 2 * kept_one - kept_two)
-    if args.gradient_checkpointing:
-        per_token = layers * text.hidden_size * size + layer + rest
-    else:
-        per_token = layers * layer + rest
+    checkpoints = layers * text.hidden_size * size + rest
+    offloaded = checkpoints if args.offload_checkpoints and on_gpu else 0.0
+    per_token = checkpoints - offloaded + layer if args.gradient_checkpointing else layers * layer + rest
     largest = max(m.weight.numel() for m in one.modules() if type(m) is nn.Linear and m is not _head(one))
     working = 6 * max(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size) * size
     optimizer = next((v for k, v in OPTIMIZER_BYTES.items() if k in getattr(args.optim, "value", args.optim)), 8)
@@ -74,7 +84,22 @@ def estimate(
         "a pass: kept for backward": OVERHEAD * per_token * tokens,
         "a pass: at work": OVERHEAD * working * tokens,
     }
-    return Memory({k: v for k, v in parts.items() if v}, OVERHEAD * (per_token + working))
+    return Memory({k: v for k, v in parts.items() if v}, OVERHEAD * (per_token + working), offloaded * tokens)
+
+
+def sharded(memory: Memory, gpus: int, dtype: str) -> Memory:
+    """What each of `gpus` GPUs takes when all parameters are trained under ZeRO-3.
+
+    It has its part of weights, gradients and optimizer and of a float32 copy of half-precision weights, and gathers
+    the layers at work whole.
+    """
+    size = getattr(torch, dtype).itemsize
+    weights = memory.parts["weights"] / size
+    parts = {n: v / gpus if n in ("weights", "gradients", "optimizer") else v for n, v in memory.parts.items()}
+    if size < 4:
+        parts["float32 copy of the weights"] = 4 * weights / gpus
+    parts["layers gathered whole"] = size * min(GATHERED, weights * (1 - 1 / gpus))
+    return dataclasses.replace(memory, parts=parts)
 
 
 def _over_layers(one: nn.Module, two: nn.Module, layers: int, count) -> float:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowdft import ranks
 from lowdft.data.batch import Batch
-from lowdft.objectives import Losses, Scores
+from lowdft.objectives import Losses, Objective, Scores
 from lowdft.passes import Scored
 
 
@@ -26,23 +28,27 @@ class StepMetrics:
         self._computed, self._needed = 0, 0
         self._since = time.perf_counter()
 
-    def add(self, scores: Scores, losses: Losses, per_token: bool, batch: Batch, scored: Scored | None = None) -> None:
-        """Adds one micro-batch; `per_token` says on which score the margin is taken."""
+    def add(
+        self, scores: Scores, losses: Losses, objective: Objective, batch: Batch, scored: Scored | None = None
+    ) -> None:
+        """Adds one micro-batch. The objective says on which score the margin is taken, and if tokens are weighed."""
         positive_M, lengths_M = scores.policy_logps_M.detach(), scores.completion_tokens_M
         self._prompts += len(batch)
         self._tokens += int(lengths_M.sum()) + sum(len(row["prompt_ids"]) for row in batch.rows)
         self._add("surrogate", losses.surrogate_M.detach())
-        self._add("logps/positive", positive_M)
+        self._add("logps/positive" + ("_weighted" if objective.token_weight else ""), positive_M)
         if scores.policy_negative_logps_MB is not None:
             negative_MB, tokens_MB = scores.policy_negative_logps_MB.detach(), scores.negative_tokens_MB
             self._tokens += int(tokens_MB.sum())
             self._add("logps/negative", negative_MB.mean(1))
             margin_M = (
                 positive_M / lengths_M - (negative_MB / tokens_MB).mean(1)
-                if per_token
+                if objective.per_token
                 else positive_M - negative_MB.mean(1)
             )
             self._add("margin", margin_M)
+        if scores.mismatched_gain_M is not None:
+            self._add("reference/mismatched_gain", scores.mismatched_gain_M)
         if losses.weights_MB is not None:
             omega_MB = losses.weights_MB
             self._add("weights/mean", omega_MB.mean(1))
@@ -91,3 +97,11 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def reset_peak_memory() -> None:
+    """Begins the peak anew, for the next training of one process; where the system cannot, the old peak stays."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of resident memory (proc(5))

@@ -58,12 +58,17 @@ def locate(section: ModelSection) -> Source:
 
 
 def load_tokenizer(source: Source, section: ModelSection):
-    """The base's tokenizer; a missing pad token is the end token (no token is ever added to a vocabulary)."""
+    """The base's tokenizer, with the recipe's chat template where it gives one.
+
+    A missing pad token is the end token (no token is ever added to a vocabulary).
+    """
     tokenizer = AutoTokenizer.from_pretrained(
         source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if section.chat_template:
+        tokenizer.chat_template = section.chat_template
     return tokenizer
 
 
@@ -112,13 +117,7 @@ def add_adapter(base, section: AdapterSection, seed: int):
 
 
 def freeze_half(model: nn.Module, seed: int) -> None:
-    """Freezes half of the trainable modules of every type (the last part of a module's name), rounded down.
-
-    Raises:
-        UserError: the model has no adapter whose modules could be halved.
-    """
-    if not isinstance(model, PeftModel):
-        raise UserError("training.freeze_half halves the modules of an adapter; this training has none")
+    """Freezes half of an adapter's modules of every type (the last part of a module's name), rounded down."""
     by_type: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -135,9 +134,20 @@ def load_adapter(base, path: str | Path):
     Raises:
         UserError: no adapter stands at `path`.
     """
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path}: is not an adapter (no adapter_config.json)")
+    require_adapter(path)
     return PeftModel.from_pretrained(base, str(path))
+
+
+def require_adapter(path: str | Path, key: str = "adapter") -> Path:
+    """The weights of the trained adapter at `path`.
+
+    Raises:
+        UserError: none stands there; `key` is what named it.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(path) / name).is_file():
+            raise UserError(f"{key}: {path} is not a trained adapter (no {name} there)")
+    return Path(path) / name
 
 
 def context_length(source: Source, section: ModelSection) -> int | None:

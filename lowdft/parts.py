@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import time
@@ -46,17 +47,28 @@ def make_in_parts(
 
 
 def _all_parts(folder: Path, items: Sequence, part_size: int, work: Callable, what: str) -> pa.Table:
-    """The parts together; a file is named by its first item and has one row an item: its length says what is next."""
-    parts, start = [], 0
-    with tqdm(total=len(items), desc=what, unit="row", file=sys.stderr) as bar:
-        while start < len(items):
-            path = folder / f"from-{start:09d}.parquet"
-            if not path.is_file():
-                _write(pa.Table.from_pylist(work(items[start : start + part_size])), path)
-            parts.append(pq.read_table(path))
-            start += len(parts[-1])
-            bar.update(len(parts[-1]))
-    return pa.concat_tables(parts, promote_options="permissive")
+    """The parts together. A file is named by its first item and has one row an item."""
+    missing = _missing(folder, len(items), part_size)
+    with tqdm(total=sum(end - start for start, end in missing), desc=what, unit="row", file=sys.stderr) as bar:
+        for start, end in missing:
+            _write(pa.Table.from_pylist(work(items[start:end])), folder / f"from-{start:09d}.parquet")
+            bar.update(end - start)
+    return pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive")
+
+
+def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
+    """(first item, one after the last) of every part to make: what lies between the parts at hand."""
+    missing, position = [], 0
+    for path in [*_at_hand(folder), None]:
+        start = int(path.stem.removeprefix("from-")) if path else count
+        cuts = [*range(position, start, part_size), start]
+        missing += itertools.pairwise(cuts)
+        position = start + (pq.read_metadata(path).num_rows if path else 0)
+    return missing
+
+
+def _at_hand(folder: Path) -> list[Path]:
+    return sorted(folder.glob("from-*.parquet"))
 
 
 def _write(table: pa.Table, path: Path) -> None:

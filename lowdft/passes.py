@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdft.errors import UserError
-from lowdft.logps import Group, Head, score
+from lowdft.logps import CompletionLogps, Group, Head, score
 
 # surrogate(numbers, logps): the loss of the prompts `numbers`, from their completions' log-probabilities [.., K]
 Surrogate = Callable[[Sequence[int], Tensor], Tensor]
@@ -46,7 +46,7 @@ class Passes:
         backward_cost: of a token, in forward passes.
         knows_last: the completion's pull does not depend on its score, so it need not be scored first.
         head_logps: another density than the model's own, see `logps.score`; for scoring only.
-        token_weight: weights of tokens in the summed log-probabilities, see `logps.score`.
+        token_weight, predicted_share: see `logps.score`; not for the reference, whose scores are plain.
     """
 
     layout: str
@@ -56,12 +56,13 @@ class Passes:
     backward_cost: float = 1.4
     knows_last: bool = False
     head_logps: HeadLogps | None = None
-    token_weight: Callable[[Tensor], Tensor] | None = None
+    token_weight: Callable[[Tensor, Tensor], Tensor] | None = None
+    predicted_share: float = 0.0
     expected_skips: float = 0.0  # the share of negative tokens that the last micro-batches could leave out
 
     @torch.no_grad()
     def score(self, model: nn.Module, groups: Sequence[Group]) -> Tensor:
-        """Unweighted log-probabilities [M, K] of every group's completions (all groups have K), without gradient."""
+        """Plain log-probabilities [M, K] of every group's completions (all groups have K), without gradient."""
         while True:
             try:
                 return self._score_pieces(model, groups, self._pieces(groups), weighted=False)[0]
@@ -77,7 +78,7 @@ class Passes:
         rows, computed = {}, 0
         needed = sum(num_tokens(group, self.layout) for group in groups)
         for numbers in self._split(groups):
-            out = score(model, [groups[i] for i in numbers], *self._how, self.token_weight)
+            out = self.forward(model, [groups[i] for i in numbers])
             logps_MK = out.logps_C.view(len(numbers), -1)
             backward(surrogate(numbers, logps_MK))
             rows |= dict(zip(numbers, logps_MK.detach(), strict=True))
@@ -88,9 +89,10 @@ class Passes:
         nothing_MB = torch.zeros_like(logps_MK[:, :-1], dtype=torch.bool)
         return Scored(logps_MK, nothing_MB, computed, needed)
 
-    @property
-    def _how(self) -> tuple:
-        return self.layout, self.chunk_size, self.head_logps
+    def forward(self, model: nn.Module, groups: Sequence[Group], weighted: bool = True) -> CompletionLogps:
+        """One pass over all groups; `weighted` as the objective wants tokens read and weighed."""
+        for_objective = (self.token_weight, self.predicted_share) if weighted else ()
+        return score(model, groups, self.layout, self.chunk_size, self.head_logps, *for_objective)
 
     def shrink(self, groups: Sequence[Group], error: torch.OutOfMemoryError) -> None:
         """Halves the budget after these groups ran out of memory, and says so.
@@ -133,10 +135,9 @@ class Passes:
         With a pull, every pass is backpropagated before the next begins.
         """
         parts = [groups[i].select(completions) for i, completions in pieces]
-        weight = self.token_weight if weighted else None
         found, computed = [], 0
         for numbers in self._split(parts):
-            out = score(model, [parts[n] for n in numbers], *self._how, weight)
+            out = self.forward(model, [parts[n] for n in numbers], weighted)
             at = [(pieces[n][0], k) for n in numbers for k in pieces[n][1]]
             if backward is not None:
                 pull_C = torch.stack([pull_MK[place] for place in at])

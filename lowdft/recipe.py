@@ -32,6 +32,7 @@ class ModelSection:
     dtype: str = "bfloat16"  # of the arithmetic; float32 for exactness
     attn_implementation: str | None = None  # None: transformers chooses (SDPA where the model has it)
     trust_remote_code: bool = False
+    chat_template: str | None = None  # Jinja; takes the place of the tokenizer's own
 
 
 @dataclass
@@ -53,6 +54,7 @@ class DataSection:
     split: str = "train"
     eval_split: str = "test"
     revision: str | None = None
+    eval_revision: str | None = None  # of `eval`; None: the same as `revision`
     columns: dict[str, str] = field(default_factory=dict)
     prompt_style: str = "chat"  # or direct: string prompts as they are, no template
     system_prompt: str | None = None
@@ -121,17 +123,12 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
 
+    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe.
+
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
     """
-    try:
-        given = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe. Recipes of this project are in recipes/.") from None
-    except Exception as error:  # yaml's own errors name the line
-        raise UserError(f"{path}: is not YAML: {error}") from error
-    if not OmegaConf.is_dict(given):
-        raise UserError(f"{path}: wanted sections (model, data, training, …), found {type(given).__name__}")
+    given = _read(Path(path))
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
@@ -145,6 +142,25 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
     _check_values(recipe, str(path))
     return recipe
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()):
+    """The keys that a recipe gives, over those of the recipe that it extends."""
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe. Recipes of this project are in recipes/.") from None
+    except Exception as error:  # yaml's own errors name the line
+        raise UserError(f"{path}: is not YAML: {error}") from error
+    if not OmegaConf.is_dict(given):
+        raise UserError(f"{path}: wanted sections (model, data, training, …), found {type(given).__name__}")
+    other = given.pop("extends", None)
+    if other is None:
+        return given
+    extending = (*extending, path.resolve())
+    if (path.parent / str(other)).resolve() in extending:
+        raise UserError(f"{path}: extends {other}, which extends it in turn")
+    return OmegaConf.merge(_read(path.parent / str(other), extending), given)
 
 
 def rounds_of(recipe: Recipe) -> Iterator[Recipe]:

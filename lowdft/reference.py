@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor, nn
 
 from lowdft.config import DFTConfig
 from lowdft.data.batch import group_of
-from lowdft.errors import UserError
 from lowdft.logps import Group
+from lowdft.model import require_adapter
 from lowdft.objectives import Objective
 from lowdft.passes import Passes
 
@@ -47,8 +46,7 @@ def start_from_adapter(base: nn.Module, path: str) -> nn.Module:
     Raises:
         UserError: no adapter stands at `path`.
     """
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"training.reference_model: {path} is not an adapter (no adapter_config.json)")
+    require_adapter(path, "training.reference_model")
     model = PeftModel.from_pretrained(base, path, is_trainable=True)
     model.load_adapter(path, ADAPTER, is_trainable=False)
     return model
@@ -63,7 +61,7 @@ def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
     """The completions of a row that the reference scores for this objective: negatives first, the good one last."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     negatives = row["negative_ids"] if "reference" in objective.needs else []
-    return group_of(row, negatives, prompt, "completion_reference" in objective.needs, args.negatives_from)
+    return group_of(row, negatives, prompt, "completion_reference" in objective.needs, args.negatives_scored)
 
 
 def reference_fields(logps: list[float], objective: Objective) -> dict:

@@ -22,7 +22,7 @@ from lowdft.errors import UserError
 from lowdft.recipe import Recipe, save_recipe, training_config
 from lowdft.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.run_folder import Product
-from lowdft.training_set import negatives_needed
+from lowdft.training_set import check_adapter, negatives_least, negatives_needed
 
 SPLITS = ("train", "heldout")
 # training settings that change neither the numbers nor what is kept of them
@@ -68,11 +68,12 @@ class Run:
     @cached_property
     def _data(self) -> tuple[list[Example], list[Example], str]:
         section = self.recipe.data
-        loaded = self._load(section.train, section.split)
+        loaded = self._load(section.train, section.split, section.revision)
         rows = loaded.examples
         held: list[Example] = []
         if section.eval:
-            held = self._load(section.eval, section.eval_split).examples[: section.eval_rows]
+            revision = section.eval_revision or section.revision
+            held = self._load(section.eval, section.eval_split, revision).examples[: section.eval_rows]
         elif section.eval_rows:
             if section.eval_rows >= len(rows):
                 raise UserError(
@@ -84,12 +85,12 @@ class Run:
             say(f"warning: {warning}")
         return rows, held, loaded.layout
 
-    def _load(self, source: str, split: str) -> Loaded:
+    def _load(self, source: str, split: str, revision: str | None) -> Loaded:
         section = self.recipe.data
         loaded = load_examples(
             source,
             split=split,
-            revision=section.revision,
+            revision=revision,
             columns=dict(section.columns),
             prompt_style=section.prompt_style,
             system_prompt=section.system_prompt,
@@ -134,33 +135,45 @@ class Run:
             )
         if len(rows) < per_step:
             say(f"warning: {len(rows)} rows are fewer than one step of {per_step}; every epoch is one smaller step")
-        if "aligned" in self.objective.needs:
-            raise UserError(
-                f"training.objective {self.objective.name} needs rows with `aligned_logps`, which no recipe gives; "
-                "use DFTTrainer with rows of ids"
-            )
-        if "mismatched" in self.objective.needs and self.recipe.adapter is None:
-            raise UserError(f"training.objective {self.objective.name} needs an adapter: its reference is the base")
+        if self.recipe.adapter is None:
+            check_adapter(args, self.objective)
         if args.reference_adapter and self.recipe.adapter is None:
             raise UserError(
                 "training.reference_model: adapter:… trains a copy of it; with `adapter: null` there is none"
             )
-        if "negatives" not in self.objective.needs:
-            return
-        needed, section = negatives_needed(args, len(rows)), self.recipe.negatives
-        if section.per_prompt is not None and section.per_prompt < needed and not self.ready_negatives:
+        if "aligned" in self.objective.needs:
+            self._check_aligned()
+        if "negatives" in self.objective.needs:
+            self._check_negatives()
+
+    def _check_aligned(self) -> None:
+        lacking = [example.source for example in self.examples("train") if example.aligned_logps is None]
+        if lacking:
             raise UserError(
-                f"negatives.per_prompt is {section.per_prompt}; training uses {needed} a prompt "
-                f"({args.num_train_epochs:g} epochs of {args.negatives_per_step})"
+                f"{len(lacking)} rows have no `aligned_logps` (first: {', '.join(lacking[:3])}), which "
+                f"training.objective {self.objective.name} needs: the mean log-probability a token of the completion "
+                "under aligned models, scored beforehand. Add that column, or choose another objective."
             )
-        if self.ready_negatives:
-            short = [e.source for e in rows if len(e.negatives) < needed]
-            if short:
+
+    def _check_negatives(self) -> None:
+        args, rows, per_prompt = self.args, self.examples("train"), self.recipe.negatives.per_prompt
+        if not self.ready_negatives:
+            needed = negatives_needed(args, len(rows))
+            if per_prompt is not None and per_prompt < needed:
                 raise UserError(
-                    f"{len(short)} rows have fewer than the {needed} negatives that {args.num_train_epochs:g} epochs "
-                    f"of training.negatives_per_step={args.negatives_per_step} use (first: {', '.join(short[:3])}). "
-                    "Lower one of the two, or set negatives.source: generate."
+                    f"negatives.per_prompt is {per_prompt}; training uses {needed} a prompt "
+                    f"({args.num_train_epochs:g} epochs of {args.negatives_per_step})"
                 )
+            return
+        needed = negatives_least(args, len(rows), self.objective)
+        short = [example.source for example in rows if len(example.negatives) < needed]
+        if short:
+            epochs = f"{args.num_train_epochs:g} epochs of " if "log_u" in self.objective.needs else ""
+            raise UserError(
+                f"{len(short)} rows have fewer than the {needed} negatives that {epochs}"
+                f"training.negatives_per_step={args.negatives_per_step} use (first: {', '.join(short[:3])}). "
+                "Lower it (or the epochs), or set negatives.source: generate."
+            )
 
     # ---- base -----------------------------------------------------------------------------------------------------
 
@@ -218,6 +231,7 @@ class Run:
                 "completion": example.completion,
                 "tools": example.tools,
                 "negatives": example.negatives if self.ready_negatives else [],
+                "aligned_logps": example.aligned_logps,
             }
             try:
                 encoded = self.encoder.row(row)
@@ -279,7 +293,7 @@ class Run:
         """The base's log-probabilities of the training negatives."""
         made_from = self._made_from_negatives("train") | {
             "reference_prompt": self.args.reference_prompt,
-            "negatives_from": self.args.negatives_from,
+            "negatives_scored": self.args.negatives_scored,
             "scored": sorted(self.objective.needs & REFERENCE_NEEDS),
             "reference_model": self._reference_model,
         }
@@ -303,10 +317,16 @@ class Run:
     @property
     def evaluation(self) -> Product:
         """What was measured on the held-out rows."""
-        section = dataclasses.asdict(self.recipe.evaluation)
-        section.pop("batch_size")
-        made_from = self._made_from_negatives("heldout") | section | {"trained": self.training.made_from}
+        compared = {"compare": self.recipe.evaluation.compare}
+        made_from = self.base_evaluation.made_from | compared | {"trained": self.training.made_from}
         return Product(self.folder / "evaluation.json", made_from)
+
+    @property
+    def base_evaluation(self) -> Product:
+        """What was measured of the base alone: the same for every training on the same held-out rows."""
+        section = self.recipe.evaluation
+        how = {name: getattr(section, name) for name in ("answer", "pattern", "max_new_tokens")}
+        return Product(self.folder / "base_evaluation.json", self._made_from_negatives("heldout") | how)
 
     def _made_from_negatives(self, split: str) -> dict:
         if self.ready_negatives or not self.negatives_wanted(split):
@@ -316,10 +336,7 @@ class Run:
 
 def adapter_identity(key: str, path: str) -> str:
     """Names a trained adapter by its content; UserError when none stands at `path`."""
-    file = Path(path) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{key}: {path} is not a trained adapter (no {file.name} there)")
-    return "adapter " + hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return "adapter " + hashlib.sha256(models.require_adapter(path, key).read_bytes()).hexdigest()[:16]
 
 
 def say(line: str) -> None:

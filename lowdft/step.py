@@ -17,11 +17,12 @@ from lowdft.metrics import StepMetrics
 class Step:
     """One optimizer step: what its losses are divided by, and how to begin it again.
 
-    `prompts` and `tokens` (of completions) count all ranks and micro-batches.
+    `prompts`, `tokens` (of completions) and `mismatched_gain` (for KTO) are those of all ranks and micro-batches.
     """
 
     prompts: int = 1
     tokens: int = 1
+    mismatched_gain: float = 0.0
     done: list[Batch] = field(default_factory=list)
 
     def remember(self, log_u: LogU, index: Tensor, metrics: StepMetrics) -> None:

@@ -1,4 +1,4 @@
-"""compare: one recipe run over a grid of settings, on shared negatives and reference -> study.json, study.md, curves.
+"""compare: one recipe run over a grid of settings, on shared negatives and reference -> study.json, study.md, figures.
 
 A study is a YAML file:
 
@@ -9,6 +9,14 @@ A study is a YAML file:
       training.objective: [sft, dft, dft2]
       training.seed: [0, 1, 2]
     spread: training.seed                 # the key whose values are repetitions: mean and spread over them
+    paper:                                # a paper's numbers, shown beside the line of that name
+      dft: {GSM8K: 79.15}
+
+An axis of the grid is a key with a list of values, or any name with cases that set several keys each:
+
+      method:
+        sft: {training.objective: sft}
+        simpo: {training.objective: simpo, training.objective_args.beta: 10}
 """
 
 from __future__ import annotations
@@ -24,12 +32,14 @@ from omegaconf import OmegaConf
 
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json, write_text
+from lowdft.metrics import reset_peak_memory
 from lowdft.recipe import load_recipe
 from lowdft.run import Run, say
 from lowdft.run_folder import Product
+from lowdft.study_figures import draw, label
 
 STAGES = ("generate", "score", "train", "evaluate")
-KEYS = {"recipe", "output_dir", "set", "grid", "spread"}
+KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper")
 MEASURES = {
     "accuracy": "accuracy, %",
     "margin": "margin, nats",
@@ -48,28 +58,27 @@ def main(path: str, overrides: list[str]) -> None:
     """
     study = read_study(Path(path))
     folder, failed, results = Path(study["output_dir"]), [], []
-    combinations = list(itertools.product(*study["grid"].values()))
-    for number, values in enumerate(combinations, 1):
-        chosen = dict(zip(study["grid"], values, strict=True))
+    runs = combinations(study)
+    for number, (chosen, settings) in enumerate(runs, 1):
         name = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen.items())
-        say(f"[{number}/{len(combinations)}] {name}")
-        settings = {**study["set"], **chosen, "output_dir": str(folder / name)}
+        say(f"[{number}/{len(runs)}] {name}")
+        settings = settings | {"output_dir": str(folder / name)}
         try:
-            run_one(study["recipe"], [f"{k}={v}" for k, v in settings.items()] + overrides, folder)
+            run_one(study["recipe"], as_overrides(settings) + overrides, folder)
         except UserError as error:
             say(f"failed: {error}")
             failed.append(name)
             continue
         results.append({"settings": chosen, **measures_of(folder / name)})
     if results:
-        table = tabulate(results, study["spread"])
+        table = tabulate(results, study["spread"], study["paper"])
         write_json(folder / "study.json", {"results": results, "table": table})
         write_text(folder / "study.md", markdown(table, study["spread"]))
-        draw(folder / "curves.png", results, study["spread"])
+        drawn = draw(folder, results, table, study["spread"])
         say((folder / "study.md").read_text(encoding="utf-8"))
-        say(f"{folder}: study.md, study.json, curves.png")
+        say(f"{folder}: {', '.join(['study.md', 'study.json', *drawn])}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(combinations)} runs failed: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
 
 def read_study(path: Path) -> dict:
@@ -77,26 +86,56 @@ def read_study(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: there is no such study")
     study = OmegaConf.to_container(OmegaConf.load(path))
-    unknown = set(study) - KEYS
+    unknown = set(study) - set(KEYS)
     if unknown:
         raise UserError(f"{path}: {', '.join(sorted(unknown))} is not a key of a study; known are {', '.join(KEYS)}")
     for key in ("recipe", "output_dir", "grid"):
         if key not in study:
             raise UserError(f"{path}: {key} is missing")
-    bad = [key for key, values in study["grid"].items() if not isinstance(values, list) or not values]
-    if bad:
-        raise UserError(f"{path}: grid.{bad[0]} is {study['grid'][bad[0]]!r}; wanted a list of values")
+    for key, values in study["grid"].items():
+        cases = isinstance(values, dict) and all(isinstance(case, dict) for case in values.values())
+        if not values or not (isinstance(values, list) or cases):
+            raise UserError(f"{path}: grid.{key} is {values!r}; wanted a list of values, or cases with keys and values")
     study["recipe"] = str((path.parent / study["recipe"]).resolve())
-    return {"set": {}, "spread": "training.seed", **study}
+    study = {"set": {}, "spread": "training.seed", "paper": {}, **study}
+    names = {"base", *(label(chosen, study["spread"]) for chosen, _ in combinations(study))}
+    stray = [name for name in study["paper"] if name not in names]
+    if stray:
+        raise UserError(f"{path}: paper.{stray[0]} is no line of the table; they are {', '.join(sorted(names))}")
+    return study
+
+
+def combinations(study: dict) -> list[tuple[dict, dict]]:
+    """Every combination of the grid: what was chosen on each axis, and all the overrides that it makes."""
+    axes = [
+        [(axis, name, case) for name, case in values.items()]
+        if isinstance(values, dict)
+        else [(axis, value, {axis: value}) for value in values]
+        for axis, values in study["grid"].items()
+    ]
+    out = []
+    for picked in itertools.product(*axes):
+        settings = dict(study["set"])
+        for _, _, case in picked:
+            settings |= case
+        out.append(({axis: value for axis, value, _ in picked}, settings))
+    return out
+
+
+def as_overrides(settings: dict) -> list[str]:
+    """Settings as the overrides of a recipe: `key=value`, the value as YAML reads it."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def run_one(recipe: str, overrides: list[str], study_folder: Path) -> None:
     """Walks one run up to its evaluation, with what sibling runs made from the very same things."""
     run = Run(load_recipe(recipe, overrides))
     run.check()
-    for product in (run.negatives("train"), run.negatives("heldout"), run.reference):
+    for product in (run.negatives("train"), run.negatives("heldout"), run.reference, run.base_evaluation):
         borrow(product, study_folder)
     for stage in STAGES:
+        if stage == "train":
+            reset_peak_memory()
         importlib.import_module(f"lowdft.stages.{stage}").main(run)
 
 
@@ -123,12 +162,11 @@ def measures_of(folder: Path) -> dict:
     return {"rows": evaluation["rows"], "after": systems["after"] | cost, "base": systems["base"], "curves": curves}
 
 
-def tabulate(results: list[dict], spread: str) -> list[dict]:
+def tabulate(results: list[dict], spread: str, paper: dict[str, dict]) -> list[dict]:
     """One line a combination without `spread`: (mean, standard deviation, count) of every measure; the base first."""
     grouped: dict[str, list[dict]] = {"base": [results[0]["base"]]}
     for result in results:
-        shown = {k.rsplit(".", 1)[-1]: v for k, v in result["settings"].items() if k != spread}
-        grouped.setdefault(", ".join(f"{v}" for v in shown.values()), []).append(result["after"])
+        grouped.setdefault(label(result["settings"], spread), []).append(result["after"])
     table = []
     for name, many in grouped.items():
         line: dict = {"name": name, "runs": len(many)}
@@ -136,39 +174,21 @@ def tabulate(results: list[dict], spread: str) -> list[dict]:
             values = [m[key] for m in many if m.get(key) is not None]
             if values:
                 line[key] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
-        table.append(line)
+        table.append(line | {"paper": paper.get(name, {})})
     return table
 
 
 def markdown(table: list[dict], spread: str) -> str:
-    """The table, with the spread over `spread` as ± one standard deviation."""
+    """The table, with the spread over `spread` as ± one standard deviation, and the paper's numbers last."""
     keys = [key for key in MEASURES if any(key in line for line in table)]
-    out = [f"| | {' | '.join(MEASURES[key] for key in keys)} | runs |", "|---" * (len(keys) + 2) + "|"]
+    theirs = list(dict.fromkeys(name for line in table for name in line["paper"]))
+    header = [MEASURES[key] for key in keys] + ["runs"] + [f"paper: {name}" for name in theirs]
+    out = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
     for line in table:
         cells = [_cell(line.get(key), 100 if key == "accuracy" else 1) for key in keys]
-        out.append(f"| {line['name']} | {' | '.join(cells)} | {line['runs']} |")
+        cells += [str(line["runs"]), *(str(line["paper"].get(name, "–")) for name in theirs)]
+        out.append(f"| {line['name']} | {' | '.join(cells)} |")
     return "\n".join([*out, "", f"Mean ± standard deviation over {spread}.", ""])
-
-
-def draw(path: Path, results: list[dict], spread: str) -> None:
-    """Log-probabilities of completions and negatives over training, a colour a method (the paper's Figure 3)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True)
-    colours: dict[str, str] = {}
-    for result in results:
-        name = ", ".join(str(v) for k, v in result["settings"].items() if k != spread)
-        label = None if name in colours else name
-        colour = colours.setdefault(name, f"C{len(colours) % 10}")
-        for axis, key in zip(axes, ("logps/positive", "logps/negative"), strict=True):
-            points = [(i, value) for i, value in enumerate(result["curves"][key], 1) if value is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1)
-            axis.set_title(f"log-probability of {'completions' if key.endswith('positive') else 'negatives'} (nats)")
-            axis.set_xlabel("log line")
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 def _cell(value: list | None, scale: float) -> str:

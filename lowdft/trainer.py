@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -27,19 +29,33 @@ from lowdft.data.batch import Batch, EncodedDataset, collate
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
-from lowdft.given import prepare
+from lowdft.given import mismatched_gain, prepare
 from lowdft.log_u import LogU
-from lowdft.logps import Group, bare, choose_layout, packed_attention, score
+from lowdft.logps import Group, bare, choose_layout, packed_attention
 from lowdft.metrics import StepMetrics
 from lowdft.model import freeze_half
 from lowdft.objectives import Losses, Scores
 from lowdft.passes import Passes
 from lowdft.reference import REFERENCE_NEEDS, start_from_adapter
 from lowdft.step import Step
-from lowdft.training_set import attach_reference, check_rows, encode_rows, fingerprint
+from lowdft.training_set import attach_reference, check_adapter, check_rows, encode_rows, fingerprint
 
 LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
 FADED_WEIGHT, FADED_STEPS = 0.01, 5
+
+
+def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn.Module:
+    """The model to train: loaded where it is a name, under a fresh adapter or a copy of the reference's."""
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if args.reference_adapter:
+        model = start_from_adapter(model, args.reference_adapter)
+    if peft_config is not None:
+        set_seed(args.seed)
+        model = get_peft_model(model, peft_config)
+    if args.freeze_half:
+        freeze_half(model, args.seed)
+    return model
 
 
 class DFTTrainer(WholeCheckpoints):
@@ -57,7 +73,7 @@ class DFTTrainer(WholeCheckpoints):
 
     Raises:
         UserError: rows that cannot be trained on (no completion token, too few negatives), or a reference that the
-            model cannot give.
+            model cannot give; before a model that is given by name is loaded.
     """
 
     def __init__(
@@ -72,16 +88,6 @@ class DFTTrainer(WholeCheckpoints):
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        if args.reference_adapter and (peft_config is not None or isinstance(model, PeftModel)):
-            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
-        if args.reference_adapter:
-            model = start_from_adapter(model, args.reference_adapter)
-        if peft_config is not None:
-            set_seed(args.seed)
-            model = get_peft_model(model, peft_config)
-        if args.freeze_half:
-            freeze_half(model, args.seed)
         self.objective = objectives.get(args.objective)
         encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
         train_rows = encode_rows(train_dataset, encoder)
@@ -91,6 +97,12 @@ class DFTTrainer(WholeCheckpoints):
         if eval_dataset is not None:
             eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))
             check_rows(eval_dataset.rows, self.objective, args, training=False)
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        if args.reference_adapter and has_adapter:
+            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
+        if not has_adapter and not args.reference_adapter:
+            check_adapter(args, self.objective, train_rows + (eval_dataset.rows if eval_dataset else []))
+        model = make_policy(model, args, peft_config)
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._step = Step()
@@ -117,6 +129,7 @@ class DFTTrainer(WholeCheckpoints):
                 stacklevel=2,
             )
         self._count = args.negatives_per_step if "negatives" in self.objective.needs else 0
+        settings, weight = args.hyperparameters(), self.objective.token_weight
         self._passes = Passes(
             self.layout,
             args.logits_chunk_size,
@@ -124,7 +137,8 @@ class DFTTrainer(WholeCheckpoints):
             args.skip_negligible,
             backward_cost=2.4 if args.gradient_checkpointing else 1.4,
             knows_last=self.objective.linear,
-            token_weight=self.objective.token_weight,
+            token_weight=weight and partial(weight, **settings),
+            predicted_share=settings["predicted_share"] if "predictions" in self.objective.needs else 0.0,
         )
 
     @property
@@ -144,7 +158,7 @@ class DFTTrainer(WholeCheckpoints):
         batches = [inputs["batch"] for inputs in samples]
         counts = torch.tensor([[sum(map(len, batches)), sum(b.completion_tokens for b in batches)]], device=device)
         prompts, tokens = self.accelerator.gather(counts).sum(0).tolist()
-        self._step = Step(max(1, prompts), max(1, tokens))
+        self._step = Step(max(1, prompts), max(1, tokens), self._mismatched_gain(batches))
         if batches:
             self._step.remember(self._log_u, torch.cat([b.index_M for b in batches]), self._metrics["train"])
         return samples, prompts
@@ -178,7 +192,7 @@ class DFTTrainer(WholeCheckpoints):
     def _accumulate(self, model: nn.Module, batch: Batch) -> Tensor:
         visits_M = self._log_u.visits[batch.index_M]
         groups = self._groups(batch, visits_M)
-        given = self._given(model, batch, visits_M)
+        given = self._given(model, batch, visits_M, self._step)
 
         def losses(numbers: Sequence[int], logps_MK: Tensor) -> tuple[Scores, Losses]:
             chosen = list(numbers)
@@ -194,28 +208,29 @@ class DFTTrainer(WholeCheckpoints):
         scored = self._passes.backpropagate(model, groups, surrogate, backward)
         scores, final = losses(range(len(batch)), scored.logps_MK)
         self._log_u.update(batch.index_M, final.log_u_M)
-        self._metrics["train"].add(scores, final, self.objective.per_token, batch, scored)
+        self._metrics["train"].add(scores, final, self.objective, batch, scored)
         if self.state.global_step == 0:
             self._metrics["train"].gap(scores)
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
 
     def _groups(self, batch: Batch, visits_M: Tensor) -> list[Group]:
         """What this visit of each prompt scores."""
-        return batch.groups(batch.negatives(visits_M, self._count), negatives_from=self.args.negatives_from)
+        return batch.groups(batch.negatives(visits_M, self._count), negatives_scored=self.args.negatives_scored)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of the step's loss in one graph: the objective's value, the surrogate's gradient."""
         batch, training = inputs["batch"], model.training
         visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
         groups = self._groups(batch, visits_M)
-        weight = self.objective.token_weight
-        out = score(model, groups, self.layout, self.args.logits_chunk_size, token_weight=weight)
-        step = self._step if training else Step(len(batch), batch.completion_tokens)
-        given = self._given(model, batch, visits_M)
+        out = self._passes.forward(model, groups)
+        step = self._step
+        if not training:
+            step = Step(len(batch), batch.completion_tokens, self._mismatched_gain([batch]))
+        given = self._given(model, batch, visits_M, step)
         scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), given, step)
         if training:
             self._log_u.update(batch.index_M, losses.log_u_M)
-        self._metrics["train" if training else "eval"].add(scores, losses, self.objective.per_token, batch)
+        self._metrics["train" if training else "eval"].add(scores, losses, self.objective, batch)
         surrogate, value = losses.surrogate_M.sum() / step.prompts, losses.value_M.sum() / step.prompts
         loss = surrogate + (value - surrogate).detach()
         return (loss, losses) if return_outputs else loss
@@ -230,11 +245,18 @@ class DFTTrainer(WholeCheckpoints):
             setattr(scores, name, value.to(logps_MK))
         return scores, self.objective.compute(scores, **self.args.hyperparameters())
 
-    def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor) -> dict[str, Tensor]:
+    def _mismatched_gain(self, batches: Sequence[Batch]) -> float:
+        if "mismatched" not in self.objective.needs:
+            return 0.0
+        return mismatched_gain(self.accelerator.unwrap_model(self.model), batches, self._passes)
+
+    def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor, step: Step) -> dict[str, Tensor]:
         bare_policy = self.accelerator.unwrap_model(model)
         given = prepare(bare_policy, batch, visits_M, self._count, self.objective, self.args, self._passes)
         if "log_u" in self.objective.needs and model.training:
             given["log_u_M"] = self._log_u.values[batch.index_M]
+        if "mismatched" in self.objective.needs:
+            given["mismatched_gain_M"] = torch.full((len(batch),), step.mismatched_gain, dtype=torch.float64)
         return given
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -283,7 +305,8 @@ class DFTTrainer(WholeCheckpoints):
             self._log_u.load(folder / LOG_U_FILE)
             vars(self._passes).update(read_json(folder / PASSES_FILE))
         if self.objective.needs & REFERENCE_NEEDS:
-            rows, resuming = self.train_dataset.rows, bool(resume_from_checkpoint)
+            rows, resuming = list(self.train_dataset.rows), bool(resume_from_checkpoint)
+            rows += self.eval_dataset.rows if self.eval_dataset is not None else []
             attach_reference(self.model, rows, self.objective, self.args, self._passes, resuming)
         with self._layers_ready():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -296,6 +319,8 @@ class DFTTrainer(WholeCheckpoints):
                 stack.enter_context(packed_attention(bare(self.model)))
             if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
                 stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
+            if self.args.offload_checkpoints:
+                stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
             yield
 
     def save_beside(self, folder: Path) -> None:

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.objectives import Objective
 from lowdft.passes import Passes
-from lowdft.reference import ADAPTER, has_reference, reference_fields, reference_group, reference_logps
+from lowdft.reference import ADAPTER, REFERENCE_NEEDS, has_reference, reference_fields, reference_group, reference_logps
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -54,9 +53,12 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training
             f"{objective.name} needs `aligned_logps` in every row: the mean log-probability a token of its completion "
             "under aligned models, scored beforehand"
         )
+    scored = all(has_reference(row, objective) for row in rows)
+    if args.reference_prompt == "proposal" and not scored:
+        raise UserError("reference_prompt: proposal needs rows with ref_negative_logps; run `lowdft score` first")
     if "negatives" not in objective.needs:
         return
-    wanted = negatives_needed(args, len(rows)) if training else args.negatives_per_step
+    wanted = negatives_least(args, len(rows), objective) if training else args.negatives_per_step
     short = [row["example_id"] for row in rows if len(row["negative_ids"]) < wanted]
     if short:
         fewest = min(len(row["negative_ids"]) for row in rows)
@@ -65,6 +67,31 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training
             f"{_some(short)}); {args.negatives_per_step} a visit need {wanted} a row. "
             "Generate more, or lower negatives_per_step or num_train_epochs."
         )
+
+
+def check_adapter(args: DFTConfig, objective: Objective, rows: list[dict] | None = None) -> None:
+    """Raises UserError for what only an adapter can do, for a training without one.
+
+    Args:
+        rows: of training and evaluation, which may bring the reference; None: they do not.
+    """
+    brought = rows is not None and all(has_reference(row, objective) for row in rows)
+    if args.reference == "online" and objective.needs & REFERENCE_NEEDS and not brought:
+        raise UserError(
+            "training.reference: online needs an adapter to switch off; with full parameters use reference: "
+            "precomputed (the initial weights score once, before the first step)"
+        )
+    if "mismatched" in objective.needs:
+        raise UserError(
+            f"training.objective {objective.name} needs an adapter: its reference is the base with the adapter off"
+        )
+    if args.freeze_half:
+        raise UserError("training.freeze_half halves the modules of an adapter; this training has none")
+
+
+def negatives_least(args: DFTConfig, n: int, objective: Objective) -> int:
+    """Negatives that a row must have. A moving average wants other ones at each visit; pairs may be seen again."""
+    return negatives_needed(args, n) if "log_u" in objective.needs else args.negatives_per_step
 
 
 def negatives_needed(args: DFTConfig, n: int) -> int:
@@ -86,7 +113,7 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
         "tau",
         "gamma",
         "negatives_per_step",
-        "negatives_from",
+        "negatives_scored",
         "log_u_init",
         "reference",
         "reference_model",
@@ -105,12 +132,11 @@ def attach_reference(
     they exist. A resumed training reads them back from its output folder.
 
     Raises:
-        UserError: `reference: online` without a fresh adapter to switch off; or a resumed run without its file.
+        UserError: `reference: online` under an adapter that is already trained; or a resumed run without its file.
     """
-    if all(has_reference(row, objective) for row in rows):
+    rows = [row for row in rows if not has_reference(row, objective)]
+    if not rows:
         return
-    if args.reference_prompt == "proposal":
-        raise UserError("reference_prompt: proposal needs rows with ref_negative_logps; run `lowdft score` first")
     if args.reference == "online":
         _check_online(model, resuming)
         return
@@ -133,11 +159,6 @@ def attach_reference(
 
 
 def _check_online(model, resuming: bool) -> None:
-    if not isinstance(model, PeftModel):
-        raise UserError(
-            "reference: online needs an adapter to switch off; with full parameters use reference: "
-            "precomputed (the initial weights score once, before the first step)"
-        )
     if ADAPTER in model.peft_config:
         return
     trained = any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lowdft.recipe import load_recipe, training_config
-from lowdft.study import read_study
+from lowdft.study import as_overrides, combinations, read_study
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -95,10 +94,13 @@ def test_every_recipe_parses(path):
 def test_every_study_parses(path):
     """With every combination of its grid, on its recipe."""
     study = read_study(path)
-    for values in itertools.product(*study["grid"].values()):
-        chosen = {**study["set"], **dict(zip(study["grid"], values, strict=True))}
-        args = training_config(load_recipe(study["recipe"], [f"{k}={v}" for k, v in chosen.items()]))
-        assert all(getattr(args, key.removeprefix("training.")) == value for key, value in chosen.items())
+    for _, settings in combinations(study):
+        recipe = load_recipe(study["recipe"], as_overrides(settings))
+        args = training_config(recipe)
+        for key, value in settings.items():
+            section, name = key.split(".", 1)
+            if "." not in name:
+                assert getattr(args if section == "training" else getattr(recipe, section), name) == value
 
 
 def test_help_is_instant_and_imports_no_torch():

@@ -16,10 +16,10 @@ from lowdft.memory import OVERHEAD, estimate
 from lowdft.recipe import AdapterSection, ModelSection
 
 
-def plan(tmp_path, tokens: int = 256, adapter: AdapterSection | None = None, **settings):
+def plan(tmp_path, tokens: int = 256, adapter: AdapterSection | None = None, on_gpu: bool = False, **settings):
     section = ModelSection(name_or_path="-", load_in_4bit=False, dtype="float32")
     args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, logits_chunk_size=256, **settings)
-    return estimate(make_llama().config, section, adapter, args, tokens)
+    return estimate(make_llama().config, section, adapter, args, tokens, on_gpu)
 
 
 def test_weights_adapter_and_optimizer_are_counted(tmp_path):
@@ -59,6 +59,16 @@ def test_what_a_pass_keeps_is_what_autograd_keeps(tmp_path):
 def test_checkpointing_keeps_one_layer(tmp_path):
     whole, checkpointed = (plan(tmp_path, gradient_checkpointing=on).per_token for on in (False, True))
     assert checkpointed < 0.75 * whole
+
+
+def test_offloading_moves_the_checkpoints_of_every_layer(tmp_path):
+    """Two layers of 32 float32 inputs a token, and what stands outside layers, leave the GPU; a CPU moves none."""
+    both = [dict(gradient_checkpointing=True, offload_checkpoints=on) for on in (False, True)]
+    here, away = (plan(tmp_path, on_gpu=True, **settings) for settings in both)
+    assert here.offloaded == 0 and away.offloaded >= 256 * 2 * 32 * 4
+    assert here.total - away.total == pytest.approx(OVERHEAD * away.offloaded)
+    here, away = (plan(tmp_path, **settings) for settings in both)
+    assert away == here and not away.offloaded
 
 
 MEASURE = """

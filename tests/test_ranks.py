@@ -35,6 +35,7 @@ resume = any(Path(folder).glob("checkpoint-*"))
 trainer.train(resume_from_checkpoint=resume)
 weights = {n: p.detach().flatten().tolist()[:5] for n, p in trainer.model.named_parameters() if p.requires_grad}
 if trainer.args.process_index == 0:
+    Path(folder, "log.json").write_text(json.dumps(trainer.state.log_history))
     Path(folder, "result.json").write_text(json.dumps([losses(trainer), trainer.log_u.tolist(), weights]))
 """
 
@@ -65,6 +66,15 @@ def test_any_number_of_processes(objective, tmp_path):
     assert len(one[0]) == 6
     assert_same(train(tmp_path / "2", 2, objective, size=3), one)
     assert_same(train(tmp_path / "3", 3, objective, size=2), one)
+
+
+def test_kto_compares_with_the_mean_over_the_whole_step(tmp_path):
+    """Its point of comparison is that of one process on two, and in micro-batches; and it is not all zero."""
+    one = train(tmp_path / "1", 1, "kto", size=6)
+    lines = json.loads((tmp_path / "1" / "log.json").read_text())
+    assert sum(line.get("reference/mismatched_gain", 0.0) > 0.01 for line in lines) >= 3
+    assert_same(train(tmp_path / "2", 2, "kto", size=3), one)
+    assert_same(train(tmp_path / "accumulated", 1, "kto", size=2, accumulation=3), one)
 
 
 def test_saved_on_two_resumed_on_one_and_three(tmp_path):

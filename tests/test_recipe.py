@@ -85,6 +85,22 @@ def test_missing_file_missing_key_and_no_yaml(write, tmp_path):
         load_recipe(write("a: [1"))
 
 
+def test_a_recipe_says_only_what_differs_from_the_one_it_extends(write, tmp_path):
+    write(MINIMAL + "adapter: null\ntraining: {tau: 0.5, gamma: 0.9}\n")
+    twin, cousin = tmp_path / "twin.yaml", tmp_path / "cousin.yaml"
+    twin.write_text("extends: recipe.yaml\nadapter: {r: 4}\ntraining: {gamma: null}\n")
+    cousin.write_text("extends: twin.yaml\nmodel: {revision: abc}\n")
+    recipe = load_recipe(cousin, ["training.seed=1"])
+    assert recipe.training == {"tau": 0.5, "gamma": None, "seed": 1} and recipe.adapter.r == 4
+    assert (recipe.model.name_or_path, recipe.model.revision) == ("owner/name", "abc")
+    twin.write_text("extends: cousin.yaml\n")
+    with pytest.raises(UserError, match="extends twin.yaml, which extends it in turn"):
+        load_recipe(twin)
+    twin.write_text("extends: absent.yaml\n")
+    with pytest.raises(UserError, match="absent.yaml: there is no such recipe"):
+        load_recipe(twin)
+
+
 def test_resolved_recipe_reads_back(write, tmp_path):
     recipe = load_recipe(write(MINIMAL), ["training.tau=0.5", "negatives.seed=3"])
     save_recipe(recipe, tmp_path / "resolved.yaml")

@@ -8,6 +8,7 @@ import pytest
 
 from lowdft.cli import main
 from lowdft.study import markdown, tabulate
+from lowdft.study_figures import swept_key
 
 
 @pytest.fixture
@@ -29,10 +30,14 @@ def study(tmp_path, tiny_folder):
 
 
 def test_study(study, capsys, monkeypatch):
-    """Six runs; negatives are written once and the reference scored once an objective that needs it."""
-    from lowdft.stages import generate, score
+    """Six runs; what they share is made once: negatives, the base's evaluation, and each objective's reference."""
+    from lowdft.stages import evaluate, generate, score
 
-    calls = {"generate": 0, "score": 0}
+    calls, measured = {"generate": 0, "score": 0}, []
+    original_measure = evaluate.measure
+    monkeypatch.setattr(
+        evaluate, "measure", lambda run, name, *a: measured.append(name) or original_measure(run, name, *a)
+    )
     for stage in (generate, score):
         name, original = stage.__name__.rsplit(".", 1)[1], stage.make_in_parts
 
@@ -44,10 +49,12 @@ def test_study(study, capsys, monkeypatch):
     assert main(["compare", str(study)]) == 0
     out = study.parent / "out"
     assert calls == {"generate": 2, "score": 2}  # training and held-out negatives; what dft needs, what dpo needs
+    assert measured.count("base") == 1 and measured.count("after") == 6
     table = json.loads((out / "study.json").read_text())["table"]
     assert [(line["name"], line["runs"]) for line in table] == [("base", 1), ("sft", 2), ("dft", 2), ("dpo", 2)]
     assert table[1]["logps/positive"][0] > table[0]["logps/positive"][0]
-    assert (out / "curves.png").stat().st_size > 1000
+    assert all((out / name).stat().st_size > 1000 for name in ("curves.png", "cost.png"))
+    assert not (out / "swept.png").exists()  # no number is swept
     first = (out / "study.md").read_text()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/adapter/*.safetensors")}
     assert len(before) == 6
@@ -74,8 +81,38 @@ def test_table_by_hand():
         }
         for s, a in enumerate((0.5, 0.7))
     ]
-    text = markdown(tabulate(results, "training.seed"), "training.seed")
+    text = markdown(tabulate(results, "training.seed", {}), "training.seed")
     assert "| base | 10.00 | 1 |" in text and "| dft | 60.00 ± 14.14 | 2 |" in text
+
+
+def test_cases_a_swept_number_and_the_papers_numbers(study, capsys):
+    """Cases set several keys; the margin is drawn against gamma; the paper's numbers stand beside their line."""
+    head = study.read_text().partition("grid:")[0]
+    study.write_text(
+        head + "set: {negatives.system_prompt: null}\n"
+        "grid:\n  method: {cold: {training.objective: dft2, training.tau: 0.1}}\n  training.gamma: [1.0, 0.9]\n"
+        "paper: {'cold, 0.9': {GSM8K: 78.77}}\n"
+    )
+    assert main(["compare", str(study)]) == 0
+    out = study.parent / "out"
+    assert (out / "swept.png").stat().st_size > 1000
+    assert "| runs | paper: GSM8K |" in (out / "study.md").read_text()
+    lines = {line.split(" | ")[0]: line for line in (out / "study.md").read_text().splitlines()}
+    assert lines["| cold, 0.9"].endswith("| 1 | 78.77 |") and lines["| cold, 1.0"].endswith("| 1 | – |")
+    recipe = (out / "method=cold,gamma=0.9" / "recipe.yaml").read_text()
+    assert "tau: 0.1" in recipe and "objective: dft2" in recipe and "system_prompt: null" in recipe
+    capsys.readouterr()
+
+
+def test_swept_key():
+    """The one key with several numbers, seeds aside."""
+
+    def results(**keys):
+        return [{"settings": dict(zip(keys, values, strict=True))} for values in zip(*keys.values(), strict=True)]
+
+    assert swept_key(results(gamma=[1.0, 0.9], seed=[0, 1], objective=["dft", "sft"]), "seed") == "gamma"
+    assert swept_key(results(gamma=[1.0, 0.9], tau=[1, 2]), "seed") is None
+    assert swept_key(results(gamma=[1.0, 1.0], seed=[0, 1]), "seed") is None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +120,8 @@ def test_table_by_hand():
     [
         ("recipe: r.yaml", "output_dir is missing"),
         ("recipe: r.yaml\noutput_dir: o\ngrid: {training.seed: 1}", "wanted a list"),
+        ("recipe: r.yaml\noutput_dir: o\ngrid: {m: {a: 1}}", "or cases with keys and values"),
+        ("recipe: r.yaml\noutput_dir: o\ngrid: {training.tau: [1]}\npaper: {dft: {a: 1}}", "they are 1, base"),
         ("recipe: r.yaml\noutput_dir: o\ngrid: {}\nseeds: 3", "seeds is not a key"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from conftest import make_llama, make_rows
 from peft import LoraConfig
 
-from lowdft import DFTConfig, DFTTrainer, objectives
+from lowdft import DFTConfig, DFTTrainer
 from lowdft.data.batch import Batch
 from lowdft.errors import UserError
 from lowdft.logps import CompletionLogps, Group, score
@@ -99,7 +99,6 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
             found = [leaf[ids.index(g.prompt_ids[0]), c[0]] for g in groups for c in g.completions]
             return CompletionLogps(torch.empty(0), torch.stack(found), torch.empty(0), 0)
 
-        monkeypatch.setattr("lowdft.trainer.score", lookup)
         monkeypatch.setattr("lowdft.passes.score", lookup)
         batch = Batch(
             index, [trainer.train_dataset.rows[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])]
@@ -121,10 +120,10 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reference", ["precomputed", "online"])
-def test_negatives_from_the_difference(reference, tmp_path):
+def test_negatives_scored_from_the_difference(reference, tmp_path):
     """Only a negative's tokens after the shared ones are scored, by policy and reference alike: w = 1 at step 0."""
     rows = [{"prompt_ids": [5], "completion_ids": [7, 8, 9], "negative_ids": [[7, 8, 4, 6], [7, 3]]}]
-    trainer = make_trainer(tmp_path, rows, negatives_from="difference", reference=reference, num_train_epochs=1)
+    trainer = make_trainer(tmp_path, rows, negatives_scored="from_difference", reference=reference, num_train_epochs=1)
     trainer.train()
     entry, model = trainer.state.log_history[0], make_llama()
     logps = score(model, [Group([5], rows[0]["negative_ids"], [2, 1])]).logps_C
@@ -145,7 +144,7 @@ def test_first_step_by_hand(tmp_path):
     assert trainer.log_u.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("objective", ["dft", "dft2", "sft"])
+@pytest.mark.parametrize("objective", ["dft", "dft2", "sft", "ift"])
 def test_accumulation_changes_nothing(objective, tmp_path):
     """A step of 4 prompts is the same in one micro-batch, in two and in four: losses and log_u."""
     runs = [
@@ -181,10 +180,14 @@ def test_evaluation_leaves_log_u_alone(tmp_path):
     assert metrics["eval_loss"] > 0
 
 
-def test_gradient_checkpointing_updates_once_and_changes_nothing(tmp_path):
+@pytest.mark.parametrize("objective", ["dft", "ift"])
+def test_gradient_checkpointing_updates_once_and_changes_nothing(objective, tmp_path):
     plain, checkpointed = (
         make_trainer(
-            tmp_path / str(flag), gradient_checkpointing=flag, gradient_checkpointing_kwargs={"use_reentrant": False}
+            tmp_path / str(flag),
+            objective=objective,
+            gradient_checkpointing=flag,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
         )
         for flag in (False, True)
     )
@@ -345,67 +348,6 @@ def test_faded_negatives_are_told_in_words(tmp_path):
         trainer._tell_when_faded(1e-3)
     with pytest.warns(UserWarning, match="supervised fine-tuning at a higher price"):
         trainer._tell_when_faded(1e-3)
-
-
-def test_sft_is_transformers_own_loss(tmp_path):
-    """The first step's loss equals transformers' cross-entropy over the step's completion tokens."""
-    trainer = make_trainer(tmp_path, objective="sft", max_steps=1, gradient_accumulation_steps=5)
-    model, rows = make_llama(), trainer.train_dataset.rows
-    total = tokens = 0.0
-    for row in rows:
-        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
-        labels = torch.tensor([[-100] * len(row["prompt_ids"]) + row["completion_ids"]])
-        total += model(ids, labels=labels).loss.item() * len(row["completion_ids"])
-        tokens += len(row["completion_ids"])
-    trainer.train()
-    assert losses(trainer)[0] == pytest.approx(total / tokens, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", objectives.names())
-def test_every_objective_trains(name, tmp_path):
-    """Each name learns on a tiny model: its loss falls on the rows trained on. (That of dynamic_ft, the sum of
-    -p log p, first rises as p does; there completions must become likelier.)"""
-    rows = [row | {"aligned_logps": -1.0} for row in make_rows(8)]
-    trainer = make_trainer(
-        tmp_path,
-        rows,
-        objective=name,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        num_train_epochs=2,
-        learning_rate=2e-2,
-        warmup_steps=0,
-        lr_scheduler_type="constant",
-    )
-
-    def loss() -> float:
-        if name != "dynamic_ft":
-            return trainer.evaluate(trainer.train_dataset)["eval_loss"]
-        groups = [Group(row["prompt_ids"], [row["completion_ids"]]) for row in trainer.train_dataset.rows]
-        with torch.no_grad():
-            return -score(trainer.model, groups).logps_C.mean().item()
-
-    before = loss()
-    trainer.train()
-    after = loss()
-    assert torch.tensor(losses(trainer)).isfinite().all()
-    assert after < before
-
-
-def test_full_parameters_with_a_completion_reference(tmp_path):
-    """Without an adapter the initial weights score completions too, once: at the first step DPO's loss is log 2."""
-    trainer = make_trainer(tmp_path, objective="dpo", peft=False, max_steps=2, learning_rate=1e-3)
-    trainer.train()
-    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
-
-
-def test_objective_needs_are_checked(tmp_path):
-    with pytest.raises(UserError, match="aligned_logps"):
-        make_trainer(tmp_path, objective="poft")
-    with pytest.raises(ValueError, match="2 or more"):
-        make_trainer(tmp_path, objective="kto", per_device_train_batch_size=1)
-    with pytest.raises(ValueError, match="reference_prompt"):
-        make_trainer(tmp_path, objective="dpo", reference_prompt="sampling")
 
 
 def test_half_of_every_type_is_frozen(tmp_path):

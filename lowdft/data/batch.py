@@ -61,18 +61,19 @@ def group_of(
     negatives: Sequence[Sequence[int]],
     prompt: str = "prompt_ids",
     completion: bool = True,
-    negatives_from: str = "start",
+    negatives_scored: str = "whole",
 ) -> Group:
     """A row's group: negatives first, the completion last (or left out, for the reference).
 
-    With `negatives_from="difference"` a negative is scored from its first token that differs from the completion.
+    `negatives_scored` is that of `DFTConfig`; what stands behind a negative's last scored token is not even read.
     """
     good = row["completion_ids"]
-    completions = [*negatives, *([good] if completion else [])]
-    unscored = None
-    if negatives_from == "difference":
-        unscored = [*(shared_prefix(negative, good) for negative in negatives), *([0] if completion else [])]
-    return Group(row.get(prompt, row["prompt_ids"]), completions, unscored)
+    shared = [0 if negatives_scored == "whole" else shared_prefix(negative, good) for negative in negatives]
+    if negatives_scored == "at_difference":
+        negatives = [negative[: first + 1] for negative, first in zip(negatives, shared, strict=True)]
+    if completion:
+        negatives, shared = [*negatives, good], [*shared, 0]
+    return Group(row.get(prompt, row["prompt_ids"]), negatives, shared)
 
 
 def shared_prefix(negative: Sequence[int], completion: Sequence[int]) -> int:

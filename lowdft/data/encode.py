@@ -1,7 +1,8 @@
 """Rows of text -> token ids, exactly as the model will see and write them.
 
 The prompt is tokenized as generation will (with the template's assistant header, which belongs to the prompt), the
-completion separately and appended, with one end-of-turn token that is scored. Generated negatives keep their own ids.
+completion as the text after it and appended, with one end-of-turn token that is scored. Generated negatives keep their
+own ids.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lowdft.errors import UserError
 
@@ -86,7 +88,7 @@ class Encoder:
         whole = self._render([*prompt, *completion], tools, add_generation_prompt=False)
         if not whole.startswith(before):
             before = self._shared_start(prompt, completion, tools, before, whole)
-        ids = self._ids(whole[len(before) :])
+        ids = self._after(before, whole[len(before) :])
         ends = {self.tokenizer.eos_token_id, *self.tokenizer.all_special_ids}
         last = max((i for i, token in enumerate(ids) if token in ends), default=None)
         content = ids if last is None else ids[:last]
@@ -134,6 +136,19 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @cached_property
+    def _spaced(self) -> bool:
+        """Does this tokenizer (Mistral's, Llama 2's) put a space before any text that it is given alone?"""
+        return self._ids("\na") != self._ids("\n") + self._ids("a")
+
+    def _after(self, before: str, text: str) -> list[int]:
+        """Ids of `text` as it stands after `before`, where the tokenizer can tell them apart."""
+        if self._spaced:
+            whole, start = self._ids(before + text), self._ids(before)
+            if whole[: len(start)] == start:
+                return whole[len(start) :]
+        return self._ids(text)
 
     def _render(self, messages, tools, add_generation_prompt: bool) -> str:
         try:

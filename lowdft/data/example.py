@@ -28,6 +28,7 @@ class Example:
     tools: list[dict] | None = None
     source: str = ""
     answer: str | None = None
+    aligned_logps: float | None = None  # mean log-probability a token of the completion under aligned models
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Row:
     tools: list[dict] | None = None
     answer: str | None = None
     given_id: str | None = None
+    aligned_logps: float | None = None
 
     @property
     def is_text(self) -> bool:
@@ -124,7 +126,8 @@ def to_example(row: Row, prompt_style: str = "chat", system_prompt: str | None =
         completion = [_message(turn) for turn in row.completion]
         negatives = [[_message(turn) for turn in negative] for negative in kept]
     made = hashlib.sha256(canonical_json([prompt, completion, row.tools]).encode()).hexdigest()[:16]
-    return Example(row.given_id or made, prompt, completion, negatives, row.tools, row.where, row.answer)
+    name = row.given_id or made
+    return Example(name, prompt, completion, negatives, row.tools, row.where, row.answer, row.aligned_logps)
 
 
 def _message(turn: Turn) -> dict:

@@ -10,15 +10,17 @@ turn remembers its place under the user's own column names, for messages such as
 | prompt + chosen, prompt + real | prompt | chosen or real: an answer, or the whole conversation |
 | chosen, or real, alone | all turns but the last | the last turn |
 | question + answer, prompt + answer | question or prompt | answer |
+| query + response (MetaMathQA) | query | response |
 | instruction (+ input) + output (Alpaca) | instruction, blank line, input | output |
 
 Beside these: negatives (a list), rejected, generated, rejected_0… and generated_0… are negatives; system is the system
-message; tools; example_id or id; answer, where it is not the completion, is the bare answer.
+message; tools; example_id or id; answer, where it is not the completion, is the bare answer; aligned_logps is a number.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection
 
@@ -37,10 +39,11 @@ LAYOUTS = {
     "chosen": ("chosen",),
     "real": ("real",),
     "prompt+answer": ("prompt", "answer"),
+    "query+response": ("query", "response"),
 }
-ONLY_ALONE = ("chosen", "real", "prompt+answer")  # taken where no other layout fits
+ONLY_ALONE = ("chosen", "real", "prompt+answer", "query+response")  # taken where no other layout fits
 CONVERSATIONS = ("messages", "conversations", "chosen", "real")
-MAPPABLE = ("prompt", "completion", "messages", "negatives", "example_id", "tools", "system", "answer")
+MAPPABLE = ("prompt", "completion", "messages", "negatives", "example_id", "tools", "system", "answer", "aligned_logps")
 KNOWN_COLUMNS = [*dict.fromkeys(c for needed in LAYOUTS.values() for c in needed), "input", "negatives", "rejected"]
 SPEAKERS = {
     "role": {name: name for name in ("system", "user", "assistant", "tool", "function")},
@@ -134,6 +137,7 @@ def to_row(record: Record, columns: dict[str, str] | None = None, expected: str 
         tools=_tools(view.get("tools"), columns.get("tools", "tools")),
         answer=_plain(record.columns, columns.get("answer") or own_answer, strict="answer" in columns),
         given_id=_plain(record.columns, id_column, strict=True),
+        aligned_logps=_mean_logp(view.get("aligned_logps"), columns.get("aligned_logps", "aligned_logps")),
     )  # fmt: skip
 
 
@@ -279,3 +283,16 @@ def _plain(row: dict, column: str | None, strict: bool) -> str | None:
     if strict:
         raise BadRow(column, f"is {kind_of(value)}; a string or a number is needed. {REMOVE}")
     return None
+
+
+def _mean_logp(value: object, path: str) -> float | None:
+    """A number of 0 or less, also as text (CSV)."""
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not -math.inf < number <= 0:
+        raise BadRow(path, f"is {kind_of(value)}; a mean log-probability, finite and at most 0, is needed. {REMOVE}")
+    return number

@@ -77,10 +77,11 @@ def load_examples(
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """SHA-256 (hex) over ids, prompts, completions, negatives, tools and answers, in order."""
+    """SHA-256 (hex) over all that rows hold, in order."""
     digest = hashlib.sha256()
     for e in examples:
         parts = [e.example_id, e.prompt, e.completion, e.negatives, e.tools, e.answer]
+        parts += [] if e.aligned_logps is None else [e.aligned_logps]
         digest.update(canonical_json(parts).encode() + b"\n")
     return digest.hexdigest()
 

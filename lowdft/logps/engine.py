@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdft.logps.attention import packed_attention
-from lowdft.logps.head import Head, token_logps
+from lowdft.logps.head import Head, greedy_tokens, token_logps
 from lowdft.logps.rows import Group, Rows, lay_out
 
 
@@ -36,7 +36,8 @@ def score(
     layout: str = "packed",
     chunk_size: int = 256,
     head_logps: Callable[[Tensor, Head, Tensor], Tensor] | None = None,
-    token_weight: Callable[[Tensor], Tensor] | None = None,
+    token_weight: Callable[[Tensor, Tensor], Tensor] | None = None,
+    predicted_share: float = 0.0,
 ) -> CompletionLogps:
     """Scores every completion of every group in one forward pass, in nats.
 
@@ -48,15 +49,17 @@ def score(
         layout: "packed" or "padded", see `rows`.
         chunk_size: tokens whose logits exist at once.
         head_logps: what turns (hidden states, head, targets) into log-probabilities; `token_logps` unless given.
-        token_weight: weights [S] of the tokens in `logps_C`, from their log-probabilities; 1 unless given.
+        token_weight: weights [S] of the tokens in `logps_C`, from their log-probabilities [S] and the completion [S]
+            that each belongs to; 1 unless given.
+        predicted_share: share of the model's own greedy prediction of a token in the embedding of every completion
+            token, which takes one more forward pass, without gradient.
     """
     causal_lm = bare(model)
     head = Head.of(causal_lm)
     device, dtype = head.weight_VD.device, head.weight_VD.dtype
     rows = lay_out(groups, layout).to(device)
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    with torch.autocast(device.type, half, enabled=dtype == half):  # adapters keep float32 weights beside a half base
-        hidden_SD = _hidden_states(causal_lm, rows).flatten(0, 1)[rows.predictor_S].to(dtype)
+    mixed_RLD = _partly_predicted(causal_lm, rows, head, chunk_size, predicted_share) if predicted_share else None
+    hidden_SD = _predictors(causal_lm, rows, dtype, mixed_RLD)
     with torch.autocast(device.type, enabled=False):
         if head_logps is None:
             per_token_S = token_logps(hidden_SD, head, rows.target_S, chunk_size)
@@ -64,7 +67,7 @@ def score(
             per_token_S = head_logps(hidden_SD, head, rows.target_S)
     tokens_C = torch.tensor([n for group in groups for n in group.scored_tokens], device=per_token_S.device)
     zeros_C = torch.zeros(len(tokens_C), dtype=per_token_S.dtype, device=per_token_S.device)
-    weighted_S = per_token_S if token_weight is None else token_weight(per_token_S) * per_token_S
+    weighted_S = per_token_S if token_weight is None else token_weight(per_token_S, rows.completion_S) * per_token_S
     logps_C = zeros_C.index_add(0, rows.completion_S, weighted_S)
     return CompletionLogps(per_token_S, logps_C, tokens_C, rows.input_ids_RL.numel())
 
@@ -95,9 +98,34 @@ def choose_layout(model: nn.Module) -> str:
     return "packed" if torch.allclose(packed, alone, atol=0.25, rtol=0.02) else "padded"
 
 
-def _hidden_states(causal_lm: nn.Module, rows: Rows) -> Tensor:
-    """[R, L, D] of the last layer."""
-    inputs = dict(input_ids=rows.input_ids_RL, position_ids=rows.position_ids_RL, use_cache=False)
+@torch.no_grad()
+def _predicted(causal_lm: nn.Module, rows: Rows, head: Head, chunk_size: int) -> Tensor:
+    """[S]: what the model itself would have written in the place of every scored token."""
+    return greedy_tokens(_predictors(causal_lm, rows, head.weight_VD.dtype), head, chunk_size)
+
+
+def _partly_predicted(causal_lm: nn.Module, rows: Rows, head: Head, chunk_size: int, share: float) -> Tensor:
+    """Input embeddings [R, L, D], those of scored tokens (1 - share) E(token) + share E(prediction)."""
+    predicted_S, embed = _predicted(causal_lm, rows, head, chunk_size), causal_lm.get_input_embeddings()
+    given_RLD = embed(rows.input_ids_RL)
+    flat = given_RLD.flatten(0, 1)
+    change_SD = share * (embed(predicted_S) - flat[rows.place_S])
+    return flat.index_add(0, rows.place_S, change_SD.to(flat)).view_as(given_RLD)
+
+
+def _predictors(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, embeddings_RLD: Tensor | None = None) -> Tensor:
+    """[S, D]: the hidden states that predict the scored tokens, in the head's dtype."""
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    # adapters keep float32 weights beside a half base; one region a pass, because older versions of torch would take
+    # autocast's copies of them from a pass without gradient into the next
+    with torch.autocast(rows.input_ids_RL.device.type, half, enabled=dtype == half):
+        return _hidden_states(causal_lm, rows, embeddings_RLD).flatten(0, 1)[rows.predictor_S].to(dtype)
+
+
+def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | None = None) -> Tensor:
+    """[R, L, D] of the last layer, from the rows' ids or from embeddings in their place."""
+    inputs = dict(position_ids=rows.position_ids_RL, use_cache=False)
+    inputs |= dict(input_ids=rows.input_ids_RL) if embeddings_RLD is None else dict(inputs_embeds=embeddings_RLD)
     decoder = causal_lm.get_decoder()
     if rows.parts is None:
         return decoder(attention_mask=torch.ones_like(rows.input_ids_RL), **inputs).last_hidden_state

@@ -59,6 +59,12 @@ def token_logps(hidden_SD: Tensor, head: Head, target_S: Tensor, chunk_size: int
 
 
 @torch.no_grad()
+def greedy_tokens(hidden_SD: Tensor, head: Head, chunk_size: int = 256) -> Tensor:
+    """The likeliest token after every hidden state, [S]."""
+    return torch.cat([head.logits(hidden).argmax(1) for hidden in hidden_SD.split(chunk_size)])
+
+
+@torch.no_grad()
 def proposal_logps(
     hidden_SD: Tensor, head: Head, target_S: Tensor, temperature: float, top_p: float, top_k: int, chunk_size: int = 256
 ) -> Tensor:

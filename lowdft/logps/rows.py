@@ -61,6 +61,7 @@ class Rows:
     position_ids_RL: Tensor
     predictor_S: Tensor  # flat index into R * L of the hidden state that predicts the token
     target_S: Tensor  # the token's id
+    place_S: Tensor  # flat index into R * L of the token itself
     completion_S: Tensor  # which completion it belongs to, counted through all groups
     parts: tuple[Part, Part] | None = None  # packed: the prompts' and the completions' attention
 
@@ -79,7 +80,7 @@ def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
 
 
 def _pack(groups: Sequence[Group]) -> Rows:
-    ids, positions, predictors, targets, owners = [], [], [], [], []
+    ids, positions, predictors, places, owners = [], [], [], [], []
     prompts, completions = [], []  # (start of the prompt, its length, start of the completion, its length)
     start = 0
     for group in groups:
@@ -90,21 +91,24 @@ def _pack(groups: Sequence[Group]) -> Rows:
         start += prompt_length
         for completion, first in zip(group.completions, group.first_scored, strict=True):
             length = len(completion)
-            predictor = torch.arange(start - 1, start + length - 1)
+            place = torch.arange(start, start + length)
+            predictor = place - 1
             predictor[0] = prompt_start + prompt_length - 1
             predictors.append(predictor[first:])
-            targets.append(torch.as_tensor(completion)[first:])
+            places.append(place[first:])
             owners.append(torch.full((length - first,), len(completions)))
             completions.append((prompt_start, prompt_length, start, length))
             ids.append(torch.as_tensor(completion))
             positions.append(torch.arange(prompt_length, prompt_length + length))
             start += length
     filler = torch.zeros(-start % ROW_ALIGNMENT, dtype=torch.int64)
+    input_ids, place_S = torch.cat([*ids, filler]), torch.cat(places)
     return Rows(
-        input_ids_RL=torch.cat([*ids, filler])[None],
+        input_ids_RL=input_ids[None],
         position_ids_RL=torch.cat([*positions, filler])[None],
         predictor_S=torch.cat(predictors),
-        target_S=torch.cat(targets),
+        target_S=input_ids[place_S],
+        place_S=place_S,
         completion_S=torch.cat(owners),
         parts=(make_part(prompts), make_part(completions)),
     )
@@ -114,17 +118,18 @@ def _pad(groups: Sequence[Group]) -> Rows:
     pairs = [(g.prompt_ids, *pair) for g in groups for pair in zip(g.completions, g.first_scored, strict=True)]
     width = max(len(prompt) + len(completion) for prompt, completion, _ in pairs)
     input_ids = torch.zeros((len(pairs), width), dtype=torch.int64)
-    predictors, targets, owners = [], [], []  # padding comes last, where no real token sees it: it needs no mask
+    places, owners = [], []  # padding comes last, where no real token sees it: it needs no mask
     for row, (prompt, completion, first) in enumerate(pairs):
         start, end = len(prompt) + first, len(prompt) + len(completion)
         input_ids[row, :end] = torch.cat([torch.as_tensor(prompt), torch.as_tensor(completion)])
-        predictors.append(torch.arange(start - 1, end - 1) + row * width)
-        targets.append(torch.as_tensor(completion)[first:])
+        places.append(torch.arange(start, end) + row * width)
         owners.append(torch.full((end - start,), row))
+    place_S = torch.cat(places)
     return Rows(
         input_ids_RL=input_ids,
         position_ids_RL=torch.arange(width).expand(len(pairs), width),
-        predictor_S=torch.cat(predictors),
-        target_S=torch.cat(targets),
+        predictor_S=place_S - 1,
+        target_S=input_ids.flatten()[place_S],
+        place_S=place_S,
         completion_S=torch.cat(owners),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 NEEDS = {
@@ -16,6 +17,7 @@ NEEDS = {
     "completion_reference": "the reference's log-probability of the completion",
     "log_u": "a moving average of every example",
     "mismatched": "completions scored under other rows' prompts (two prompts a micro-batch at least)",
+    "predictions": "embeddings mixed with those of the model's own predictions, by `predicted_share`",
     "aligned": "`aligned_logps` of every row, scored beforehand by aligned models",
 }
 
@@ -35,7 +37,7 @@ class Scores:
     log_u_M: Tensor | None = None  # None: no moving average (evaluation), as with gamma = 1; NaN: not started yet
     tokens_per_prompt: float | Tensor = 1.0  # completion tokens of the whole optimizer step over its prompts
     ref_logps_M: Tensor | None = None
-    mismatched_gain_M: Tensor | None = None  # mean log policy - log reference of completions under other prompts
+    mismatched_gain_M: Tensor | None = None  # mean log policy - log reference under other prompts, over the step
     aligned_logps_M: Tensor | None = None  # mean log-probability a token of the completion under aligned models
 
 
@@ -60,7 +62,8 @@ class Objective:
     `needs` is a subset of `NEEDS`: what the trainer has to prepare. `per_token` says that the objective compares
     completions by mean rather than summed log-probability. `linear` says that the surrogate is linear in the
     completion's score, so that its derivative is known before the completion is scored. `token_weight` turns the
-    log-probabilities [S] of tokens into their weights in the sums that the objective sees (1 unless given).
+    log-probabilities [S] of tokens, and the completion [S] that each belongs to (ascending), into their weights in the
+    sums that the objective sees (1 unless given); it takes the hyper-parameters too.
     """
 
     name: str
@@ -70,10 +73,29 @@ class Objective:
     needs: frozenset[str] = frozenset()
     per_token: bool = False
     linear: bool = False
-    token_weight: Callable[[Tensor], Tensor] | None = None
+    token_weight: Callable[..., Tensor] | None = None
 
     def __post_init__(self):
         assert self.needs <= NEEDS.keys(), self.needs
+
+    def try_out(self, hyperparameters: Mapping[str, object]) -> None:
+        """Computes a loss of two made-up prompts, so that a bad value is known before anything is loaded.
+
+        Raises:
+            ValueError: this objective cannot be computed with these hyper-parameters, or is not finite.
+        """
+        some_M, some_MB = torch.tensor([-3.0, -5.0]), torch.tensor([[-4.0, -2.0], [-6.0, -9.0]])
+        tokens_M, tokens_MB = torch.tensor([2, 3]), torch.tensor([[2, 1], [3, 4]])
+        scores = Scores(some_M, tokens_M, some_MB, tokens_MB, some_MB - 1, torch.zeros(2), 2.5, some_M - 1)
+        scores.mismatched_gain_M, scores.aligned_logps_M = torch.ones(2), torch.full((2,), -1.0)
+        try:
+            loss_M = self.compute(scores, **hyperparameters).surrogate_M
+            if self.token_weight is not None:
+                loss_M = loss_M * self.token_weight(some_M, torch.tensor([0, 1]), **hyperparameters)
+        except (TypeError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"{self.name} cannot be computed with {dict(hyperparameters)}: {error}") from error
+        if not loss_M.isfinite().all():
+            raise ValueError(f"{self.name} is not finite with {dict(hyperparameters)}")
 
 
 def plain(loss_M: Tensor) -> Losses:

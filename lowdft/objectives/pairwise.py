@@ -84,8 +84,8 @@ def rrhf(scores: Scores, nll_weight: float, summed_nll: bool) -> Losses:
 def kto(scores: Scores, beta: float, weight_wanted: float | None, weight_unwanted: float) -> Losses:
     """Wanted w (1 - sigmoid(beta (P - RP - z))), unwanted w' (1 - sigmoid(beta (z - (N - RN)))), mean over 1 + B.
 
-    z = max(0, mean over mismatched prompts and completions of log policy - log reference), a constant. The weight of
-    wanted completions is B unless given, so that both kinds count alike.
+    z = max(0, mean over the step's mismatched prompts and completions of log policy - log reference), a constant. The
+    weight of wanted completions is B unless given, so that both kinds count alike.
     """
     count = scores.policy_negative_logps_MB.shape[1]
     z_M = scores.mismatched_gain_M.clamp_min(0)

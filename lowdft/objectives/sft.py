@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from lowdft.objectives.base import Losses, Objective, Scores, plain
@@ -24,7 +24,7 @@ def token_mean_nll(scores: Scores) -> Tensor:
     return -scores.policy_logps_M / scores.tokens_per_prompt
 
 
-def own_probability(per_token_logps_S: Tensor) -> Tensor:
+def own_probability(per_token_logps_S: Tensor, completion_S: Tensor) -> Tensor:
     """The weight of a token in `dynamic_ft`: its own probability, as a constant."""
     return per_token_logps_S.detach().exp()
 
@@ -48,6 +48,30 @@ def poft(scores: Scores, beta: float, shift: float) -> Losses:
     """-log sigmoid(beta (P/T - c) + shift), c the mean log-probability a token of y under aligned models."""
     mean_M = scores.policy_logps_M / scores.completion_tokens_M
     return plain(-logsigmoid(beta * (mean_M - scores.aligned_logps_M) + shift))
+
+
+def ift(scores: Scores, **_: object) -> Losses:
+    """mean_t W_t l_t of l_t = -log p_t; the weights W are in the summed log-probabilities (`later_loss`)."""
+    return plain(-scores.policy_logps_M / scores.completion_tokens_M)
+
+
+def later_loss(
+    per_token_logps_S: Tensor, completion_S: Tensor, decay: float, detached: bool, predicted_share: float
+) -> Tensor:
+    """The weight of a token in `ift`: W_t = sum_{k >= t} decay^(k - t) l_k, scaled to sum T over its completion.
+
+    The engine has mixed `predicted_share` of the predicted embeddings in before. In the authors' code W has a gradient
+    of its own; `detached` makes it a constant.
+    """
+    loss_S = -(per_token_logps_S.detach() if detached else per_token_logps_S)
+    ahead_S, step = loss_S, 1
+    while step < len(loss_S):  # doubles how far every token has looked ahead
+        same = completion_S[step:] == completion_S[:-step]
+        ahead_S = ahead_S + nn.functional.pad(decay**step * ahead_S[step:] * same, (0, step))
+        step *= 2
+    sum_C = ahead_S.new_zeros(int(completion_S[-1]) + 1).index_add(0, completion_S, ahead_S)
+    tokens_C = torch.bincount(completion_S)
+    return ahead_S * (tokens_C / sum_C.clamp_min(torch.finfo(sum_C.dtype).tiny))[completion_S]
 
 
 def _linear_below(point: float, phi, slope: float):
@@ -79,6 +103,14 @@ OBJECTIVES = (
         "derived from arXiv 2507.00018",
         {"divergence": "pearson", "beta": 0.1},
         frozenset({"completion_reference"}),
+    ),
+    Objective(
+        "ift",
+        ift,
+        "arXiv 2405.11870 (Intuitive Fine-Tuning)",
+        {"predicted_share": 0.2, "decay": 0.95, "detached": False},
+        frozenset({"predictions"}),
+        token_weight=later_loss,
     ),
     Objective("poft", poft, "Preference-Oriented SFT", {"beta": 1.0, "shift": 0.0}, frozenset({"aligned"})),
 )

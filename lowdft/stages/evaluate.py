@@ -15,7 +15,7 @@ from lowdft import model as models
 from lowdft.data.batch import collate
 from lowdft.data.prompting import plain_text
 from lowdft.errors import UserError
-from lowdft.files import write_json
+from lowdft.files import read_json, write_json
 from lowdft.logps import choose_layout, score
 from lowdft.reference import reference_on
 from lowdft.run import Run, say
@@ -32,8 +32,6 @@ def main(run: Run) -> dict | None:
         return None
     product = run.evaluation
     if product.is_done():
-        from lowdft.files import read_json
-
         say(f"{product.path}: already measured")
         result = read_json(product.path)
     else:
@@ -51,12 +49,17 @@ def measure_all(run: Run) -> dict:
     truths = [example.answer or plain_text(example.completion) for example in examples]
     kind = run.recipe.evaluation.answer
     kind = answers.detect(truths) if kind == "auto" else kind
-    systems, texts = {}, {}
+    found = {}
     for name, model in _systems(run):
-        systems[name] = measure_logps(run, model, rows)
-        if kind != "none":
-            texts[name] = greedy_answers(run, model, rows, name)
-            systems[name] |= accuracy(texts[name], truths, kind, run.recipe.evaluation.pattern)
+        product = run.base_evaluation if name == "base" else None
+        if product and product.is_done():
+            found[name] = read_json(product.path)
+            continue
+        found[name] = measure(run, name, model, rows, truths, kind)
+        if product:
+            product.begin()
+            write_json(product.path, found[name])
+            product.finish()
     samples = []
     for i, example in enumerate(examples[:SAMPLES_KEPT]):
         negative = rows[i]["negative_ids"][0] if rows[i]["negative_ids"] else []
@@ -66,16 +69,25 @@ def measure_all(run: Run) -> dict:
                 "prompt": plain_text(example.prompt),
                 "completion": plain_text(example.completion),
                 "negative": run.tokenizer.decode(negative, skip_special_tokens=True),
-                **{name: found[i] for name, found in texts.items()},
+                **{name: one["texts"][i] for name, one in found.items() if one["texts"]},
             }
         )
     return {
         "rows": len(rows),
         "negatives_per_row": len(rows[0]["negative_ids"]),
         "answer": kind,
-        "systems": systems,
+        "systems": {name: one["measures"] for name, one in found.items()},
         "samples": samples,
     }
+
+
+def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kind: str) -> dict:
+    """One system: its `measures` by name, and its greedy answers as `texts` (none where answers are not checked)."""
+    measures, texts = measure_logps(run, model, rows), []
+    if kind != "none":
+        texts = greedy_answers(run, model, rows, name)
+        measures |= accuracy(texts, truths, kind, run.recipe.evaluation.pattern)
+    return {"measures": measures, "texts": texts}
 
 
 @torch.no_grad()

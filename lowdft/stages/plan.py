@@ -13,27 +13,36 @@ from rich.table import Table
 from lowdft import model as models
 from lowdft.errors import UserError
 from lowdft.logps import Group, choose_layout
-from lowdft.memory import LIBRARIES, Memory, estimate
+from lowdft.memory import LIBRARIES, Memory, estimate, sharded
 from lowdft.passes import Passes, num_tokens
 from lowdft.run import Run, say
 
 GPU_CONTEXT = 0.6e9  # bytes that CUDA itself and its libraries take on a device
 
 
-def main(run: Run, gpu: float | None = None, probe: bool = False) -> None:
+def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False) -> None:
     """Prints the plan.
 
     Args:
         gpu: memory of a GPU in GB (10^9 bytes), to find the largest `tokens_per_pass` that fits.
+        gpus: over how many the training is spread: all parameters by ZeRO-3, adapters as whole copies.
         probe: load the base and time one pass.
     """
     config, args = models.configuration(run.source, run.recipe.model), run.args
     groups = expected_groups(run)
     sizes = sorted((num_tokens(group, "packed") for group in groups), reverse=True)
     largest = min(args.tokens_per_pass, sum(sizes[: args.per_device_train_batch_size]))
-    memory = estimate(config, run.recipe.model, run.recipe.adapter, args, largest)
-    base = process_bytes(gpu)
-    show_memory(memory, base, largest)
+    on_gpu = gpu is not None or torch.cuda.is_available()
+    memory = estimate(config, run.recipe.model, run.recipe.adapter, args, largest, on_gpu)
+    if gpus > 1 and run.recipe.adapter is None:
+        memory = sharded(memory, gpus, run.recipe.model.dtype)
+    base = GPU_CONTEXT if on_gpu else process_bytes()
+    show_memory(memory, base, largest, gpus)
+    if gpus == 1 and run.recipe.adapter is None and run.recipe.model.dtype != "float32":
+        say(
+            f"warning: all parameters in {run.recipe.model.dtype}, without a float32 copy: rounding loses small steps "
+            f"(learning rate {args.learning_rate:g}). Set model.dtype=float32, or train with --launch zero3."
+        )
     if gpu is not None:
         most = int((gpu * 1e9 - base - memory.fixed) / memory.per_token)
         longest = max(len(g.prompt_ids) + max(map(len, g.completions)) for g in groups)
@@ -44,11 +53,17 @@ def main(run: Run, gpu: float | None = None, probe: bool = False) -> None:
             )
         else:
             say(f"fits {gpu:g} GB up to training.tokens_per_pass={most}")
-    steps, tokens = count_work(run, sizes)
-    say(f"{steps} steps; {tokens:,} tokens, scored and backpropagated once each")
+    if to_write := negatives_to_write(run):
+        say(f"before it: {to_write:,} negatives of up to {run.recipe.negatives.max_new_tokens} tokens to write")
+    steps, tokens = count_work(run, sizes, gpus)
+    over = f", over {gpus} GPUs" if gpus > 1 else ""
+    say(f"{steps} steps; {tokens:,} tokens, scored and backpropagated once each{over}")
     if probe:
         rate = tokens_per_second(run, groups, largest)
-        say(f"about {tokens / rate / 3600:.2f} h of training at {rate:.0f} tokens/s (a pass, timed here and now)")
+        hours = tokens / rate / gpus / 3600
+        say(
+            f"about {hours:.2f} h of training at {rate:.0f} tokens/s{' each' * (gpus > 1)} (a pass, timed here and now)"
+        )
 
 
 def expected_groups(run: Run) -> list[Group]:
@@ -65,31 +80,39 @@ def expected_groups(run: Run) -> list[Group]:
     return groups
 
 
-def count_work(run: Run, sizes: list[int]) -> tuple[int, int]:
-    """Optimizer steps and tokens of the whole training on this many rows, by one process."""
+def negatives_to_write(run: Run) -> int:
+    """How many negatives of the training rows are still to be sampled."""
+    if run.ready_negatives or run.negatives("train").path.is_file():
+        return 0
+    return len(run.examples("train")) * run.negatives_wanted("train")
+
+
+def count_work(run: Run, sizes: list[int], gpus: int) -> tuple[int, int]:
+    """Optimizer steps and tokens of the whole training on this many rows."""
     args = run.args
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
     steps = math.ceil(len(sizes) / per_step) * math.ceil(args.num_train_epochs)
     steps = args.max_steps if args.max_steps > 0 else steps
     return steps, round(sum(sizes) / len(sizes) * min(steps * per_step, len(sizes) * math.ceil(args.num_train_epochs)))
 
 
-def process_bytes(gpu: float | None) -> float:
-    """What a process takes before any model: a GPU's context, or this process as it stands."""
-    if gpu is not None or torch.cuda.is_available():
-        return GPU_CONTEXT
+def process_bytes() -> float:
+    """What a process takes before any model: this one as it stands."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 + LIBRARIES
 
 
-def show_memory(memory: Memory, base: float, tokens: int) -> None:
+def show_memory(memory: Memory, base: float, tokens: int, gpus: int) -> None:
     """The breakdown as a table, in GB (10^9 bytes)."""
-    table = Table(title=f"peak memory in training, passes of up to {tokens} tokens", title_justify="left")
+    each = f" of each of {gpus} GPUs" if gpus > 1 else ""
+    table = Table(title=f"peak memory in training{each}, passes of up to {tokens} tokens", title_justify="left")
     table.add_column("")
     table.add_column("GB", justify="right")
     for name, value in {"process": base, **memory.parts}.items():
         table.add_row(name, f"{value / 1e9:.2f}")
     table.add_section()
     table.add_row("total (estimate)", f"{(base + memory.total) / 1e9:.2f}")
+    if memory.offloaded:
+        table.add_row("in CPU memory: offloaded checkpoints", f"{memory.offloaded / 1e9:.2f}")
     Console().print(table)
 
 

@@ -22,13 +22,17 @@ def test_shared_prefix(negative, completion, shared):
     assert shared_prefix(negative, completion) == shared
 
 
-def test_negatives_are_scored_from_the_difference():
-    """The completion itself is scored whole; from the start nothing is left out."""
+def test_negatives_are_scored_from_the_difference_or_there():
+    """The completion itself is always scored whole; at the difference a negative ends there."""
     row = {"prompt_ids": [1], "completion_ids": [5, 6, 7], "negative_ids": [[5, 6, 9], [8]]}
-    group = group_of(row, row["negative_ids"], negatives_from="difference")
+    group = group_of(row, row["negative_ids"], negatives_scored="from_difference")
     assert group.unscored == [2, 0, 0] and group.scored_tokens == [1, 1, 3]
-    assert group_of(row, row["negative_ids"], completion=False, negatives_from="difference").scored_tokens == [1, 1]
+    alone = group_of(row, row["negative_ids"], completion=False, negatives_scored="from_difference")
+    assert alone.scored_tokens == [1, 1]
     assert group_of(row, row["negative_ids"]).scored_tokens == [3, 1, 3]
+    there = group_of(row, [[5, 6, 9, 9], [5, 8, 7, 7]], negatives_scored="at_difference")
+    assert there.completions == [[5, 6, 9], [5, 8], [5, 6, 7]]
+    assert there.unscored == [2, 1, 0] and there.scored_tokens == [1, 1, 3]
 
 
 def test_visits_walk_through_the_pool():

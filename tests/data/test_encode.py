@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
@@ -36,6 +38,17 @@ def test_without_a_template_the_zephyr_format_stands_in():
     assert tokenizer.decode(encoder.prompt(USER)) == "<|user|>\n2+2?<|im_end|>\n<|assistant|>\n"
     assert tokenizer.decode(encoder.completion(USER, GOOD)) == "4.<|im_end|>"
     assert tokenizer.chat_template is None  # the user's own object is left alone
+
+
+def test_no_space_is_put_before_an_answer():
+    """With a tokenizer that begins every text with a space (Mistral's, Llama 2's): the ids that a model would write."""
+    letters = ["<unk>", "</s>", *"▁\n<|>abcdefghijklmnopqrstuvwxyzY.?", "▁Y", "Ye"]
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(letters)}, [("▁", "Y"), ("Y", "e")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    answer = [{"role": "assistant", "content": "Yes."}]
+    ids = Encoder(spaced).completion([{"role": "user", "content": "hi?"}], answer)
+    assert spaced.convert_ids_to_tokens(ids) == ["Ye", "s", ".", "</s>"]
 
 
 def test_strings_are_raw_text(tokenizer):

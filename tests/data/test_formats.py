@@ -43,6 +43,8 @@ def write(tmp_path, rows):
         ("prompt+completion", {"prompt": "2+2?", "completion": "4", "negatives": [[BAD], [USER, OTHER]]}, [BAD, OTHER]),
         ("question+answer", {"question": "2+2?", "answer": "4", "rejected": ["5", "6"]}, [BAD, OTHER]),
         ("prompt+answer", {"prompt": "2+2?", "answer": "4"}, []),
+        ("query+response", {"query": "2+2?", "response": "4", "type": "MATH_Rephrased"}, []),
+        ("prompt+completion", {"prompt": "2+2?", "completion": "4", "query": "3?", "response": "3"}, []),
         ("instruction+output", {"instruction": "2+2?", "input": "", "output": "4"}, []),
         ("conversations", {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, []),
         ("conversations", {"conversations": [USER, GOOD]}, []),

@@ -128,6 +128,7 @@ def test_rows_worked_by_hand():
     assert rows.position_ids_RL[0, :5].tolist() == [0, 1, 2, 2, 3]
     assert rows.predictor_S.tolist() == [1, 1, 3]
     assert rows.target_S.tolist() == [5, 6, 4]
+    assert rows.place_S.tolist() == [2, 3, 4]
     assert rows.completion_S.tolist() == [0, 1, 1]
     prompts, completions = rows.parts
     assert prompts.key_NK[0, :2].tolist() == [0, 1]
@@ -182,3 +183,40 @@ def test_head_under_an_adapter_is_refused(llama):
     model = get_peft_model(llama, LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="plain linear head"):
         score(model, groups())
+
+
+def partly_predicted_by_hand(model, some_groups, share) -> torch.Tensor:
+    out, embed = [], model.get_input_embeddings()
+    for group in some_groups:
+        for completion in group.completions:
+            start, ids = len(group.prompt_ids), torch.tensor([[*group.prompt_ids, *completion]])
+            predicted = model(ids).logits[:, start - 1 : -1].argmax(-1)
+            prompt, tokens = embed(ids).split([start, len(completion)], dim=1)
+            mixed = torch.cat([prompt, (1 - share) * tokens + share * embed(predicted)], dim=1)
+            logps = model(inputs_embeds=mixed).logits.log_softmax(-1)[0]
+            out.append(logps[range(start - 1, start - 1 + len(completion)), completion].sum())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3_text"])
+def test_completions_partly_of_predicted_embeddings(family, layout):
+    """Scores and gradients with a fifth of the prediction's embedding in every completion token's."""
+    model, some = make(family).double(), groups()
+    wanted = partly_predicted_by_hand(model, some, 0.2)
+    found = score(model, some, layout, chunk_size=4, predicted_share=0.2).logps_C
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert (found - score(model, some, layout).logps_C).abs().max() > 0.1
+    ours, theirs = (torch.autograd.grad(x.sum(), list(model.parameters())) for x in (found, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_adapter_learns_after_its_own_prediction():
+    """On a half base, whose float32 adapter weights autocast copies: not those of the pass without gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make("llama").bfloat16(), LoraConfig(r=2, target_modules=["q_proj"]))
+    score(model, groups(), predicted_share=0.2).logps_C.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert max(p.grad.abs().max() for p in model.parameters() if p.requires_grad) > 0

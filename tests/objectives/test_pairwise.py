@@ -1,10 +1,9 @@
-"""Preference objectives against recorded float64 numbers, and against TRL's own functions."""
+"""Preference objectives against recorded float64 numbers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,47 +96,3 @@ def test_orpo_is_finite_when_the_completion_is_certain():
     loss = objective.compute(scores, **objective.defaults).surrogate_M.sum()
     loss.backward()
     assert loss.isfinite() and scores.policy_logps_M.grad.isfinite().all()
-
-
-def random_pair(seed: int = 0) -> Scores:
-    torch.manual_seed(seed)
-    chosen, rejected, ref_chosen, ref_rejected = (-10 * torch.rand(6) for _ in range(4))
-    lengths = torch.randint(3, 9, (2, 6)).float()
-    return Scores(
-        chosen,
-        lengths[0],
-        policy_negative_logps_MB=rejected[:, None],
-        negative_tokens_MB=lengths[1][:, None],
-        ref_logps_M=ref_chosen,
-        ref_negative_logps_MB=ref_rejected[:, None],
-    )
-
-
-def test_cpo_and_simpo_equal_trl():
-    """CPOTrainer.cpo_loss on summed log-probabilities, and with loss_type simpo on means a token."""
-    trl = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
-    scores = random_pair()
-    pair = scores.policy_logps_M, scores.policy_negative_logps_MB[:, 0]
-    mean = pair[0] / scores.completion_tokens_M, pair[1] / scores.negative_tokens_MB[:, 0]
-    theirs = SimpleNamespace(
-        alpha=0.0, beta=2.0, simpo_gamma=0.5, label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu")
-    )
-    for loss_type, name, inputs, settings in [
-        ("sigmoid", "cpo", pair, {"beta": 2.0, "nll_weight": 0.0, "summed_nll": False}),
-        ("simpo", "simpo", mean, {"beta": 2.0, "rho": 0.25, "nll_weight": 0.0}),
-    ]:
-        theirs.loss_type = loss_type
-        wanted = trl.CPOTrainer.cpo_loss(theirs, *inputs)[0]
-        torch.testing.assert_close(objectives.get(name).compute(scores, **settings).value_M, wanted)
-
-
-def test_orpo_equals_trl():
-    """ORPOTrainer.odds_ratio_loss, to which TRL adds the NLL."""
-    trl = pytest.importorskip("trl.experimental.orpo.orpo_trainer")
-    scores = random_pair()
-    means = scores.policy_logps_M / scores.completion_tokens_M
-    others = scores.policy_negative_logps_MB[:, 0] / scores.negative_tokens_MB[:, 0]
-    theirs = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
-    wanted = -trl.ORPOTrainer.odds_ratio_loss(theirs, means, others)[0]
-    found = objectives.get("orpo").compute(scores, beta=0.1, nll_weight=0.0).value_M
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from lowdft import objectives
 from lowdft.objectives import Scores
-from lowdft.objectives.sft import own_probability
+from lowdft.objectives.sft import later_loss, own_probability
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "sft_variants.json").read_text())["cases"]
 DIVERGENCES = {
@@ -27,8 +28,10 @@ def tokens(case: dict, name: str = "token_logp") -> list[torch.Tensor]:
 
 
 def scores_of(rows: list[torch.Tensor], weight=None, **more) -> Scores:
-    logps_M = torch.stack([(row if weight is None else weight(row) * row).sum() for row in rows])
     lengths_M = torch.tensor([len(row) for row in rows])
+    logps_S, prompt_S = torch.cat(rows), torch.arange(len(rows)).repeat_interleave(lengths_M)
+    weighted_S = logps_S if weight is None else weight(logps_S, prompt_S) * logps_S
+    logps_M = torch.zeros(len(rows), dtype=logps_S.dtype).index_add(0, prompt_S, weighted_S)
     return Scores(logps_M, lengths_M, tokens_per_prompt=lengths_M.sum().item() / len(rows), **more)
 
 
@@ -91,7 +94,44 @@ def test_divergences_begin_as_sft(divergence):
 
 def test_own_probability_is_a_constant():
     logps = torch.tensor([-1.0, -2.0], requires_grad=True)
-    assert not own_probability(logps).requires_grad
+    assert not own_probability(logps, torch.zeros(2, dtype=torch.int64)).requires_grad
+
+
+def later(rows: list[torch.Tensor], decay: float, detached: bool = False) -> torch.Tensor:
+    numbers = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
+    return later_loss(torch.cat(rows), numbers, decay, detached, predicted_share=0.2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_ift_golden(case):
+    """Weights and loss of Intuitive Fine-Tuning within 1e-9."""
+    wanted, rows = case["ift_weights"], tokens(case)
+    weights = later(rows, wanted["gamma"])
+    assert weights.tolist() == pytest.approx(sum(wanted["weights"], []), abs=1e-9)
+    weight = partial(later_loss, decay=wanted["gamma"], detached=False, predicted_share=0.2)
+    assert loss_of("ift", scores_of(rows, weight)).item() == pytest.approx(wanted["loss"], abs=1e-9)
+
+
+def test_ift_by_hand():
+    """l = 1, 2 with decay 1/2: sums ahead 2 and 2, so W = 1, 1 and the loss is SFT's. Its slope by l_1:
+
+    L = (l_1 W_1 + l_2 W_2) / 2, W_1 = 2 (l_1 + l_2/2) / (l_1 + 3/2 l_2): dW_1/dl_1 = 2 (4 - 2) / 16 = 1/4 = -dW_2/dl_1;
+    so dL/dl_1 = (W_1 + 1/4 - 2/4) / 2 = 3/8, and 1/2 with constant weights.
+    """
+    for detached, slope in ((False, 3 / 8), (True, 1 / 2)):
+        rows = [torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)]
+        assert later(rows, 0.5).tolist() == [1.0, 1.0]
+        loss = loss_of("ift", scores_of(rows, partial(later_loss, decay=0.5, detached=detached, predicted_share=0.2)))
+        loss.backward()
+        assert loss.item() == 1.5 and rows[0].grad[0].item() == pytest.approx(-slope)
+
+
+def test_ift_of_a_certain_completion_is_zero():
+    rows = [torch.zeros(3, requires_grad=True)]
+    weight = partial(later_loss, decay=0.95, detached=False, predicted_share=0.2)
+    loss = loss_of("ift", scores_of(rows, weight))
+    loss.backward()
+    assert loss.item() == 0 and rows[0].grad.isfinite().all()
 
 
 def test_unknown_divergence_is_told():

@@ -77,7 +77,7 @@ def test_page_tells_what_was_trained_and_measured(tmp_path, tiny_folder):
         "<dt>base</dt><dd>someone/tiny-llama</dd>",
         "<dt>weights</dt><dd>dense, float32</dd>",
         "<dt>objective</dt><dd>dft (arXiv 2502.18679, Eq. 7-8)</dd>",
-        "<dt>hyper-parameters</dt><dd>tau 1.0, gamma 0.85</dd>",
+        "<dt>hyper-parameters</dt><dd>tau 1.0, gamma 0.85, nll_weight 0.0</dd>",
         "<h1>first: dft on someone/tiny-llama</h1>",
         "<dt>rows</dt><dd>4</dd>",
         "<dt>steps</dt><dd>8, 4 prompts a step and device</dd>",

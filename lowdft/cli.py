@@ -12,6 +12,7 @@ import warnings
 
 from lowdft import __version__
 from lowdft.errors import UserError
+from lowdft.preemption import Stopped, on_sigterm, stop
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
@@ -30,14 +31,21 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns 0 when done, 1 for a user's mistake (told on standard error), 2 for a wrong command."""
+    """Runs one command and returns its exit status.
+
+    0: done; 1: a user's mistake (told on standard error); 2: a wrong command; 130: Ctrl-C; 143: SIGTERM. After the last
+    two the same command goes on.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
     overrides = list(arguments.overrides)
     if arguments.skip_invalid:
         overrides.append("data.skip_invalid=true")
     try:
-        _call(arguments, overrides)
+        with on_sigterm(lambda: stop("stopped by SIGTERM; the same command goes on from here")):
+            _call(arguments, overrides)
+    except Stopped as stopped:
+        return stopped.code
     except UserError as error:
         print(f"lowdft: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ WRITE_ERRORS = (OSError, SafetensorError)  # what a full disk raises, by who was
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path of the same folder; on success what was written there becomes `path`, at once.
 
-    Works for a file or a folder. On any error the temporary is removed and `path` stays as it was.
+    Works for a file or a folder. On any error the temporary is removed and `path` stays as it was. One process at a
+    time may write a path.
 
     Raises:
         UserError: the disk is full, or the place is not writable.
@@ -29,6 +31,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
+            _remove(left)
         yield temporary
         flush_to_disk(temporary)
         if temporary.is_dir() and path.exists():
@@ -40,10 +44,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
             "another output_dir, then run the same command again."
         ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 import time
@@ -71,8 +72,8 @@ class StepMetrics:
         sums, prompts, tokens, computed, needed = zip(*every, strict=True)
         names = dict.fromkeys(name for one in sums for name in one)
         out = {name: sum(one.get(name, 0.0) for one in sums) / max(1, sum(prompts)) for name in names}
-        if log_u is not None and log_u.isfinite().any():
-            out["log_u/mean"] = log_u[log_u.isfinite()].mean().item()
+        if log_u is not None and not math.isnan(mean := finite_mean(log_u)):
+            out["log_u/mean"] = mean
         out["tokens_per_second"] = sum(tokens) / max(1e-9, time.perf_counter() - self._since)
         if sum(computed):
             out["padding"] = 1 - sum(needed) / sum(computed)
@@ -82,6 +83,12 @@ class StepMetrics:
 
     def _add(self, name: str, values_M: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + values_M.sum().item()
+
+
+def finite_mean(values: Tensor) -> float:
+    """The mean of the finite values, NaN if there is none."""
+    mean = values.mean().item()  # of ten million values this takes milliseconds, the mask a hundred times that
+    return mean if math.isfinite(mean) else values[values.isfinite()].mean().item()
 
 
 def peak_memory_gb() -> float:

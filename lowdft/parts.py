@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import time
@@ -17,33 +18,57 @@ from lowdft.run_folder import Product
 
 
 def make_in_parts(
-    product: Product, items: Sequence, part_size: int, work: Callable[[Sequence], list[dict]], what: str
-) -> pa.Table:
+    product: Product,
+    items: Sequence,
+    part_size: int,
+    work: Callable[[Sequence], list[dict]],
+    what: str,
+    count: Callable[[pa.Table], dict] = lambda table: {},
+) -> dict:
     """Turns items into one row each and stores them as `product` (a parquet file); goes on from the parts at hand.
 
     Args:
-        items: in an order that the same settings always give; part i is `items[i * part_size : (i + 1) * part_size]`.
+        items: in an order that the same settings always give.
+        part_size: items of a part; it may be another one after an interruption.
         work: rows of one part, in order.
         what: for the progress bar, which shows the rate and the time left.
+        count: facts about the whole table that are worth noting in the manifest; they are returned.
     """
-    folder = product.path.with_suffix(".parts")
+    folder, began = product.path.with_suffix(".parts"), time.perf_counter()
+    if not product.manifest.is_file():  # nobody knows what older parts were made from
+        shutil.rmtree(folder, ignore_errors=True)
     product.begin()
-    starts = range(0, len(items), part_size)
-    began = time.perf_counter()
-    with tqdm(total=len(items), desc=what, unit="row", file=sys.stderr) as bar:
-        for number, start in enumerate(starts):
-            path = folder / f"part-{number:06d}.parquet"
-            if not path.is_file():
-                _write(pa.Table.from_pylist(work(items[start : start + part_size])), path)
-            bar.update(len(items[start : start + part_size]))
-    table = pa.concat_tables(
-        [pq.read_table(folder / f"part-{number:06d}.parquet") for number in range(len(starts))],
-        promote_options="permissive",
-    )
-    _write(table, product.path)
-    product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1))
-    shutil.rmtree(folder)
-    return table
+    if not product.path.is_file():
+        _write(_all_parts(folder, items, part_size, work, what), product.path)
+    shutil.rmtree(folder, ignore_errors=True)
+    facts = count(pq.read_table(product.path))
+    product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
+    return facts
+
+
+def _all_parts(folder: Path, items: Sequence, part_size: int, work: Callable, what: str) -> pa.Table:
+    """The parts together. A file is named by its first item and has one row an item."""
+    missing = _missing(folder, len(items), part_size)
+    with tqdm(total=sum(end - start for start, end in missing), desc=what, unit="row", file=sys.stderr) as bar:
+        for start, end in missing:
+            _write(pa.Table.from_pylist(work(items[start:end])), folder / f"from-{start:09d}.parquet")
+            bar.update(end - start)
+    return pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive")
+
+
+def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
+    """(first item, one after the last) of every part to make: what lies between the parts at hand."""
+    missing, position = [], 0
+    for path in [*_at_hand(folder), None]:
+        start = int(path.stem.removeprefix("from-")) if path else count
+        cuts = [*range(position, start, part_size), start]
+        missing += itertools.pairwise(cuts)
+        position = start + (pq.read_metadata(path).num_rows if path else 0)
+    return missing
+
+
+def _at_hand(folder: Path) -> list[Path]:
+    return sorted(folder.glob("from-*.parquet"))
 
 
 def _write(table: pa.Table, path: Path) -> None:

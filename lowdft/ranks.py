@@ -31,6 +31,34 @@ def from_all(value: object) -> list:
     return found
 
 
+def updates_from_all(
+    index_M: Tensor, values_M: Tensor, visits_M: Tensor, at_most: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every rank's updates of a table, one after another: int64 positions, float32 values, int64 visits, on the CPU.
+
+    Args:
+        at_most: no rank has more of them than that; M may differ. One message of 24 bytes for each, which float64 holds
+            exactly.
+        device: of the training, whose kind the ranks talk by.
+    """
+    mine = torch.full((at_most, 3), -1.0, dtype=torch.float64)
+    mine[: len(index_M)] = torch.stack([index_M.double(), values_M.double(), visits_M.double()], 1)
+    mine = mine.to(device)
+    every = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(every, mine)
+    index, values, visits = torch.cat([part[part[:, 0] >= 0] for part in torch.stack(every).cpu()]).unbind(1)
+    return index.long(), values.float(), visits.long()
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Is `flag` true on any rank?"""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean over ranks of every trainable parameter's gradient, in place; a missing one counts as zero."""
     if world_size() == 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
-        save_recipe(self.recipe, self.folder / "recipe.yaml")
+        if int(os.environ.get("RANK", 0)) == 0:
+            save_recipe(self.recipe, self.folder / "recipe.yaml")
 
     # ---- data ---------------------------------------------------------------------------------------------------
 

@@ -183,8 +183,8 @@ class DFTTrainer(WholeCheckpoints):
         """A micro-batch on one of several ranks: afterwards all know all updates of `log_u`, and share the gradient."""
         loss = self._accumulate(model, batch) if len(batch) else torch.zeros((), device=self.args.device)
         mine = (batch.index_M, self._log_u.values[batch.index_M], self._log_u.visits[batch.index_M])
-        for index, values, visits in ranks.from_all(mine):
-            self._log_u.values[index], self._log_u.visits[index] = values, visits
+        index, *updates = ranks.updates_from_all(*mine, self.args.per_device_train_batch_size, self.args.device)
+        self._log_u.values[index], self._log_u.visits[index] = updates
         if self.accelerator.sync_gradients:
             ranks.average_gradients(model.parameters())
         return loss

@@ -37,3 +37,12 @@ def test_broken_json_is_told_in_words(tmp_path):
     (tmp_path / "x.json").write_text('{"a"')
     with pytest.raises(UserError, match="is not JSON"):
         read_json(tmp_path / "x.json")
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    """A file and a folder of a process that died; the leftovers of other paths stay."""
+    (tmp_path / ".a.json.1.tmp").write_text("half")
+    (tmp_path / ".a.json.2.tmp").mkdir()
+    (tmp_path / ".b.json.1.tmp").write_text("another's")
+    write_json(tmp_path / "a.json", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.json.1.tmp", "a.json"]

@@ -29,6 +29,7 @@ FLOORS = {
     "lowdft.log_u": 0,
     "lowdft.errors": 0,
     "lowdft.files": 0,
+    "lowdft.preemption": 0,
     "lowdft": 1,
 }
 PURE = ("lowdft.objectives", "lowdft.logps")  # import torch alone; and one registers with transformers

@@ -29,15 +29,14 @@ def main(run: Run) -> None:
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
-        table = make_in_parts(
+        facts = make_in_parts(
             product,
             examples,
             part_size=max(1, 2 * section.batch_size // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
+            count=count,
         )
-        facts = count(table)
-        product.finish(**product.facts(), **facts)
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
     if run.recipe.negatives.push and not run.ready_negatives:
         push(run)

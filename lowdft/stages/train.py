@@ -10,6 +10,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import model as models
+from lowdft.errors import UserError
 from lowdft.files import replacing, write_text
 from lowdft.reference import ADAPTER
 from lowdft.run import Run, say
@@ -22,6 +23,12 @@ def main(run: Run) -> None:
     if product.is_done():
         say(f"{product.path}: already trained")
         return
+    checkpoint = get_last_checkpoint(run.args.output_dir) if Path(run.args.output_dir).is_dir() else None
+    if checkpoint and not product.manifest.is_file():
+        raise UserError(
+            f"{checkpoint}: no {product.manifest.name} says what it was trained from: it cannot be gone on from. "
+            f"Delete {run.args.output_dir} to train anew, or choose another output_dir."
+        )
     rows = run.encoded("train")
     if run.reference_from_file:
         rows = run.with_reference(rows)
@@ -32,7 +39,6 @@ def main(run: Run) -> None:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
     product.begin()
     metrics = run.folder / "metrics.jsonl"
-    checkpoint = get_last_checkpoint(run.args.output_dir) if Path(run.args.output_dir).is_dir() else None
     keep_until(metrics, _step_of(checkpoint))
     if checkpoint:
         say(f"going on from {checkpoint}")

@@ -115,6 +115,39 @@ def test_generation_goes_on_after_a_kill(recipe, monkeypatch):
     assert pq.read_table(folder(recipe) / "negatives.parquet").to_pylist() == whole
 
 
+def test_parts_of_another_size_or_of_other_settings(recipe, monkeypatch):
+    """Interrupted, then gone on with a smaller batch: no row lost or twice. Parts without a manifest are not used."""
+    assert main(["generate", recipe, f"output_dir={folder(recipe)}2"]) == 0
+    whole = pq.read_table(f"{folder(recipe)}2/negatives.parquet")
+    original, calls = generate.write_negatives, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(generate, "write_negatives", stopped)
+    assert main(["generate", recipe]) == 130
+    assert main(["generate", recipe, "negatives.batch_size=2"]) == 0
+    assert pq.read_table(folder(recipe) / "negatives.parquet").to_pylist() == whole.to_pylist()
+    shutil.rmtree(folder(recipe)), calls.clear()
+    assert main(["generate", recipe]) == 130
+    (folder(recipe) / "negatives.parquet.manifest.json").unlink()
+    assert main(["generate", recipe, "negatives.seed=5"]) == 0
+    seeds = pq.read_table(folder(recipe) / "negatives.parquet")["seeds"].to_pylist()
+    assert not any(a == b for a, b in zip(seeds, whole["seeds"].to_pylist(), strict=True))
+
+
+def test_checkpoints_without_a_manifest_are_refused(recipe, capsys):
+    """As after deleting the adapter to train with other settings: the old checkpoints would be gone on from."""
+    assert main(["run", recipe]) == 0
+    shutil.rmtree(folder(recipe) / "adapter")
+    (folder(recipe) / "adapter.manifest.json").unlink()
+    assert main(["train", recipe, "training.learning_rate=1e-3"]) == 1
+    assert "checkpoint-6: no adapter.manifest.json says what it was trained from" in capsys.readouterr().err
+
+
 def test_negatives_do_not_depend_on_the_order_of_rows(recipe):
     """Seeds hang on the row's content: the same rows in another order, in other batches, get the same negatives."""
     assert main(["generate", recipe, "data.eval_rows=null"]) == 0

@@ -3,8 +3,8 @@
     python benchmarks/gsm8k_calculations.py train.jsonl test.jsonl calculations
     lowdft compare recipes/studies/gsm8k-calculations.yaml
 
-Real data with answers that can be checked, short enough for a 135M model on a CPU. Every expression comes once; those of
-the test file are left out of the training rows. The rows' order is drawn with a fixed seed.
+Real data with answers that can be checked, short enough for a 135M model on a CPU. Every expression comes once; those
+of the test file are left out of the training rows. The rows' order is drawn with a fixed seed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ CALCULATION = re.compile(r"<<([\d.+\-*/() ]+)=(-?\d+(?:\.\d+)?)>>")
 def main(train: str, test: str, folder: str) -> None:
     """Writes FOLDER/train.jsonl and FOLDER/test.jsonl."""
     held_out = read(test)
-    rows = {expression: result for expression, result in read(train).items() if expression not in held_out}
+    training = {expression: result for expression, result in read(train).items() if expression not in held_out}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, calculations in (("train", rows), ("test", held_out)):
-        lines = [json.dumps({"prompt": f"{e} =", "completion": f" {r}"}) + "\n" for e, r in sorted(calculations.items())]
+    for name, calculations in (("train", training), ("test", held_out)):
+        rows = [{"prompt": f"{e} =", "completion": f" {r}"} for e, r in sorted(calculations.items())]
+        lines = [json.dumps(row) + "\n" for row in rows]
         random.Random(0).shuffle(lines)
         (Path(folder) / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{folder}/{name}.jsonl: {len(lines)} rows")

@@ -17,6 +17,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def from_all(value: object) -> list:
     """Every rank's `value`, in the order of ranks."""
     if world_size() == 1:
@@ -54,7 +59,6 @@ def repeated(index_by_micro_batch: list[Tensor], visits: Tensor) -> list[list[bo
     """
     mine = [index.tolist() for index in index_by_micro_batch]
     everyone = from_all(mine)
-    rank = dist.get_rank() if world_size() > 1 else 0
     behind, seen = int(visits.min()), set()
     out = [[False] * len(index) for index in mine]
     for step in range(max(map(len, everyone))):
@@ -62,6 +66,6 @@ def repeated(index_by_micro_batch: list[Tensor], visits: Tensor) -> list[list[bo
             for place, i in enumerate(batches[step] if step < len(batches) else []):
                 again = i in seen or int(visits[i]) > behind
                 seen.add(i)
-                if owner == rank:
+                if owner == rank():
                     out[step][place] = again
     return out

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowdft.logps.attention import packed_attention
 from lowdft.logps.head import Head, token_logps
+from lowdft.logps.inside import in_forward
 from lowdft.logps.rows import Group, Rows, lay_out
 
 
@@ -43,7 +44,7 @@ def score(
     With gradient checkpointing and the packed layout, the backward pass must run inside `packed_attention` too.
 
     Args:
-        model: a transformers causal language model, bare or under a peft adapter.
+        model: a transformers causal language model, bare or under a peft adapter, whole or sharded (DeepSpeed, FSDP2).
         groups: prompts with their completions; all ids below the vocabulary size.
         layout: "packed" or "padded", see `rows`.
         chunk_size: tokens whose logits exist at once.
@@ -51,17 +52,25 @@ def score(
         token_weight: weights [S] of the tokens in `logps_C`, from their log-probabilities; 1 unless given.
     """
     causal_lm = bare(model)
-    head = Head.of(causal_lm)
-    device, dtype = head.weight_VD.device, head.weight_VD.dtype
+    weight_VD = Head.of(causal_lm).weight_VD
+    device, dtype = weight_VD.device, weight_VD.dtype
     rows = lay_out(groups, layout).to(device)
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    with torch.autocast(device.type, half, enabled=dtype == half):  # adapters keep float32 weights beside a half base
-        hidden_SD = _hidden_states(causal_lm, rows).flatten(0, 1)[rows.predictor_S].to(dtype)
-    with torch.autocast(device.type, enabled=False):
+
+    def from_hidden(hidden_SD: Tensor) -> Tensor:
+        head = Head.of(causal_lm)
+        hidden_SD = hidden_SD.to(head.weight_VD.dtype)
         if head_logps is None:
-            per_token_S = token_logps(hidden_SD, head, rows.target_S, chunk_size)
-        else:
-            per_token_S = head_logps(hidden_SD, head, rows.target_S)
+            return token_logps(hidden_SD, head, rows.target_S, chunk_size)
+        return head_logps(hidden_SD, head, rows.target_S)
+
+    def from_rows() -> Tensor:
+        with torch.autocast(device.type, half, enabled=dtype == half):  # adapters may be float32 beside a half base
+            hidden_SD = _hidden_states(causal_lm, rows).flatten(0, 1)[rows.predictor_S]
+        with torch.autocast(device.type, enabled=False):
+            return in_forward(causal_lm.get_output_embeddings(), from_hidden, hidden_SD)
+
+    per_token_S = in_forward(model, from_rows)
     tokens_C = torch.tensor([n for group in groups for n in group.scored_tokens], device=per_token_S.device)
     zeros_C = torch.zeros(len(tokens_C), dtype=per_token_S.dtype, device=per_token_S.device)
     weighted_S = per_token_S if token_weight is None else token_weight(per_token_S) * per_token_S
@@ -70,7 +79,8 @@ def score(
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The causal language model itself, without peft's wrapper (its adapter layers stay in place)."""
+    """The causal language model itself, without DeepSpeed's and peft's wrappers (adapter layers stay in place)."""
+    model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -80,7 +90,7 @@ def choose_layout(model: nn.Module) -> str:
     Two tiny forward passes decide: a model whose attention does not follow the packed row gives itself away.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = bare(model).config.get_text_config().vocab_size
 
     def draw(n: int) -> list[int]:
         return torch.randint(vocabulary, (n,), generator=generator).tolist()

@@ -206,7 +206,7 @@ class DFTTrainer(WholeCheckpoints):
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
 
     def _idle(self, model: nn.Module) -> Tensor:
-        """The passes of a rank that has no example left in this micro-batch, beside those of the others: all of weight 0."""
+        """What a rank without an example in this micro-batch runs beside the others: passes of weight 0."""
         spare = Batch(torch.zeros(1, dtype=torch.int64), self.train_dataset.rows[:1])
         visits_M = self._log_u.visits[spare.index_M]
         self._given(model, spare, visits_M)

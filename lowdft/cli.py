@@ -15,6 +15,8 @@ from lowdft.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
+LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
+ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
     "generate": "let the base write negatives for every prompt",
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.skip_invalid:
         overrides.append("data.skip_invalid=true")
     try:
+        if getattr(arguments, "launch", None):
+            _launch(arguments, overrides)
         _call(arguments, overrides)
     except UserError as error:
         print(f"lowdft: {error}", file=sys.stderr)
@@ -54,6 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         print("\nlowdft: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _launch(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Checks the recipe once, then becomes the launcher of the same command."""
+    from lowdft import launch
+    from lowdft.recipe import load_recipe, training_config
+
+    training_config(load_recipe(arguments.recipe, overrides))
+    push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
+    launch.become(arguments.launch, arguments.processes, [arguments.verb, arguments.recipe, *overrides, *push])
 
 
 def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -74,6 +88,8 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.verb == "run" and recipe.rounds > 1:
         if recipe.adapter is None:
             raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"rounds is {recipe.rounds}: they need one process; under a launcher do one round at a time")
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
             _walk(Run(one), WHOLE_WAY)
@@ -91,8 +107,12 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _walk(run, stages: tuple[str, ...]) -> None:
+    from lowdft import ranks
+
     run.check()
     for stage in stages:
+        if stage not in ON_ALL_RANKS and ranks.rank() > 0:
+            return  # nothing after it needs more than one
         importlib.import_module(f"lowdft.stages.{stage}").main(run)
 
 
@@ -117,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", help="a YAML recipe (compare: a study), see recipes/")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
         verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
+        if name in ("run", *ON_ALL_RANKS):
+            verb.add_argument("--launch", choices=LAUNCHERS, help="run on all GPUs: whole copies (ddp) or sharded")
+            verb.add_argument("--processes", type=int, metavar="N", help="how many with --launch, if not one a GPU")
         if name == "inspect":
             verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
         if name == "plan":

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from lowdft import ranks
 from lowdft.files import replacing
 from lowdft.run_folder import Product
 
@@ -21,29 +22,33 @@ def make_in_parts(
 ) -> pa.Table:
     """Turns items into one row each and stores them as `product` (a parquet file); goes on from the parts at hand.
 
+    Of several ranks each makes its share of the parts, and the first puts them together.
+
     Args:
         items: in an order that the same settings always give; part i is `items[i * part_size : (i + 1) * part_size]`.
         work: rows of one part, in order.
-        what: for the progress bar, which shows the rate and the time left.
+        what: for the progress bar, which shows the first rank's share, its rate and the time left.
     """
-    folder = product.path.with_suffix(".parts")
-    product.begin()
+    folder, began = product.path.with_suffix(".parts"), time.perf_counter()
     starts = range(0, len(items), part_size)
-    began = time.perf_counter()
-    with tqdm(total=len(items), desc=what, unit="row", file=sys.stderr) as bar:
-        for number, start in enumerate(starts):
-            path = folder / f"part-{number:06d}.parquet"
-            if not path.is_file():
-                _write(pa.Table.from_pylist(work(items[start : start + part_size])), path)
-            bar.update(len(items[start : start + part_size]))
-    table = pa.concat_tables(
-        [pq.read_table(folder / f"part-{number:06d}.parquet") for number in range(len(starts))],
-        promote_options="permissive",
-    )
-    _write(table, product.path)
-    product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1))
-    shutil.rmtree(folder)
-    return table
+    paths = [folder / f"part-{number:06d}.parquet" for number in range(len(starts))]
+    if ranks.rank() == 0:
+        product.begin()
+    missing = ranks.from_all([number for number, path in enumerate(paths) if not path.is_file()])[0]
+    mine = missing[ranks.rank() :: ranks.world_size()]
+    total = sum(len(items[starts[number] : starts[number] + part_size]) for number in mine)
+    with tqdm(total=total, desc=what, unit="row", file=sys.stderr, disable=ranks.rank() > 0) as bar:
+        for number in mine:
+            part = items[starts[number] : starts[number] + part_size]
+            _write(pa.Table.from_pylist(work(part)), paths[number])
+            bar.update(len(part))
+    ranks.wait()
+    if ranks.rank() == 0:
+        _write(pa.concat_tables(map(pq.read_table, paths), promote_options="permissive"), product.path)
+        product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1))
+        shutil.rmtree(folder)
+    ranks.wait()
+    return pq.read_table(product.path)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -194,6 +195,8 @@ def training_config(recipe: Recipe):
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": False,
+        # DeepSpeed lifts weights to float32 unless told so
+        "bf16": recipe.model.dtype == "bfloat16" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
     } | recipe.training
     try:
         return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from lowdft import model as models
-from lowdft import objectives
+from lowdft import objectives, ranks
 from lowdft.data import Example, Loaded, load_examples, overlap
 from lowdft.data.encode import Encoder, Truncation
 from lowdft.data.prompting import fold_system, sampling_prompt
@@ -59,7 +59,8 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
-        save_recipe(self.recipe, self.folder / "recipe.yaml")
+        if ranks.rank() == 0:
+            save_recipe(self.recipe, self.folder / "recipe.yaml")
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class Run:
 
     def _check_training(self) -> None:
         args, rows = self.args, self.examples("train")
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.dataloader_drop_last and len(rows) < per_step:
             raise UserError(
                 f"{len(rows)} rows make no step of {per_step} with training.dataloader_drop_last; lower the batch"
@@ -172,13 +173,13 @@ class Run:
         """The base's tokenizer."""
         return models.load_tokenizer(self.source, self.recipe.model)
 
-    def base(self):
-        """A fresh copy of the base on its device."""
+    def base(self, for_training: bool = False):
+        """A fresh copy of the base on its device; for training in parts, where the launcher says so."""
         say(
             f"loading {models.public_name(self.source, self.recipe.model)}"
             + (" in 4 bit (NF4)" if self.recipe.model.load_in_4bit else "")
         )
-        return models.load_base(self.source, self.recipe.model)
+        return models.load_base(self.source, self.recipe.model, for_training=for_training)
 
     # ---- token ids ------------------------------------------------------------------------------------------------
 
@@ -321,8 +322,9 @@ def adapter_identity(key: str, path: str) -> str:
 
 
 def say(line: str) -> None:
-    """One line for people, on standard output."""
-    print(line, flush=True)
+    """One line for people, on standard output; of several ranks the first speaks."""
+    if ranks.rank() == 0:
+        print(line, flush=True)
 
 
 def _column(path: Path, name: str) -> dict[str, list]:

@@ -71,7 +71,7 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training
 def negatives_needed(args: DFTConfig, n: int) -> int:
     """Negatives of one prompt over the whole training: B for each of its visits."""
     if args.max_steps > 0:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         return math.ceil(args.max_steps * batch / n) * args.negatives_per_step
     return math.ceil(args.num_train_epochs) * args.negatives_per_step
 

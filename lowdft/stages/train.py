@@ -10,6 +10,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import model as models
+from lowdft import ranks
 from lowdft.files import replacing, write_text
 from lowdft.reference import ADAPTER
 from lowdft.run import Run, say
@@ -19,7 +20,7 @@ from lowdft.trainer import DFTTrainer
 def main(run: Run) -> None:
     """Trains, or goes on from the last whole checkpoint; saves the adapter (or the model) with its tokenizer."""
     product = run.training
-    if product.is_done():
+    if ranks.from_all(product.is_done())[0]:
         say(f"{product.path}: already trained")
         return
     rows = run.encoded("train")
@@ -27,13 +28,14 @@ def main(run: Run) -> None:
         rows = run.with_reference(rows)
     if cut := run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length):
         say(f"warning: {cut}")
-    model = run.base()
+    model = run.base(for_training=True)
     if run.recipe.adapter and not run.args.reference_adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
-    product.begin()
     metrics = run.folder / "metrics.jsonl"
     checkpoint = get_last_checkpoint(run.args.output_dir) if Path(run.args.output_dir).is_dir() else None
-    keep_until(metrics, _step_of(checkpoint))
+    if ranks.rank() == 0:
+        product.begin()
+        keep_until(metrics, _step_of(checkpoint))
     if checkpoint:
         say(f"going on from {checkpoint}")
     trainer = DFTTrainer(model, run.args, rows, processing_class=run.tokenizer, callbacks=[MetricsFile(metrics)])
@@ -41,6 +43,9 @@ def main(run: Run) -> None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
     trainer.train(resume_from_checkpoint=checkpoint)
+    if ranks.rank() > 0:
+        trainer.save_model()  # gives its part to the first rank, which writes the whole
+        return
     with replacing(product.path) as temporary:
         trainer.save_model(str(temporary))
         shutil.rmtree(Path(temporary) / ADAPTER, ignore_errors=True)  # the frozen reference is not what was trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -89,7 +90,9 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
         if recipe.adapter is None:
             raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"rounds is {recipe.rounds}: they need one process; under a launcher do one round at a time")
+            raise UserError(
+                f"rounds is {recipe.rounds}: they need one process; under a launcher do one round at a time"
+            )
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
             _walk(Run(one), WHOLE_WAY)
@@ -108,12 +111,14 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _walk(run, stages: tuple[str, ...]) -> None:
     from lowdft import ranks
+    from lowdft.model import whole_weights
 
     run.check()
     for stage in stages:
         if stage not in ON_ALL_RANKS and ranks.rank() > 0:
             return  # nothing after it needs more than one
-        importlib.import_module(f"lowdft.stages.{stage}").main(run)
+        with contextlib.nullcontext() if stage == "train" else whole_weights():
+            importlib.import_module(f"lowdft.stages.{stage}").main(run)
 
 
 def _quiet() -> None:

@@ -40,6 +40,5 @@ def become(kind: str, processes: int | None, arguments: list[str]) -> None:
         raise UserError(f"--launch {kind} needs DeepSpeed: `pip install 'lowdft[deepspeed]'`; or use --launch fsdp")
     if gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     line = command(kind, processes or gpus, arguments)
     os.execv(line[0], line)

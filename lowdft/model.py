@@ -71,16 +71,16 @@ def load_tokenizer(source: Source, section: ModelSection):
     return tokenizer
 
 
-def load_base(source: Source, section: ModelSection, device: torch.device | None = None, for_training: bool = False):
+def load_base(source: Source, section: ModelSection, device: torch.device | None = None):
     """The base on its device: NF4 with double quantization, or dense in `section.dtype`.
 
-    Embedding and head stay in `section.dtype`; nothing is lifted to float32. `for_training`: under ZeRO-3 each rank
-    loads its part only.
+    Embedding and head stay in `section.dtype`; nothing is lifted to float32. Under ZeRO-3 each rank loads its part
+    only, unless `whole_weights` says otherwise.
 
     Raises:
-        UserError: a 4-bit base for training under ZeRO-3.
+        UserError: a 4-bit base under ZeRO-3.
     """
-    in_parts = for_training and is_deepspeed_zero3_enabled()
+    in_parts = is_deepspeed_zero3_enabled()
     if in_parts and section.load_in_4bit:
         raise UserError("model.load_in_4bit with ZeRO-3 is not supported; use --launch fsdp (FSDP-QLoRA), zero2 or ddp")
     if device is None:
@@ -94,18 +94,17 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if for_training and is_fsdp() else torch.uint8,  # FSDP shards floats only
+            bnb_4bit_quant_storage=dtype if is_fsdp() else torch.uint8,  # FSDP shards floats only
         )
-    with contextlib.nullcontext() if in_parts else whole_weights():
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            revision=source.revision,
-            dtype=dtype,
-            attn_implementation=section.attn_implementation,
-            trust_remote_code=section.trust_remote_code,
-            device_map=None if in_parts else {"": device},
-            **quantization,
-        )
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        revision=source.revision,
+        dtype=dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        device_map=None if in_parts else {"": device},
+        **quantization,
+    )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -114,7 +113,7 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
-    """While this lasts a model is loaded whole, also in a process that ZeRO-3 trains in."""
+    """While this lasts models are whole, and generate without waiting for other ranks, also under ZeRO-3's launcher."""
     config = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:

@@ -178,6 +178,8 @@ def training_config(recipe: Recipe):
     Raises:
         UserError: an unknown field of `training`, or a value it cannot take.
     """
+    import torch
+
     from lowdft.config import DFTConfig
 
     known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
@@ -195,9 +197,12 @@ def training_config(recipe: Recipe):
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": False,
-        # DeepSpeed lifts weights to float32 unless told so
-        "bf16": recipe.model.dtype == "bfloat16" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
-    } | recipe.training
+    }
+    if "WORLD_SIZE" in os.environ:  # one of the processes of a launcher
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        settings["use_cpu"] = not torch.cuda.is_available()
+        settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else it lifts weights to float32
+    settings |= recipe.training
     try:
         return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)
     except (ValueError, TypeError) as error:

@@ -173,13 +173,13 @@ class Run:
         """The base's tokenizer."""
         return models.load_tokenizer(self.source, self.recipe.model)
 
-    def base(self, for_training: bool = False):
-        """A fresh copy of the base on its device; for training in parts, where the launcher says so."""
+    def base(self):
+        """A fresh copy of the base on its device."""
         say(
             f"loading {models.public_name(self.source, self.recipe.model)}"
             + (" in 4 bit (NF4)" if self.recipe.model.load_in_4bit else "")
         )
-        return models.load_base(self.source, self.recipe.model, for_training=for_training)
+        return models.load_base(self.source, self.recipe.model)
 
     # ---- token ids ------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ def main(run: Run) -> None:
         rows = run.with_reference(rows)
     if cut := run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length):
         say(f"warning: {cut}")
-    model = run.base(for_training=True)
+    model = run.base()
     if run.recipe.adapter and not run.args.reference_adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
     metrics = run.folder / "metrics.jsonl"

@@ -36,6 +36,8 @@ def become(kind: str, processes: int | None, arguments: list[str]) -> None:
         raise UserError(f"--launch {kind}: found no GPU; wanted one for each process, or --processes N on the CPU")
     if processes is not None and gpus and processes > gpus:
         raise UserError(f"--processes is {processes}; this machine has {gpus} GPUs, and each process needs its own")
+    if kind == "fsdp" and gpus == 0:
+        raise UserError("--launch fsdp needs GPUs; found none. On the CPU use --launch zero2, zero3 or ddp")
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--launch {kind} needs DeepSpeed: `pip install 'lowdft[deepspeed]'`; or use --launch fsdp")
     if gpus == 0:

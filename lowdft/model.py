@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.recipe import AdapterSection, ModelSection
+from lowdft.sharding import is_fsdp
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,6 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = config
-
-
-def is_fsdp() -> bool:
-    """Was this process launched for FSDP?"""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def add_adapter(base, section: AdapterSection, seed: int):

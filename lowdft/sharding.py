@@ -6,6 +6,7 @@ They gather a layer's parameters when it runs, on all ranks at once, so every ra
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,11 +19,24 @@ LIBRARIES = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Does every rank keep a part of the training only? UserError for FSDP's first version, which is not supported."""
+    """Does every rank keep a part of the training only?
+
+    Raises:
+        UserError: FSDP's first version, which is not supported; or FSDP on the CPU, where accelerate leaves it out.
+    """
+    if is_fsdp() and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(
+            "FSDP needs GPUs, a process each; found none. Use DeepSpeed (`--launch zero3`) or `--launch ddp`"
+        )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise UserError("fsdp_version is 1; wanted 2 in the launcher's configuration (`--launch fsdp` has it)")
     return accelerator.distributed_type in LIBRARIES
+
+
+def is_fsdp() -> bool:
+    """Was FSDP asked for?"""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:

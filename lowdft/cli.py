@@ -16,6 +16,7 @@ from lowdft.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
+ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
 ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
 VERBS = {
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.skip_invalid:
         overrides.append("data.skip_invalid=true")
     try:
-        if getattr(arguments, "launch", None):
+        if getattr(arguments, "launch", None) or getattr(arguments, "processes", None):
             _launch(arguments, overrides)
         _call(arguments, overrides)
     except UserError as error:
@@ -66,7 +67,12 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from lowdft import launch
     from lowdft.recipe import load_recipe, training_config
 
-    training_config(load_recipe(arguments.recipe, overrides))
+    if arguments.launch is None:
+        raise UserError(f"--processes goes with --launch, one of {', '.join(LAUNCHERS)}")
+    recipe = load_recipe(arguments.recipe, overrides)
+    training_config(recipe)
+    if recipe.rounds > 1 and arguments.verb == "run":
+        raise UserError(ROUNDS_ALONE.format(recipe.rounds))
     push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
     launch.become(arguments.launch, arguments.processes, [arguments.verb, arguments.recipe, *overrides, *push])
 
@@ -90,9 +96,7 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
         if recipe.adapter is None:
             raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                f"rounds is {recipe.rounds}: they need one process; under a launcher do one round at a time"
-            )
+            raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
             _walk(Run(one), WHOLE_WAY)

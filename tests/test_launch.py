@@ -79,7 +79,7 @@ def test_configurations_are_accelerates_own():
     [
         (["--launch", "zero3"], "found no GPU"),
         (["--launch", "fsdp", "--processes", "2"], "needs GPUs"),
-        (["--launch", "ddp", "training.per_device_train_batch_size=x"], "per_device_train_batch_size"),
+        (["training.num_train_epochs=x", "--launch", "ddp"], "training.num_train_epochs is"),
         (["--processes", "2"], "--processes goes with --launch"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -16,6 +17,9 @@ from lowdft.preemption import Stopped, on_sigterm, stop
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
+ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
+LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
+ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
     "generate": "let the base write negatives for every prompt",
@@ -43,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides.append("data.skip_invalid=true")
     try:
         with on_sigterm(lambda: stop("stopped by SIGTERM; the same command goes on from here")):
+            if getattr(arguments, "launch", None) or getattr(arguments, "processes", None):
+                _launch(arguments, overrides)
             _call(arguments, overrides)
     except Stopped as stopped:
         return stopped.code
@@ -64,6 +70,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _launch(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Checks the recipe once, then becomes the launcher of the same command."""
+    from lowdft import launch
+    from lowdft.recipe import load_recipe, training_config
+
+    if arguments.launch is None:
+        raise UserError(f"--processes goes with --launch, one of {', '.join(LAUNCHERS)}")
+    recipe = load_recipe(arguments.recipe, overrides)
+    training_config(recipe)
+    if recipe.rounds > 1 and arguments.verb == "run":
+        raise UserError(ROUNDS_ALONE.format(recipe.rounds))
+    push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
+    launch.become(arguments.launch, arguments.processes, [arguments.verb, arguments.recipe, *overrides, *push])
+
+
 def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.verb == "compare":
         _quiet()
@@ -82,6 +103,8 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.verb == "run" and recipe.rounds > 1:
         if recipe.adapter is None:
             raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
             _walk(Run(one), WHOLE_WAY)
@@ -101,9 +124,15 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _walk(run, stages: tuple[str, ...]) -> None:
+    from lowdft import ranks
+    from lowdft.model import whole_weights
+
     run.check()
     for stage in stages:
-        importlib.import_module(f"lowdft.stages.{stage}").main(run)
+        if stage not in ON_ALL_RANKS and ranks.rank() > 0:
+            return  # nothing after it needs more than one
+        with contextlib.nullcontext() if stage == "train" else whole_weights():
+            importlib.import_module(f"lowdft.stages.{stage}").main(run)
 
 
 def _quiet() -> None:
@@ -127,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", help="a YAML recipe (compare: a study), see recipes/")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
         verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
+        if name in ("run", *ON_ALL_RANKS):
+            verb.add_argument("--launch", choices=LAUNCHERS, help="run on all GPUs: whole copies (ddp) or sharded")
+            verb.add_argument("--processes", type=int, metavar="N", help="how many with --launch, if not one a GPU")
         if name == "inspect":
             verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
         if name == "plan":

@@ -12,7 +12,7 @@ from lowdft.config import DFTConfig
 from lowdft.data.batch import Batch
 from lowdft.logps import Group
 from lowdft.objectives import Objective
-from lowdft.passes import Passes
+from lowdft.passes import IDLE, Passes
 from lowdft.reference import REFERENCE_NEEDS, has_reference, reference_logps, reference_on
 
 
@@ -69,10 +69,10 @@ def mismatched_gain(model: nn.Module, batches: Sequence[Batch], passes: Passes) 
     rows = [(owner, *row) for micro in by_micro_batch for owner, part in enumerate(micro) for row in part]
     pairs = zip(rows, [*rows[1:], *rows[:1]], strict=True) if len(rows) > 1 else []
     groups = [Group(prompt, [other]) for (owner, prompt, _), (*_, other) in pairs if owner == ranks.rank()]
-    gains = []
-    if groups:
-        policy_M1 = reference_logps(model, groups, passes)
-        with reference_on(model):
-            gains = (policy_M1 - reference_logps(model, groups, passes))[:, 0].tolist()
+    scored = groups or [IDLE]  # with sharded parameters every rank takes part
+    policy_M1 = reference_logps(model, scored, passes)
+    with reference_on(model):
+        gain_M1 = policy_M1 - reference_logps(model, scored, passes)
+    gains = gain_M1[: len(groups), 0].tolist()
     gains = list(itertools.chain(*ranks.from_all(gains)))
     return sum(gains) / max(1, len(gains))

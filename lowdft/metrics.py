@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -89,6 +90,27 @@ def finite_mean(values: Tensor) -> float:
     """The mean of the finite values, NaN if there is none."""
     mean = values.mean().item()  # of ten million values this takes milliseconds, the mask a hundred times that
     return mean if math.isfinite(mean) else values[values.isfinite()].mean().item()
+
+
+class Faded:
+    """Says once, in words, when the negatives have stopped pulling: from there DFT is SFT with a bill."""
+
+    WEIGHT, LINES = 0.01, 5
+
+    def __init__(self):
+        self._lines = 0
+
+    def see(self, mean_weight: float | None) -> None:
+        """Takes the mean weight of a log line (None: it has none)."""
+        self._lines = self._lines + 1 if mean_weight is not None and mean_weight < self.WEIGHT else 0
+        if self._lines == self.LINES:
+            warnings.warn(
+                f"the mean weight of the negatives has been under {self.WEIGHT} for {self.LINES} log lines (now "
+                f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a "
+                "higher price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or "
+                "fewer epochs.",
+                stacklevel=3,
+            )
 
 
 def peak_memory_gb() -> float:

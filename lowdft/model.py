@@ -6,9 +6,11 @@ inference, and from then on gradients through it are silently wrong. `load_base`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, set_seed
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.recipe import AdapterSection, ModelSection
+from lowdft.sharding import is_fsdp
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,18 @@ def load_tokenizer(source: Source, section: ModelSection):
 def load_base(source: Source, section: ModelSection, device: torch.device | None = None):
     """The base on its device: NF4 with double quantization, or dense in `section.dtype`.
 
-    Embedding and head stay in `section.dtype`; nothing is lifted to float32.
+    Embedding and head stay in `section.dtype`; nothing is lifted to float32. Under ZeRO-3 each rank loads its part
+    only, unless `whole_weights` says otherwise.
+
+    Raises:
+        UserError: a 4-bit base under ZeRO-3.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    in_parts = is_deepspeed_zero3_enabled()
+    if in_parts and section.load_in_4bit:
+        raise UserError("model.load_in_4bit with ZeRO-3 is not supported; use --launch fsdp (FSDP-QLoRA), zero2 or ddp")
+    if device is None:
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     dtype = getattr(torch, section.dtype)
     quantization = {}
     if section.load_in_4bit:
@@ -86,6 +99,7 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if is_fsdp() else torch.uint8,  # FSDP shards floats only
         )
     model = AutoModelForCausalLM.from_pretrained(
         source.path,
@@ -93,13 +107,24 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
         dtype=dtype,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
-        device_map={"": device},
+        device_map=None if in_parts else {"": device},
         **quantization,
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """While this lasts models are whole, and generate without waiting for other ranks, also under ZeRO-3's launcher."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def add_adapter(base, section: AdapterSection, seed: int):

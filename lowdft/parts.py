@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from lowdft import ranks
 from lowdft.files import replacing
 from lowdft.run_folder import Product
 
@@ -27,33 +28,44 @@ def make_in_parts(
 ) -> dict:
     """Turns items into one row each and stores them as `product` (a parquet file); goes on from the parts at hand.
 
+    Of several ranks each makes its share of the parts, and the first puts them together.
+
     Args:
         items: in an order that the same settings always give.
         part_size: items of a part; it may be another one after an interruption.
         work: rows of one part, in order.
-        what: for the progress bar, which shows the rate and the time left.
+        what: for the progress bar, which shows the first rank's share, its rate and the time left.
         count: facts about the whole table that are worth noting in the manifest; they are returned.
     """
     folder, began = product.path.with_suffix(".parts"), time.perf_counter()
-    if not product.manifest.is_file():  # nobody knows what older parts were made from
+    if ranks.rank() == 0:
+        if not product.manifest.is_file():  # nobody knows what older parts were made from
+            shutil.rmtree(folder, ignore_errors=True)
+        product.begin()
+    missing = []
+    if ranks.rank() == 0 and not product.path.is_file():
+        missing = _missing(folder, len(items), part_size)
+    missing = ranks.from_all(missing)[0]
+    _make(folder, items, missing[ranks.rank() :: ranks.world_size()], work, what)
+    ranks.wait()
+    if ranks.rank() == 0:
+        if not product.path.is_file():
+            _write(pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive"), product.path)
         shutil.rmtree(folder, ignore_errors=True)
-    product.begin()
-    if not product.path.is_file():
-        _write(_all_parts(folder, items, part_size, work, what), product.path)
-    shutil.rmtree(folder, ignore_errors=True)
+    ranks.wait()
     facts = count(pq.read_table(product.path))
-    product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
+    if ranks.rank() == 0:
+        product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
     return facts
 
 
-def _all_parts(folder: Path, items: Sequence, part_size: int, work: Callable, what: str) -> pa.Table:
-    """The parts together. A file is named by its first item and has one row an item."""
-    missing = _missing(folder, len(items), part_size)
-    with tqdm(total=sum(end - start for start, end in missing), desc=what, unit="row", file=sys.stderr) as bar:
+def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: Callable, what: str) -> None:
+    """Writes the missing parts. A file is named by its first item and has one row an item."""
+    total = sum(end - start for start, end in missing)
+    with tqdm(total=total, desc=what, unit="row", file=sys.stderr, disable=ranks.rank() > 0) as bar:
         for start, end in missing:
             _write(pa.Table.from_pylist(work(items[start:end])), folder / f"from-{start:09d}.parquet")
             bar.update(end - start)
-    return pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive")
 
 
 def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:

@@ -10,18 +10,22 @@ Shape suffixes: M prompts of a micro-batch, K completions of a prompt (its negat
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lowdft import ranks
 from lowdft.errors import UserError
 from lowdft.logps import CompletionLogps, Group, Head, score
 
 # surrogate(numbers, logps): the loss of the prompts `numbers`, from their completions' log-probabilities [.., K]
 Surrogate = Callable[[Sequence[int], Tensor], Tensor]
 HeadLogps = Callable[[Tensor, Head, Tensor], Tensor]
+# backward(share, last): backpropagates a pass's share of a loss; is it the micro-batch's last?
+Backward = Callable[[Tensor, bool], None]
+IDLE = Group([0], [[0]])  # what a rank scores in a pass that only other ranks need
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Passes:
         knows_last: the completion's pull does not depend on its score, so it need not be scored first.
         head_logps: another density than the model's own, see `logps.score`; for scoring only.
         token_weight, predicted_share: see `logps.score`; not for the reference, whose scores are plain.
+        in_step: all ranks run equally many passes, idle ones where others have more: with sharded parameters every
+            pass needs all of them.
     """
 
     layout: str
@@ -58,6 +64,7 @@ class Passes:
     head_logps: HeadLogps | None = None
     token_weight: Callable[[Tensor, Tensor], Tensor] | None = None
     predicted_share: float = 0.0
+    in_step: bool = False
     expected_skips: float = 0.0  # the share of negative tokens that the last micro-batches could leave out
 
     @torch.no_grad()
@@ -70,17 +77,20 @@ class Passes:
                 self.shrink(groups, error)
 
     def backpropagate(
-        self, model: nn.Module, groups: Sequence[Group], surrogate: Surrogate, backward: Callable[[Tensor], None]
+        self, model: nn.Module, groups: Sequence[Group], surrogate: Surrogate, backward: Backward
     ) -> Scored:
         """Accumulates the gradient of the surrogate of all groups; `backward` takes a pass's share of it."""
-        if self._in_two(groups):
+        if self._most(self._in_two(groups)):
             return self._score_then_backpropagate(model, groups, surrogate, backward)
         rows, computed = {}, 0
         needed = sum(num_tokens(group, self.layout) for group in groups)
-        for numbers in self._split(groups):
-            out = self.forward(model, [groups[i] for i in numbers])
+        for numbers, last in self._turns(groups):
+            out = self.forward(model, [groups[i] for i in numbers] or [IDLE])
+            if not numbers:
+                backward(0 * out.logps_C.sum(), last)
+                continue
             logps_MK = out.logps_C.view(len(numbers), -1)
-            backward(surrogate(numbers, logps_MK))
+            backward(surrogate(numbers, logps_MK), last)
             rows |= dict(zip(numbers, logps_MK.detach(), strict=True))
             computed += out.computed
         logps_MK = torch.stack([rows[i] for i in range(len(groups))])
@@ -98,8 +108,16 @@ class Passes:
         """Halves the budget after these groups ran out of memory, and says so.
 
         Raises:
-            UserError: one prompt with one completion fills the budget already; with advice.
+            UserError: one prompt with one completion fills the budget already, or other ranks are in the midst of the
+                same pass; with advice.
         """
+        if self.in_step:
+            raise UserError(
+                f"out of memory in a pass of at most {self.budget} tokens. With sharded parameters the other ranks "
+                "wait in the same pass, so it cannot be tried again smaller: set "
+                f"training.tokens_per_pass={self.budget // 2} and run the same command again, which goes on from the "
+                "last checkpoint."
+            ) from error
         longest = max(len(g.prompt_ids) + max(map(len, g.completions)) for g in groups)
         if self.budget <= longest:
             raise UserError(
@@ -136,12 +154,16 @@ class Passes:
         """
         parts = [groups[i].select(completions) for i, completions in pieces]
         found, computed = [], 0
-        for numbers in self._split(parts):
-            out = self.forward(model, [parts[n] for n in numbers], weighted)
+        for numbers, last in self._turns(parts):
+            out = self.forward(model, [parts[n] for n in numbers] or [IDLE], weighted)
+            if not numbers:
+                if backward is not None:
+                    backward(0 * out.logps_C.sum(), last)
+                continue
             at = [(pieces[n][0], k) for n in numbers for k in pieces[n][1]]
             if backward is not None:
                 pull_C = torch.stack([pull_MK[place] for place in at])
-                backward((out.logps_C * pull_C.to(out.logps_C)).sum())
+                backward((out.logps_C * pull_C.to(out.logps_C)).sum(), last)
             found.append((at, out.logps_C.detach()))
             computed += out.computed
         logps_MK = found[0][1].new_zeros(len(groups), len(groups[0].completions))
@@ -175,6 +197,16 @@ class Passes:
         first = prompt + negative + (0 if self.knows_last else last)
         second = both * (prompt + last + (1 - self.expected_skips) * negative)
         return self.skip_negligible > 0 and first + second < both * (prompt + negative + last)
+
+    def _turns(self, groups: Sequence[Group]) -> Iterator[tuple[list[int], bool]]:
+        """(groups that share a pass, is it the last?); none of them where only other ranks have work left."""
+        own = self._split(groups)
+        turns = self._most(len(own))
+        for n in range(turns):
+            yield (own[n] if n < len(own) else []), n == turns - 1
+
+    def _most(self, value: int) -> int:
+        return max(ranks.from_all(value)) if self.in_step else value
 
     def _split(self, groups: Sequence[Group]) -> list[list[int]]:
         """Groups (by number) that share a pass, like lengths together; one longer than the budget comes alone."""

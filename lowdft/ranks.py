@@ -59,6 +59,12 @@ def anywhere(flag: bool, device: torch.device) -> bool:
     return bool(found)
 
 
+def wait() -> None:
+    """Returns when all ranks have come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean over ranks of every trainable parameter's gradient, in place; a missing one counts as zero."""
     if world_size() == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -193,6 +194,8 @@ def training_config(recipe: Recipe):
     Raises:
         UserError: an unknown field of `training`, or a value it cannot take.
     """
+    import torch
+
     from lowdft.config import DFTConfig
 
     known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
@@ -210,7 +213,12 @@ def training_config(recipe: Recipe):
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": False,
-    } | recipe.training
+    }
+    if "WORLD_SIZE" in os.environ:  # one of the processes of a launcher
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        settings["use_cpu"] = not torch.cuda.is_available()
+        settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else it lifts weights to float32
+    settings |= recipe.training
     try:
         return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)
     except (ValueError, TypeError) as error:

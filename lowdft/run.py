@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from functools import cached_property
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from lowdft import model as models
-from lowdft import objectives
+from lowdft import objectives, ranks
 from lowdft.data import Example, Loaded, load_examples, overlap
 from lowdft.data.encode import Encoder, Truncation
 from lowdft.data.prompting import fold_system, sampling_prompt
@@ -60,7 +59,7 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
-        if int(os.environ.get("RANK", 0)) == 0:
+        if ranks.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")
 
     # ---- data ---------------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ class Run:
 
     def _check_training(self) -> None:
         args, rows = self.args, self.examples("train")
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.dataloader_drop_last and len(rows) < per_step:
             raise UserError(
                 f"{len(rows)} rows make no step of {per_step} with training.dataloader_drop_last; lower the batch"
@@ -340,8 +339,9 @@ def adapter_identity(key: str, path: str) -> str:
 
 
 def say(line: str) -> None:
-    """One line for people, on standard output."""
-    print(line, flush=True)
+    """One line for people, on standard output; of several ranks the first speaks."""
+    if ranks.rank() == 0:
+        print(line, flush=True)
 
 
 def _column(path: Path, name: str) -> dict[str, list]:

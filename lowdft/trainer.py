@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.autograd.graph import save_on_cpu
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from lowdft import objectives, ranks
+from lowdft import objectives, ranks, sharding
 from lowdft.checkpoints import WholeCheckpoints
 from lowdft.config import DFTConfig
 from lowdft.data.batch import Batch, EncodedDataset, collate
@@ -32,16 +31,22 @@ from lowdft.files import read_json, write_json
 from lowdft.given import mismatched_gain, prepare
 from lowdft.log_u import LogU
 from lowdft.logps import Group, bare, choose_layout, packed_attention
-from lowdft.metrics import StepMetrics
+from lowdft.metrics import Faded, StepMetrics
 from lowdft.model import freeze_half
 from lowdft.objectives import Losses, Scores
 from lowdft.passes import Passes
 from lowdft.reference import REFERENCE_NEEDS, start_from_adapter
 from lowdft.step import Step
-from lowdft.training_set import attach_reference, check_adapter, check_rows, encode_rows, fingerprint
+from lowdft.training_set import (
+    attach_reference,
+    check_adapter,
+    check_reference,
+    check_rows,
+    encode_rows,
+    fingerprint,
+)
 
 LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
-FADED_WEIGHT, FADED_STEPS = 0.01, 5
 
 
 def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn.Module:
@@ -106,7 +111,7 @@ class DFTTrainer(WholeCheckpoints):
         self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._step = Step()
-        self._faded = 0
+        self._faded = Faded()
         super().__init__(
             model=model,
             args=args,
@@ -117,21 +122,11 @@ class DFTTrainer(WholeCheckpoints):
             **kwargs,
         )
         self.loss_is_scaled_for_ga = True
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            raise UserError(
-                "sharded training (DeepSpeed, FSDP) is not supported yet; whole copies on several ranks are"
-            )
-        self.layout = args.layout or choose_layout(self.model)
-        if self.layout == "padded" and args.layout is None:
-            warnings.warn(
-                "this model's attention does not take packed rows: every completion becomes a row of its own, and the "
-                "prompt is computed once for each",
-                stacklevel=2,
-            )
+        self.sharded = sharding.is_sharded(self.accelerator)
         self._count = args.negatives_per_step if "negatives" in self.objective.needs else 0
         settings, weight = args.hyperparameters(), self.objective.token_weight
         self._passes = Passes(
-            self.layout,
+            args.layout or "padded",
             args.logits_chunk_size,
             args.tokens_per_pass,
             args.skip_negligible,
@@ -139,12 +134,30 @@ class DFTTrainer(WholeCheckpoints):
             knows_last=self.objective.linear,
             token_weight=weight and partial(weight, **settings),
             predicted_share=settings["predicted_share"] if "predictions" in self.objective.needs else 0.0,
+            in_step=self.sharded,
         )
+        if not self.sharded:  # else no pass is possible before the parameters have their places
+            self._choose_layout(self.model)
 
     @property
     def log_u(self) -> Tensor:
         """float32 [examples], the moving averages in the dataset's order."""
         return self._log_u.values
+
+    @property
+    def layout(self) -> str:
+        """How rows are laid out, "packed" or "padded"."""
+        return self._passes.layout
+
+    def _choose_layout(self, model: nn.Module) -> None:
+        if self.args.layout is None:
+            self._passes.layout = choose_layout(model)
+            if self.layout == "padded":
+                warnings.warn(
+                    "this model's attention does not take packed rows: every completion becomes a row of its own, and "
+                    "the prompt is computed once for each",
+                    stacklevel=2,
+                )
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -167,7 +180,7 @@ class DFTTrainer(WholeCheckpoints):
         """One micro-batch: accumulates its gradient, updates `log_u`, returns its share of the step's loss."""
         model.train()
         if ranks.world_size() > 1:
-            return self._among_ranks(self.accelerator.unwrap_model(model), inputs["batch"])
+            return self._among_ranks(model if self.sharded else self.accelerator.unwrap_model(model), inputs["batch"])
         while True:
             try:
                 loss = self._accumulate(model, inputs["batch"])
@@ -181,11 +194,14 @@ class DFTTrainer(WholeCheckpoints):
 
     def _among_ranks(self, model: nn.Module, batch: Batch) -> Tensor:
         """A micro-batch on one of several ranks: afterwards all know all updates of `log_u`, and share the gradient."""
-        loss = self._accumulate(model, batch) if len(batch) else torch.zeros((), device=self.args.device)
+        if len(batch) or self.sharded:
+            loss = self._accumulate(model, batch) if len(batch) else self._idle(model)
+        else:
+            loss = torch.zeros((), device=self.args.device)
         mine = (batch.index_M, self._log_u.values[batch.index_M], self._log_u.visits[batch.index_M])
         index, *updates = ranks.updates_from_all(*mine, self.args.per_device_train_batch_size, self.args.device)
         self._log_u.values[index], self._log_u.visits[index] = updates
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and not self.sharded:
             ranks.average_gradients(model.parameters())
         return loss
 
@@ -202,16 +218,25 @@ class DFTTrainer(WholeCheckpoints):
         def surrogate(numbers: Sequence[int], logps_MK: Tensor) -> Tensor:
             return losses(numbers, logps_MK)[1].surrogate_M.sum() / self._step.prompts
 
-        def backward(loss: Tensor) -> None:
-            self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over ranks
-
-        scored = self._passes.backpropagate(model, groups, surrogate, backward)
+        scored = self._passes.backpropagate(model, groups, surrogate, self._backward)
         scores, final = losses(range(len(batch)), scored.logps_MK)
         self._log_u.update(batch.index_M, final.log_u_M)
         self._metrics["train"].add(scores, final, self.objective, batch, scored)
         if self.state.global_step == 0:
             self._metrics["train"].gap(scores)
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
+
+    def _idle(self, model: nn.Module) -> Tensor:
+        """What a rank without an example in this micro-batch runs beside the others: passes of weight 0."""
+        spare = Batch(torch.zeros(1, dtype=torch.int64), self.train_dataset.rows[:1])
+        visits_M = self._log_u.visits[spare.index_M]
+        self._given(model, spare, visits_M, self._step)
+        groups = self._groups(spare, visits_M)
+        self._passes.backpropagate(model, groups, lambda numbers, logps_MK: 0 * logps_MK.sum(), self._backward)
+        return torch.zeros((), device=self.args.device)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        sharding.backward(self.accelerator, loss * self.accelerator.num_processes, last)  # ranks' mean is taken
 
     def _groups(self, batch: Batch, visits_M: Tensor) -> list[Group]:
         """What this visit of each prompt scores."""
@@ -277,20 +302,8 @@ class DFTTrainer(WholeCheckpoints):
         if "loss" in logs or mode == "eval":
             table = self.log_u if "log_u" in self.objective.needs else None
             logs |= {prefix + key: value for key, value in self._metrics[mode].flush(table).items()}
-            self._tell_when_faded(logs.get("weights/mean"))
+            self._faded.see(logs.get("weights/mean"))
         super().log(logs, start_time)
-
-    def _tell_when_faded(self, mean_weight: float | None) -> None:
-        """Says once, in words, when the negatives have stopped pulling: from there DFT is SFT with a bill."""
-        self._faded = self._faded + 1 if mean_weight is not None and mean_weight < FADED_WEIGHT else 0
-        if self._faded == FADED_STEPS:
-            warnings.warn(
-                f"the mean weight of the negatives has been under {FADED_WEIGHT} for {FADED_STEPS} log lines (now "
-                f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a "
-                "higher price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or "
-                "fewer epochs.",
-                stacklevel=2,
-            )
 
     # ---- the reference, once -----------------------------------------------------------------------------------------
 
@@ -302,26 +315,38 @@ class DFTTrainer(WholeCheckpoints):
                 raise UserError(f"{self.args.output_dir}: has no checkpoint to go on from")
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
+            sharding.check_checkpoint(folder, self.accelerator)
             self._log_u.load(folder / LOG_U_FILE)
             vars(self._passes).update(read_json(folder / PASSES_FILE))
         if self.objective.needs & REFERENCE_NEEDS:
-            rows, resuming = list(self.train_dataset.rows), bool(resume_from_checkpoint)
-            rows += self.eval_dataset.rows if self.eval_dataset is not None else []
-            attach_reference(self.model, rows, self.objective, self.args, self._passes, resuming)
-        with self._layers_ready():
+            resuming = bool(resume_from_checkpoint)
+            check_reference(self.model, self._rows_with_reference(), self.objective, self.args, resuming)
+        with contextlib.ExitStack() as self._while_training:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
-    @contextlib.contextmanager
-    def _layers_ready(self):
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """transformers' preparation; then the initial weights, sharded or not, score what reference rows lack."""
+        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        whole = self.accelerator.unwrap_model(model)
+        if self.sharded:
+            self._choose_layout(whole)
+        if self.objective.needs & REFERENCE_NEEDS:
+            rows, resuming = self._rows_with_reference(), resume_from_checkpoint is not None
+            attach_reference(whole, rows, self.objective, self.args, self._passes, resuming)
+        self._keep_layers_ready(self._while_training)
+        return model, dataloader
+
+    def _rows_with_reference(self) -> list[dict]:
+        return self.train_dataset.rows + (self.eval_dataset.rows if self.eval_dataset is not None else [])
+
+    def _keep_layers_ready(self, stack: contextlib.ExitStack) -> None:
         """Layers stay as scoring sets them until the last backward pass: checkpointed ones run again there."""
-        with contextlib.ExitStack() as stack:
-            if self.layout == "packed":
-                stack.enter_context(packed_attention(bare(self.model)))
-            if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
-                stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
-            if self.args.offload_checkpoints:
-                stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
-            yield
+        if self.layout == "packed":
+            stack.enter_context(packed_attention(bare(self.model)))
+        if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
+            stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
+        if self.args.offload_checkpoints:
+            stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
 
     def save_beside(self, folder: Path) -> None:
         """`log_u`, and what decides how a step is split into passes: rounding depends on it."""

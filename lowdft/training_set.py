@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from lowdft import ranks
 from lowdft.config import DFTConfig
 from lowdft.data.encode import Encoder
 from lowdft.errors import UserError
@@ -97,7 +98,7 @@ def negatives_least(args: DFTConfig, n: int, objective: Objective) -> int:
 def negatives_needed(args: DFTConfig, n: int) -> int:
     """Negatives of one prompt over the whole training: B for each of its visits."""
     if args.max_steps > 0:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         return math.ceil(args.max_steps * batch / n) * args.negatives_per_step
     return math.ceil(args.num_train_epochs) * args.negatives_per_step
 
@@ -123,34 +124,47 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
     return {"data": digest.hexdigest()} | {name: getattr(args, name) for name in names}
 
 
+def check_reference(model: nn.Module, rows: list[dict], objective: Objective, args: DFTConfig, resuming: bool) -> None:
+    """Raises UserError when rows lack reference log-probabilities that this model cannot give.
+
+    That is, `reference: online` under an adapter that is already trained, or a resumed run without its file.
+    """
+    if all(has_reference(row, objective) for row in rows):
+        return
+    if args.reference == "online":
+        _check_online(model, resuming)
+    elif resuming and not (path := Path(args.output_dir) / REFERENCE_FILE).is_file():
+        raise UserError(f"{path}: is not there; a resumed training needs the scores of its initial weights")
+
+
 def attach_reference(
     model: nn.Module, rows: list[dict], objective: Objective, args: DFTConfig, passes: Passes, resuming: bool
 ) -> None:
     """Gives every row the reference log-probabilities it lacks (`reference.FIELDS`) where they are "precomputed".
 
     They come from the initial weights, before the first step: for full parameters that is the only moment at which
-    they exist. A resumed training reads them back from its output folder.
-
-    Raises:
-        UserError: `reference: online` under an adapter that is already trained; or a resumed run without its file.
+    they exist. Each rank scores its share of the rows. A resumed training reads them back from its output folder.
     """
     rows = [row for row in rows if not has_reference(row, objective)]
-    if not rows:
-        return
-    if args.reference == "online":
-        _check_online(model, resuming)
+    if args.reference == "online" or not rows:
         return
     path = Path(args.output_dir) / REFERENCE_FILE
     if resuming:
-        if not path.is_file():
-            raise UserError(f"{path}: is not there; a resumed training needs the scores of its initial weights")
         table = load_file(path)["logps"]
     else:
-        bar = tqdm(rows, desc="scoring the reference", disable=args.disable_tqdm)
-        groups = (reference_group(row, objective, args) for row in bar)
-        table = torch.cat([reference_logps(model, [group], passes)[0].float().cpu() for group in groups])
-        with replacing(path) as temporary:
-            save_file({"logps": table}, temporary)
+        groups = [reference_group(row, objective, args) for row in rows]
+        mine = groups[ranks.rank() :: ranks.world_size()]
+        scored = []
+        for i in tqdm(
+            range(math.ceil(len(rows) / ranks.world_size())), "scoring the reference", disable=args.disable_tqdm
+        ):
+            group = mine[i] if i < len(mine) else groups[0]  # with sharded parameters every rank takes part
+            scored.append(reference_logps(model, [group], passes)[0].float().cpu())
+        by_rank = ranks.from_all(scored)
+        table = torch.cat([by_rank[i % ranks.world_size()][i // ranks.world_size()] for i in range(len(rows))])
+        if ranks.rank() == 0:
+            with replacing(path) as temporary:
+                save_file({"logps": table}, temporary)
     start = 0
     for row in rows:
         end = start + len(reference_group(row, objective, args).completions)

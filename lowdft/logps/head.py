@@ -31,7 +31,7 @@ class Head:
             ValueError: the head is not a plain linear layer (an adapter or quantization sits on it).
         """
         module, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
-        if type(module) is not nn.Linear:
+        if getattr(type(module), "forward", None) is not nn.Linear.forward:
             raise ValueError(
                 f"the output head is a {type(module).__name__}; lowdft computes log-probabilities from a plain linear "
                 "head. Leave lm_head out of the adapter's target_modules and out of the quantization."

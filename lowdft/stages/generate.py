@@ -11,6 +11,7 @@ from functools import partial
 import pyarrow as pa
 
 from lowdft import model as models
+from lowdft import ranks
 from lowdft.data import Example
 from lowdft.data.prompting import plain_text
 from lowdft.parts import make_in_parts
@@ -38,7 +39,7 @@ def main(run: Run) -> None:
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
-    if run.recipe.negatives.push and not run.ready_negatives:
+    if run.recipe.negatives.push and not run.ready_negatives and ranks.rank() == 0:
         push(run)
 
 
@@ -114,7 +115,7 @@ def _wanted(run: Run, split: str) -> bool:
     if run.ready_negatives or not run.examples(split) or not run.negatives_wanted(split):
         return False
     product = run.negatives(split)
-    if product.is_done():
+    if ranks.from_all(product.is_done())[0]:
         say(f"{product.path}: already there")
         return False
     return True

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from lowdft import model as models
+from lowdft import ranks
 from lowdft.logps import choose_layout, proposal_logps
 from lowdft.parts import make_in_parts
 from lowdft.passes import Passes
@@ -18,7 +19,7 @@ def main(run: Run) -> None:
     if not run.reference_from_file:
         return
     product = run.reference
-    if product.is_done():
+    if ranks.from_all(product.is_done())[0]:
         say(f"{product.path}: already there")
         return
     rows = run.encoded("train")

@@ -10,6 +10,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import model as models
+from lowdft import ranks
 from lowdft.errors import UserError
 from lowdft.files import replacing, write_text
 from lowdft.reference import ADAPTER
@@ -20,7 +21,7 @@ from lowdft.trainer import DFTTrainer
 def main(run: Run) -> None:
     """Trains, or goes on from the last whole checkpoint; saves the adapter (or the model) with its tokenizer."""
     product = run.training
-    if product.is_done():
+    if ranks.from_all(product.is_done())[0]:
         say(f"{product.path}: already trained")
         return
     checkpoint = get_last_checkpoint(run.args.output_dir) if Path(run.args.output_dir).is_dir() else None
@@ -37,9 +38,10 @@ def main(run: Run) -> None:
     model = run.base()
     if run.recipe.adapter and not run.args.reference_adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
-    product.begin()
     metrics = run.folder / "metrics.jsonl"
-    keep_until(metrics, _step_of(checkpoint))
+    if ranks.rank() == 0:
+        product.begin()
+        keep_until(metrics, _step_of(checkpoint))
     if checkpoint:
         say(f"going on from {checkpoint}")
     trainer = DFTTrainer(model, run.args, rows, processing_class=run.tokenizer, callbacks=[MetricsFile(metrics)])
@@ -47,6 +49,9 @@ def main(run: Run) -> None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
     trainer.train(resume_from_checkpoint=checkpoint)
+    if ranks.rank() > 0:
+        trainer.save_model()  # gives its part to the first rank, which writes the whole
+        return
     with replacing(product.path) as temporary:
         trainer.save_model(str(temporary))
         shutil.rmtree(Path(temporary) / ADAPTER, ignore_errors=True)  # the frozen reference is not what was trained

@@ -37,7 +37,7 @@ def prepare(
     if not needs & REFERENCE_NEEDS:
         return given
     with_negatives, with_completion = "reference" in needs, "completion_reference" in needs
-    if all(has_reference(row, objective) for row in batch.rows):
+    if not passes.most(any(not has_reference(row, objective) for row in batch.rows)):
         if with_negatives:
             given["ref_negative_logps_MB"] = batch.ref_negative_logps(visits_M, count)
         if with_completion:

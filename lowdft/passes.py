@@ -80,7 +80,7 @@ class Passes:
         self, model: nn.Module, groups: Sequence[Group], surrogate: Surrogate, backward: Backward
     ) -> Scored:
         """Accumulates the gradient of the surrogate of all groups; `backward` takes a pass's share of it."""
-        if self._most(self._in_two(groups)):
+        if self.most(self._in_two(groups)):
             return self._score_then_backpropagate(model, groups, surrogate, backward)
         rows, computed = {}, 0
         needed = sum(num_tokens(group, self.layout) for group in groups)
@@ -112,12 +112,7 @@ class Passes:
                 same pass; with advice.
         """
         if self.in_step:
-            raise UserError(
-                f"out of memory in a pass of at most {self.budget} tokens. With sharded parameters the other ranks "
-                "wait in the same pass, so it cannot be tried again smaller: set "
-                f"training.tokens_per_pass={self.budget // 2} and run the same command again, which goes on from the "
-                "last checkpoint."
-            ) from error
+            raise self.no_room() from error
         longest = max(len(g.prompt_ids) + max(map(len, g.completions)) for g in groups)
         if self.budget <= longest:
             raise UserError(
@@ -133,6 +128,14 @@ class Passes:
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def no_room(self) -> UserError:
+        """What to tell when one of several ranks runs out of memory in a pass that others are in, too."""
+        return UserError(
+            f"out of memory in a pass of at most {self.budget} tokens. Other processes wait for this one, so it cannot "
+            f"be tried again in smaller passes: set training.tokens_per_pass={self.budget // 2} and run the same "
+            "command again, which goes on from the last checkpoint."
+        )
 
     def _score_then_backpropagate(self, model, groups, surrogate, backward) -> Scored:
         last = len(groups[0].completions) - 1
@@ -201,11 +204,12 @@ class Passes:
     def _turns(self, groups: Sequence[Group]) -> Iterator[tuple[list[int], bool]]:
         """(groups that share a pass, is it the last?); none of them where only other ranks have work left."""
         own = self._split(groups)
-        turns = self._most(len(own))
+        turns = self.most(len(own))
         for n in range(turns):
             yield (own[n] if n < len(own) else []), n == turns - 1
 
-    def _most(self, value: int) -> int:
+    def most(self, value: int) -> int:
+        """The largest value of all ranks, where they must do the same; else this rank's own."""
         return max(ranks.from_all(value)) if self.in_step else value
 
     def _split(self, groups: Sequence[Group]) -> list[list[int]]:

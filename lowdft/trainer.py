@@ -195,7 +195,10 @@ class DFTTrainer(WholeCheckpoints):
     def _among_ranks(self, model: nn.Module, batch: Batch) -> Tensor:
         """A micro-batch on one of several ranks: afterwards all know all updates of `log_u`, and share the gradient."""
         if len(batch) or self.sharded:
-            loss = self._accumulate(model, batch) if len(batch) else self._idle(model)
+            try:
+                loss = self._accumulate(model, batch) if len(batch) else self._idle(model)
+            except torch.OutOfMemoryError as error:
+                raise self._passes.no_room() from error
         else:
             loss = torch.zeros((), device=self.args.device)
         mine = (batch.index_M, self._log_u.values[batch.index_M], self._log_u.visits[batch.index_M])

@@ -7,10 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+import test_trainer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import make_rows
 from test_trainer import losses, make_trainer
+
+from lowdft.model import ModelSection, load_base, locate
 
 SHARDING = {
     "one": {},
@@ -44,6 +47,11 @@ def allow_fsdp_on_cpu() -> None:
 if __name__ == "__main__":
     folder, kind, size, settings = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     allow_fsdp_on_cpu()
+    if base := settings.pop("nf4", None):  # QLoRA: loaded as `lowdft train` loads it
+        if kind == "fsdp":
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
+        section = ModelSection(name_or_path=base, load_in_4bit=True)
+        test_trainer.make_llama = lambda: load_base(locate(section), section)
     trainer = make_trainer(
         folder,
         make_rows(14),

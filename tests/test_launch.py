@@ -79,7 +79,7 @@ def test_configurations_are_accelerates_own():
     [
         (["--launch", "zero3"], "found no GPU"),
         (["--launch", "fsdp", "--processes", "2"], "needs GPUs"),
-        (["training.num_train_epochs=x", "--launch", "ddp"], "training.num_train_epochs is"),
+        (["training.nonsense=1", "--launch", "ddp"], "training.nonsense is not known"),
         (["--processes", "2"], "--processes goes with --launch"),
     ],
 )

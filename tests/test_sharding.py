@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import DistributedType
 from conftest import make_llama
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowdft.errors import UserError
@@ -88,6 +89,19 @@ def test_sharded_is_one_process(kind, processes, trained, made):
     trained_logits, adapter = logits(one, trained == "adapter"), trained == "adapter"
     assert (logits(folder, adapter) - trained_logits).abs().max() < 1e-4
     assert (make_llama()(torch.arange(3, 40)[None]).logits - trained_logits).abs().max() > 1e-2
+
+
+def test_fsdp_qlora(tmp_path):
+    """A 4-bit base in parts: the losses and the adapter of one process, to bfloat16's rounding."""
+    make_llama().save_pretrained(tmp_path / "base")
+    folders = {"one": tmp_path / "one", "fsdp": tmp_path / "two"}
+    SETTINGS["qlora"] = {"nf4": str(tmp_path / "base"), **SETTINGS["adapter"]}
+    wanted, found = (result(folder, kind, 1 + (kind == "fsdp"), "qlora") for kind, folder in folders.items())
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
+    assert found["model"].startswith("FSDP")
+    one, two = (load_file(folder / "saved" / "adapter_model.safetensors") for folder in folders.values())
+    for name, weight in two.items():
+        torch.testing.assert_close(weight, one[name], rtol=0.1, atol=5e-3)
 
 
 @pytest.mark.parametrize("kind, processes", [pytest.param("zero3", 3, marks=deepspeed), ("fsdp", 2)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, set_seed
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
@@ -139,18 +136,6 @@ def add_adapter(base, section: AdapterSection, seed: int):
         target_modules=modules if isinstance(modules, str) else list(modules),
     )
     return get_peft_model(base, config)
-
-
-def freeze_half(model: nn.Module, seed: int) -> None:
-    """Freezes half of an adapter's modules of every type (the last part of a module's name), rounded down."""
-    by_type: dict[str, list[nn.Module]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            by_type.setdefault(name.rsplit(".", 1)[-1], []).append(module)
-    rng = random.Random(seed)
-    for modules in by_type.values():
-        for module in rng.sample(modules, len(modules) // 2):
-            module.requires_grad_(False)
 
 
 def load_adapter(base, path: str | Path):

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives, ranks, sharding
@@ -32,10 +32,10 @@ from lowdft.given import mismatched_gain, prepare
 from lowdft.log_u import LogU
 from lowdft.logps import Group, bare, choose_layout, packed_attention
 from lowdft.metrics import Faded, StepMetrics
-from lowdft.model import freeze_half
 from lowdft.objectives import Losses, Scores
 from lowdft.passes import Passes
-from lowdft.reference import REFERENCE_NEEDS, start_from_adapter
+from lowdft.policy import make_policy
+from lowdft.reference import REFERENCE_NEEDS
 from lowdft.step import Step
 from lowdft.training_set import (
     attach_reference,
@@ -47,20 +47,6 @@ from lowdft.training_set import (
 )
 
 LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
-
-
-def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn.Module:
-    """The model to train: loaded where it is a name, under a fresh adapter or a copy of the reference's."""
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    if args.reference_adapter:
-        model = start_from_adapter(model, args.reference_adapter)
-    if peft_config is not None:
-        set_seed(args.seed)
-        model = get_peft_model(model, peft_config)
-    if args.freeze_half:
-        freeze_half(model, args.seed)
-    return model
 
 
 class DFTTrainer(WholeCheckpoints):

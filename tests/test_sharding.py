@@ -104,6 +104,15 @@ def test_fsdp_qlora(tmp_path):
         torch.testing.assert_close(weight, one[name], rtol=0.1, atol=5e-3)
 
 
+@deepspeed
+@pytest.mark.parametrize("objective", ["kto", "ift"])
+def test_objectives_with_passes_of_their_own(objective, made):
+    """KTO scores mismatched pairs, IFT what the model would have written: all ranks run these passes too."""
+    SETTINGS[objective] = {**SETTINGS["adapter"], "objective": objective}
+    (_, wanted), (_, found) = made("one", 1, objective), made("zero3", 2, objective)
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+
+
 @pytest.mark.parametrize("kind, processes", [pytest.param("zero3", 3, marks=deepspeed), ("fsdp", 2)])
 def test_goes_on_from_a_checkpoint(kind, processes, made, tmp_path):
     """From step 2 of 3 of a training on 3 ranks, as without an interruption; FSDP also on 2."""

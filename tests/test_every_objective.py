@@ -85,7 +85,7 @@ UNMET = {
 def test_unmet_needs_are_refused_before_the_model_loads(name, need, tmp_path, monkeypatch):
     """Every need of every objective, with a model given by name that must not be loaded."""
     never = SimpleNamespace(from_pretrained=lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("lowdft.trainer.AutoModelForCausalLM", never)
+    monkeypatch.setattr("lowdft.policy.AutoModelForCausalLM", never)
     rows, settings, words = UNMET[need]
     rows = rows or [row | {"aligned_logps": -1.0} if need != "aligned" else row for row in make_rows()]
     with pytest.raises((UserError, ValueError), match=words):

@@ -6,13 +6,18 @@ They gather a layer's parameters when it runs, on all ranks at once, so every ra
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
+import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from lowdft import ranks
 from lowdft.errors import UserError
 
 LIBRARIES = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP"}
@@ -51,21 +56,44 @@ def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
 def check_checkpoint(folder: Path, accelerator: Accelerator) -> None:
     """Refuses a checkpoint whose optimizer state this training cannot read.
 
-    Whole copies and FSDP write that of one process; DeepSpeed writes a part a rank, and reads as many as it wrote.
+    Whole copies and FSDP write that of one process, DeepSpeed a part a rank.
 
     Raises:
-        UserError: it was written by another library, or by DeepSpeed on another number of ranks.
+        UserError: it was written by another library.
     """
-    now, parts = LIBRARIES.get(accelerator.distributed_type), len(list(folder.glob("global_step*/*_optim_states.pt")))
-    then = "DeepSpeed" if parts else "FSDP" if list(folder.glob("pytorch_model_fsdp*")) else None
+    now = LIBRARIES.get(accelerator.distributed_type)
+    then = "DeepSpeed" if _parts(folder) else "FSDP" if list(folder.glob("pytorch_model_fsdp*")) else None
     if then != now:
         names = [name or "whole copies (one process or ddp)" for name in (then, now)]
         raise UserError(
             f"{folder}: was saved by a training with {names[0]}, this one is with {names[1]}, which cannot read its "
             "optimizer. Launch it as before, or train from the start in another output_dir."
         )
-    if now == "DeepSpeed" and parts != accelerator.num_processes:
-        raise UserError(
-            f"{folder}: was saved by DeepSpeed on {parts} processes; found {accelerator.num_processes}. DeepSpeed goes "
-            f"on with the number it began with only: `--processes {parts}`. (ddp and fsdp go on with any.)"
-        )
+
+
+def fit_checkpoint(folder: Path, accelerator: Accelerator) -> None:
+    """Makes DeepSpeed read a checkpoint of another number of ranks: its optimizer's parts are put together first.
+
+    They stay beside the parts, in DeepSpeed's own universal format, for as long as the checkpoint does.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or len(_parts(folder)) == accelerator.num_processes:
+        return
+    if accelerator.is_main_process and not (folder / "latest_universal").exists():  # the converter writes it last
+        _put_together(_parts(folder)[0].parent)
+    ranks.wait()
+    accelerator.state.deepspeed_plugin.hf_ds_config.config["checkpoint"] = {"load_universal": True}
+
+
+def _parts(folder: Path) -> list[Path]:
+    return list(folder.glob("global_step*/*_optim_states.pt"))
+
+
+def _put_together(parts: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    whole = parts.with_name(parts.name + "_universal")
+    shutil.rmtree(whole, ignore_errors=True)
+    how = dict(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True)
+    folders = dict(input_folder=str(parts), output_folder=str(whole))
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(argparse.Namespace(**folders, **how, inject_missing_state=True))

@@ -305,6 +305,7 @@ class DFTTrainer(WholeCheckpoints):
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             sharding.check_checkpoint(folder, self.accelerator)
+            sharding.fit_checkpoint(folder, self.accelerator)
             self._log_u.load(folder / LOG_U_FILE)
             vars(self._passes).update(read_json(folder / PASSES_FILE))
         if self.objective.needs & REFERENCE_NEEDS:

@@ -108,12 +108,11 @@ class Run:
         """How the rows of the training data are laid out."""
         return self._data[2]
 
-    @property
-    def ready_negatives(self) -> bool:
-        """Do the rows bring their own negatives, or does the base write them?"""
+    def ready_negatives(self, split: str = "train") -> bool:
+        """Do the rows bring their own negatives, or does the base write them? Held-out rows may do so alone."""
         source = self.recipe.negatives.source
         if source == "auto":
-            return all(example.negatives for example in self.examples("train"))
+            return any(all(e.negatives for e in self.examples(name)) for name in ("train", split))
         return source == "data"
 
     def negatives_wanted(self, split: str) -> int:
@@ -156,7 +155,7 @@ class Run:
 
     def _check_negatives(self) -> None:
         args, rows, per_prompt = self.args, self.examples("train"), self.recipe.negatives.per_prompt
-        if not self.ready_negatives:
+        if not self.ready_negatives():
             needed = negatives_needed(args, len(rows))
             if per_prompt is not None and per_prompt < needed:
                 raise UserError(
@@ -220,7 +219,7 @@ class Run:
         """The rows of a split as training and evaluation take them, with their negatives, joined by example_id."""
         self.encoder.truncation = Truncation()
         generated = {}
-        if with_negatives and not self.ready_negatives and self.negatives_wanted(split):
+        if with_negatives and not self.ready_negatives(split) and self.negatives_wanted(split):
             generated = _column(self.negatives(split).path, "negative_ids")
         rows = []
         for example in self.examples(split):
@@ -229,7 +228,7 @@ class Run:
                 "prompt": example.prompt,
                 "completion": example.completion,
                 "tools": example.tools,
-                "negatives": example.negatives if self.ready_negatives else [],
+                "negatives": example.negatives if self.ready_negatives(split) else [],
                 "aligned_logps": example.aligned_logps,
             }
             try:
@@ -328,7 +327,7 @@ class Run:
         return Product(self.folder / "base_evaluation.json", self._made_from_negatives("heldout") | how)
 
     def _made_from_negatives(self, split: str) -> dict:
-        if self.ready_negatives or not self.negatives_wanted(split):
+        if self.ready_negatives(split) or not self.negatives_wanted(split):
             return self._made_from_base | self._made_from_data(split)
         return self.negatives(split).made_from
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import shutil
 import statistics
 from pathlib import Path
@@ -37,11 +38,13 @@ from lowdft.recipe import load_recipe
 from lowdft.run import Run, say
 from lowdft.run_folder import Product
 from lowdft.study_figures import draw, label
+from lowdft.tables import SHARES
 
 STAGES = ("generate", "score", "train", "evaluate")
 KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper")
 MEASURES = {
     "accuracy": "accuracy, %",
+    "wins": "rows won, %",
     "margin": "margin, nats",
     "logps/positive": "completions, nats",
     "logps/negative": "negatives, nats",
@@ -159,36 +162,61 @@ def measures_of(folder: Path) -> dict:
     cost = {"seconds": read_json(trained)["facts"]["seconds"], "peak_memory_gb": lines[-1].get("peak_memory_gb")}
     curves = {key: [line.get(key) for line in lines] for key in ("logps/positive", "logps/negative", "weights/mean")}
     systems = evaluation["systems"]
-    return {"rows": evaluation["rows"], "after": systems["after"] | cost, "base": systems["base"], "curves": curves}
+    return {
+        "rows": evaluation["rows"],
+        "after": systems["after"] | cost,
+        "base": systems["base"],
+        "per_row": evaluation["per_row"]["after"],
+        "curves": curves,
+    }
 
 
 def tabulate(results: list[dict], spread: str, paper: dict[str, dict]) -> list[dict]:
-    """One line a combination without `spread`: (mean, standard deviation, count) of every measure; the base first."""
-    grouped: dict[str, list[dict]] = {"base": [results[0]["base"]]}
+    """One line a combination without `spread`: [mean, standard deviation] of every measure; the base first.
+
+    `ahead` has, for `SHARES`, [mean, standard error] of the paired difference to the first combination of the grid.
+    """
+    grouped: dict[str, list[dict]] = {"base": [{"after": results[0]["base"], "per_row": {}}]}
     for result in results:
-        grouped.setdefault(label(result["settings"], spread), []).append(result["after"])
-    table = []
+        grouped.setdefault(label(result["settings"], spread), []).append(result)
+    first, table = list(grouped.values())[1], []
     for name, many in grouped.items():
-        line: dict = {"name": name, "runs": len(many)}
+        line: dict = {"name": name, "runs": len(many), "ahead": {}}
         for key in MEASURES:
-            values = [m[key] for m in many if m.get(key) is not None]
+            values = [one["after"][key] for one in many if one["after"].get(key) is not None]
             if values:
                 line[key] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+            if many is not first and all(key in one["per_row"] for one in first + many):
+                line["ahead"][key] = paired(*([one["per_row"][key] for one in group] for group in (many, first)))
         table.append(line | {"paper": paper.get(name, {})})
     return table
+
+
+def paired(ours: list[list[float]], theirs: list[list[float]]) -> list[float | None]:
+    """[mean, standard error] of the difference on the same rows, every row's value being its mean over runs."""
+    means = [[statistics.mean(row) for row in zip(*runs, strict=True)] for runs in (ours, theirs)]
+    differences = [a - b for a, b in zip(*means, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return [statistics.mean(differences), error]
 
 
 def markdown(table: list[dict], spread: str) -> str:
     """The table, with the spread over `spread` as ± one standard deviation, and the paper's numbers last."""
     keys = [key for key in MEASURES if any(key in line for line in table)]
+    ahead = [key for key in keys if any(key in line["ahead"] for line in table)]
     theirs = list(dict.fromkeys(name for line in table for name in line["paper"]))
-    header = [MEASURES[key] for key in keys] + ["runs"] + [f"paper: {name}" for name in theirs]
+    header = [MEASURES[key] for key in keys] + [f"{key} ahead, points" for key in ahead]
+    header += ["runs", *(f"paper: {name}" for name in theirs)]
     out = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
     for line in table:
-        cells = [_cell(line.get(key), 100 if key == "accuracy" else 1) for key in keys]
+        cells = [_cell(line.get(key), 100 if key in SHARES else 1) for key in keys]
+        cells += [_cell(line["ahead"].get(key), 100) for key in ahead]
         cells += [str(line["runs"]), *(str(line["paper"].get(name, "–")) for name in theirs)]
         out.append(f"| {line['name']} | {' | '.join(cells)} |")
-    return "\n".join([*out, "", f"Mean ± standard deviation over {spread}.", ""])
+    notes = [f"Mean ± standard deviation over {spread}."]
+    if ahead:
+        notes.append(f"Ahead: difference to {table[1]['name']} on the same rows ± its standard error over rows.")
+    return "\n".join([*out, "", " ".join(notes), ""])
 
 
 def _cell(value: list | None, scale: float) -> str:

@@ -26,7 +26,7 @@ def cells(evaluation: dict) -> tuple[list[str], list[list[str]]]:
 def title(evaluation: dict) -> str:
     """What the table was measured on."""
     count = evaluation["negatives_per_row"]
-    beside = f", {count} negative{'' if count == 1 else 's'} a row" if count else ""
+    beside = f", {count:.3g} negative{'' if count == 1 else 's'} a row" if count else ""
     rows = evaluation["rows"]
     return f"{rows} held-out row{'' if rows == 1 else 's'}{beside}"
 

@@ -129,7 +129,7 @@ def test_the_authors_columns_and_template(mistral, tmp_path):
     run.check()
     (encoded,) = run.encoded("train")
     text = run.tokenizer.decode
-    assert run.ready_negatives and len(encoded["negative_ids"]) == 8
+    assert run.ready_negatives() and len(encoded["negative_ids"]) == 8
     assert (
         text(encoded["prompt_ids"]) == "<|im_start|><|user|>\nHi?<|im_end|>\n"
     )  # this tokenizer's start and end tokens

@@ -72,17 +72,25 @@ def test_a_failing_run_does_not_stop_the_others(study, capsys):
 
 
 def test_table_by_hand():
-    """Accuracies .5 and .7 of two seeds: 60 ± 14.14%."""
-    results = [
-        {
-            "settings": {"training.objective": "dft", "training.seed": s},
-            "base": {"accuracy": 0.1},
-            "after": {"accuracy": a},
-        }
-        for s, a in enumerate((0.5, 0.7))
-    ]
+    """Two seeds each. DFT's rows are right in (1, 1), (.5, 1), (0, 0), (1, 1) of the runs, SFT's in the first alone."""
+
+    def runs(objective, *per_row):
+        after = [sum(rows) / len(rows) for rows in per_row]
+        return [
+            {
+                "settings": {"training.objective": objective, "training.seed": seed},
+                "base": {"accuracy": 0.1},
+                "after": {"accuracy": after[seed]},
+                "per_row": {"accuracy": rows},
+            }
+            for seed, rows in enumerate(per_row)
+        ]
+
+    results = runs("sft", [1, 0, 0, 0], [1, 0, 0, 0]) + runs("dft", [1, 1, 0, 1], [1, 0, 0, 1])
     text = markdown(tabulate(results, "training.seed", {}), "training.seed")
-    assert "| base | 10.00 | 1 |" in text and "| dft | 60.00 ± 14.14 | 2 |" in text
+    assert "| base | 10.00 | – | 1 |" in text and "| sft | 25.00 ± 0.00 | – | 2 |" in text
+    # differences 0, .5, 0, 1: their mean is .375, their standard deviation .479, the standard error half of that
+    assert "| dft | 62.50 ± 17.68 | 37.50 ± 23.94 | 2 |" in text and "accuracy ahead, points" in text
 
 
 def test_cases_a_swept_number_and_the_papers_numbers(study, capsys):

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lowdft import answers
@@ -20,7 +21,7 @@ from lowdft.logps import choose_layout, score
 from lowdft.reference import reference_on
 from lowdft.run import Run, say
 from lowdft.sampling import Request, SamplingSettings, get_sampler
-from lowdft.tables import print_table
+from lowdft.tables import SHARES, print_table
 
 SAMPLES_KEPT = 8
 
@@ -74,50 +75,57 @@ def measure_all(run: Run) -> dict:
         )
     return {
         "rows": len(rows),
-        "negatives_per_row": len(rows[0]["negative_ids"]),
+        "negatives_per_row": sum(len(row["negative_ids"]) for row in rows) / len(rows),
         "answer": kind,
         "systems": {name: one["measures"] for name, one in found.items()},
+        "per_row": {name: one["per_row"] for name, one in found.items()},
         "samples": samples,
     }
 
 
 def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kind: str) -> dict:
-    """One system: its `measures` by name, and its greedy answers as `texts` (none where answers are not checked)."""
-    measures, texts = measure_logps(run, model, rows), []
+    """One system: `measures` by name, those of every row that are shares (`per_row`), and greedy `texts` if checked."""
+    found, texts = measure_logps(run, model, rows), []
     if kind != "none":
         texts = greedy_answers(run, model, rows, name)
-        measures |= accuracy(texts, truths, kind, run.recipe.evaluation.pattern)
-    return {"measures": measures, "texts": texts}
+        check = answers.checker(kind, run.recipe.evaluation.pattern)
+        found["accuracy"] = [float(check(text, truth)) for text, truth in zip(texts, truths, strict=True)]
+    measures = {key: sum(values) / len(values) for key, values in found.items()}
+    shares = {key: found[key] for key in SHARES if key in found}
+    measures |= {f"{key}_stderr": math.sqrt(measures[key] * (1 - measures[key]) / len(rows)) for key in shares}
+    return {"measures": measures, "per_row": shares, "texts": texts}
 
 
 @torch.no_grad()
-def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, float]:
-    """Mean log-probabilities (nats) of completions and negatives, their margin, and the share of rows won.
+def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
+    """Every row's log-probability (nats) of the completion; where all rows have negatives their mean, and the margin.
 
-    A row is won when its completion outscores every one of its negatives, by summed (`wins`) or mean
-    (`wins_per_token`) log-probability.
+    A row is won (1, else 0) when its completion outscores every one of its negatives, by summed (`wins`) or mean
+    (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is TruthfulQA's MC1
+    (Lin et al. 2022, arXiv 2109.07958).
     """
     model.eval()
     layout = run.args.layout or choose_layout(model)
-    count = min(len(row["negative_ids"]) for row in rows)
-    sums = dict.fromkeys(["logps/positive", "logps/positive_per_token"], 0.0)
-    if count:
-        sums |= dict.fromkeys(["logps/negative", "margin", "wins", "wins_per_token"], 0.0)
+    with_negatives, found = all(row["negative_ids"] for row in rows), []
     size = run.args.per_device_eval_batch_size
     for start in range(0, len(rows), size):
         batch = collate(list(enumerate(rows[start : start + size])))["batch"]
-        groups = batch.groups([row["negative_ids"][:count] for row in batch.rows])
-        out = score(model, groups, layout, run.args.logits_chunk_size)
-        sums_, tokens = out.logps_C.double().view(len(batch), -1), out.tokens_C.view(len(batch), -1)
-        means = sums_ / tokens
-        sums["logps/positive"] += sums_[:, -1].sum().item()
-        sums["logps/positive_per_token"] += means[:, -1].sum().item()
-        if count:
-            sums["logps/negative"] += sums_[:, :-1].mean(1).sum().item()
-            sums["margin"] += (sums_[:, -1] - sums_[:, :-1].mean(1)).sum().item()
-            sums["wins"] += (sums_[:, -1] > sums_[:, :-1].amax(1)).sum().item()
-            sums["wins_per_token"] += (means[:, -1] > means[:, :-1].amax(1)).sum().item()
-    return {name: total / len(rows) for name, total in sums.items()}
+        negatives = [row["negative_ids"] if with_negatives else [] for row in batch.rows]
+        out = score(model, batch.groups(negatives), layout, run.args.logits_chunk_size)
+        counts = [len(own) + 1 for own in negatives]
+        sums, tokens = out.logps_C.double().cpu().split(counts), out.tokens_C.cpu().split(counts)
+        found += [_of_one(one, n) for one, n in zip(sums, tokens, strict=True)]
+    return {name: [row[name] for row in found] for name in found[0]}
+
+
+def _of_one(sums_C: Tensor, tokens_C: Tensor) -> dict[str, float]:
+    means_C = sums_C / tokens_C
+    found = {"logps/positive": sums_C[-1], "logps/positive_per_token": means_C[-1]}
+    if len(sums_C) > 1:
+        negative = sums_C[:-1].mean()
+        found |= {"logps/negative": negative, "margin": sums_C[-1] - negative}
+        found |= {"wins": sums_C[-1] > sums_C[:-1].max(), "wins_per_token": means_C[-1] > means_C[:-1].max()}
+    return {name: float(value) for name, value in found.items()}
 
 
 def greedy_answers(run: Run, model, rows: list[dict], name: str) -> list[str]:
@@ -133,13 +141,6 @@ def greedy_answers(run: Run, model, rows: list[dict], name: str) -> list[str]:
             texts += [run.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
             bar.update(len(part))
     return texts
-
-
-def accuracy(texts: list[str], truths: list[str], kind: str, pattern: str | None) -> dict[str, float]:
-    """Share of right answers and its standard error."""
-    check = answers.checker(kind, pattern)
-    share = sum(check(text, truth) for text, truth in zip(texts, truths, strict=True)) / len(texts)
-    return {"accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / len(texts))}
 
 
 def _systems(run: Run):

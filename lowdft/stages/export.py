@@ -210,7 +210,7 @@ def _data(run: Run) -> str:
     rows = f"## Data\n\n{len(run.examples('train'))} rows of {source}; {len(run.examples('heldout'))} rows held out."
     if "negatives" not in run.objective.needs:
         return f"{rows} No negatives."
-    if run.ready_negatives:
+    if run.ready_negatives():
         return f"{rows} The rows bring their own negatives."
     product = run.negatives("train")
     counts = product.facts() if product.manifest.is_file() else {}

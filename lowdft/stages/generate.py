@@ -22,7 +22,7 @@ from lowdft.sampling import Request, Sampler, SamplingSettings, get_sampler
 def main(run: Run) -> None:
     """Writes the negatives that are wanted and not there yet; tells how they ended."""
     todo = [split for split in SPLITS if _wanted(run, split)]
-    if run.ready_negatives and run.examples("train"):
+    if run.ready_negatives() and run.examples("train"):
         say("negatives: the rows bring their own")
     sampler = None
     for split in todo:
@@ -39,7 +39,7 @@ def main(run: Run) -> None:
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
-    if run.recipe.negatives.push and not run.ready_negatives and ranks.rank() == 0:
+    if run.recipe.negatives.push and not run.ready_negatives() and ranks.rank() == 0:
         push(run)
 
 
@@ -112,7 +112,7 @@ def _part(run: Run, sampler: Sampler, per_prompt: int, examples: Sequence[Exampl
 
 
 def _wanted(run: Run, split: str) -> bool:
-    if run.ready_negatives or not run.examples(split) or not run.negatives_wanted(split):
+    if run.ready_negatives(split) or not run.examples(split) or not run.negatives_wanted(split):
         return False
     product = run.negatives(split)
     if ranks.from_all(product.is_done())[0]:

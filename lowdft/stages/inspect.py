@@ -42,7 +42,7 @@ def show_row(console: Console, run: Run, example, row: dict) -> None:
         visit = k // args.negatives_per_step
         console.print(f"\nnegative {k} (visit {visit}), {len(ids)} scored tokens, {_ends(tokenizer, ids)}")
         console.print(_colored(tokenizer, ids, "red"))
-    if not run.ready_negatives:
+    if not run.ready_negatives():
         asked = run.sampling_ids(example)
         console.print(f"\nnegatives are sampled from ({run.recipe.negatives.strategy}, {len(asked)} tokens)")
         console.print(_colored(tokenizer, asked, "dim"))
@@ -72,7 +72,7 @@ def show_summary(console: Console, run: Run, rows: list[dict]) -> None:
 
 
 def _negatives_at_hand(run: Run) -> bool:
-    return run.ready_negatives or run.negatives("train").path.is_file()
+    return run.ready_negatives() or run.negatives("train").path.is_file()
 
 
 def _colored(tokenizer, ids: list[int], style: str) -> str:

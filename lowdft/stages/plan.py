@@ -69,7 +69,7 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
 def expected_groups(run: Run) -> list[Group]:
     """What one visit of every training row scores; negatives not yet written count with their longest length."""
     count = run.args.negatives_per_step if "negatives" in run.objective.needs else 0
-    written = run.ready_negatives or run.negatives("train").path.is_file()
+    written = run.ready_negatives() or run.negatives("train").path.is_file()
     longest = [[0] * run.recipe.negatives.max_new_tokens] * count
     groups = []
     for row in run.encoded("train", with_negatives=bool(count) and written):
@@ -82,7 +82,7 @@ def expected_groups(run: Run) -> list[Group]:
 
 def negatives_to_write(run: Run) -> int:
     """How many negatives of the training rows are still to be sampled."""
-    if run.ready_negatives or run.negatives("train").path.is_file():
+    if run.ready_negatives() or run.negatives("train").path.is_file():
         return 0
     return len(run.examples("train")) * run.negatives_wanted("train")
 

@@ -193,7 +193,7 @@ def negative_facts(run: Run) -> dict[str, object]:
     """Where the negatives come from and how those that the base wrote ended."""
     if "negatives" not in run.objective.needs:
         return {"source": f"none: {run.objective.name} uses no negatives"}
-    if run.ready_negatives:
+    if run.ready_negatives():
         return {"source": "the rows bring their own"}
     section = run.recipe.negatives
     sampling = f"temperature {section.temperature:g}, top_p {section.top_p:g}, top_k {section.top_k}, " \

@@ -10,6 +10,8 @@ import pytest
 
 from lowdft import objectives
 from lowdft.cli import main
+from lowdft.logps import Group, score
+from lowdft.recipe import load_recipe
 from lowdft.run import Run
 
 PAIRS = [{"prompt": f"{a}+{a}?", "chosen": str(2 * a), "rejected": str(2 * a + 1)} for a in range(7)]
@@ -100,3 +102,28 @@ def test_unmet_needs_are_told_before_a_model_is_loaded(recipe, overrides, words,
     assert main(["run", recipe, *overrides]) == 1
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+def test_held_out_rows_bring_wrong_answers_of_their_own(recipe, tmp_path):
+    """One to three a row where training rows have none: the base writes for training alone; all of a row's count."""
+    wrong = [["7"], ["1", "22"], ["3", "5 5", "60"]]
+    held = [{"prompt": f"{a}-{a}?", "completion": "0", "negatives": own} for a, own in enumerate(wrong)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    write(tmp_path, [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS])
+    overrides = ["data.eval=" + str(tmp_path / "held.jsonl"), "data.eval_rows=null", "negatives.max_new_tokens=4"]
+    assert main(["run", recipe, "training.objective=dft2", *overrides]) == 0
+    assert not (tmp_path / "run" / "heldout_negatives.parquet").exists()
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["negatives_per_row"] == 2
+    run = Run(load_recipe(recipe, ["training.objective=dft2", *overrides]))
+    model, wins, margins = run.base(), [], []
+    for row in run.encoded("heldout"):
+        good, *bad = [
+            score(model, [Group(row["prompt_ids"], [ids])], "padded").logps_C.item()
+            for ids in [row["completion_ids"], *row["negative_ids"]]
+        ]
+        wins.append(float(good > max(bad)))
+        margins.append(good - sum(bad) / len(bad))
+    assert len(bad) == 3 and evaluation["per_row"]["base"]["wins"] == wins
+    base = evaluation["systems"]["base"]
+    assert base["wins"] == pytest.approx(sum(wins) / 3) and base["margin"] == pytest.approx(sum(margins) / 3, abs=1e-4)

@@ -82,6 +82,7 @@ class NegativesSection:
     adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
     backend: str = "padded"
     batch_size: int = 32
+    stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
     resample: int = 0  # tries to replace a negative that is empty or equals the completion
     push: str | None = None  # a Hub data set to upload them to
     private: bool = True
@@ -261,6 +262,8 @@ def _check_values(recipe: Recipe, path: str) -> None:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{path}: {key} is {value!r}; wanted one of {', '.join(allowed)}.{hint}")
     n = recipe.negatives
+    if "" in n.stop:
+        raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
     if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
     if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:

@@ -40,6 +40,7 @@ def test_overrides_reach_sections(write):
         ("negatives: {top_k: many}", "negatives.top_k"),
         ("negatives: {strategy: bad_sistem}", "Did you mean 'bad_system'"),
         ("negatives: {strategy: custom}", "negatives.template is None"),
+        ("negatives: {stop: ['.', '']}", "negatives.stop is .*wanted texts of a character or more"),
         ("negatives: {top_p: 0}", "negatives.top_p is 0.0; wanted a number in"),
         ("model: 7", "model is 7; wanted a section"),
         ("evaluation: {answer: regex}", "evaluation.pattern is missing"),

@@ -16,7 +16,7 @@ from lowdft.data import Example
 from lowdft.data.prompting import plain_text
 from lowdft.parts import make_in_parts
 from lowdft.run import SPLITS, Run, say
-from lowdft.sampling import Request, Sampler, SamplingSettings, get_sampler
+from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
 
 
 def main(run: Run) -> None:
@@ -59,6 +59,7 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
         seeds |= {key: seed_of(section.seed, *key, attempt) for key in pending}
         drawn = sampler.sample([Request(prompts[key[0]], seeds[key]) for key in pending])
         for key, sample in zip(pending, drawn, strict=True):
+            sample = end_at(section.stop, sample, run.tokenizer)
             samples[key] = (sample, run.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip())
         pending = [key for key in pending if samples[key][1] in ("", answers[key[0]])]
         if not pending:
@@ -78,6 +79,19 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
             }
         )
     return rows
+
+
+def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
+    """The sample as an answer that ends before the first token with which it contains one of the texts."""
+
+    def contains(n: int) -> bool:
+        text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)
+        return any(one in text for one in stop)
+
+    if not contains(len(sample.token_ids)):
+        return sample
+    first = next(n for n in range(len(sample.token_ids)) if contains(n + 1))
+    return Sample([*sample.token_ids[:first], tokenizer.eos_token_id], "stop")
 
 
 def seed_of(seed: int, example_id: str, k: int, attempt: int) -> int:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowdft.cli import main
 from lowdft.recipe import load_recipe
 from lowdft.run import Run
+from lowdft.sampling import Sample
 from lowdft.stages import generate
 
 ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]
@@ -322,8 +323,6 @@ def test_resample_replaces_unusable_negatives(recipe, monkeypatch):
             self.seeds = []
 
         def sample(self, requests):
-            from lowdft.sampling import Sample
-
             first = not self.seeds
             self.seeds += [request.seed for request in requests]
             return [Sample([2] if first else [*good, 2], "stop") for _ in requests]
@@ -333,6 +332,19 @@ def test_resample_replaces_unusable_negatives(recipe, monkeypatch):
     assert row["negatives"] == ["bad", "bad"]
     assert len(set(sampler.seeds)) == 4
     torch.manual_seed(0)
+
+
+def test_a_negative_ends_before_a_stop_text(recipe):
+    """Its ids are cut at the token that brings the text, and end as an answer; one without such a text stays whole."""
+    tokenizer = Run(load_recipe(recipe, [])).tokenizer
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    long = Sample(ids("no") + ids("|") + ids("yes"), "length")
+    assert generate.end_at(["?", "|"], long, tokenizer) == Sample([*ids("no"), tokenizer.eos_token_id], "stop")
+    for stop in ([], ["?"]):
+        assert generate.end_at(stop, long, tokenizer) is long
 
 
 def test_sft_then_preference(recipe, tmp_path):

@@ -92,13 +92,18 @@ def score_run(run: Path, asked: list[dict]) -> dict[str, list[float]]:
     encoder = Encoder(models.load_tokenizer(place, section))
     model = models.load_adapter(models.load_base(place, section), run / "adapter").eval()
     found: dict[str, list[float]] = {"mc1": [], "mc2": []}
-    for one in asked:
-        answers = [*one["wrong"], *one["true"], one["best"]]
-        group = Group(encoder.prompt(one["prompt"]), [encoder.completion(one["prompt"], text) for text in answers])
-        logps = score(model, [group]).logps_C.double()
-        wrong, true, best = logps.split([len(one["wrong"]), len(one["true"]), 1])
-        found["mc1"].append(float(best > wrong.max()))
-        found["mc2"].append((true.logsumexp(0) - torch.cat([wrong, true]).logsumexp(0)).exp().item())
+    for start in range(0, len(asked), 8):
+        part = asked[start : start + 8]
+        answers = [[*one["wrong"], *one["true"], one["best"]] for one in part]
+        groups = [
+            Group(encoder.prompt(one["prompt"]), [encoder.completion(one["prompt"], text) for text in texts])
+            for one, texts in zip(part, answers, strict=True)
+        ]
+        logps = score(model, groups).logps_C.double().split([len(texts) for texts in answers])
+        for one, own in zip(part, logps, strict=True):
+            wrong, true, best = own.split([len(one["wrong"]), len(one["true"]), 1])
+            found["mc1"].append(float(best > wrong.max()))
+            found["mc2"].append((true.logsumexp(0) - own[:-1].logsumexp(0)).exp().item())
     kept.write_text(json.dumps(found))
     return found
 

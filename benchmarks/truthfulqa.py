@@ -26,7 +26,7 @@ from lowdft.data.encode import Encoder
 from lowdft.files import read_json
 from lowdft.logps import Group, score
 from lowdft.recipe import load_recipe
-from lowdft.study import paired
+from lowdft.study import folder_name, paired
 
 TRAINING = 317
 
@@ -67,8 +67,8 @@ def score_study(source: str, folder: str) -> None:
     asked, groups = questions(source)[1], {}
     results = read_json(Path(folder) / "study.json")["results"]
     for result in results:
-        name = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in result["settings"].items())
-        groups.setdefault(result["settings"]["training.objective"], []).append(score_run(Path(folder) / name, asked))
+        run = Path(folder) / folder_name(result["settings"])
+        groups.setdefault(result["settings"]["training.objective"], []).append(score_run(run, asked))
     first = next(iter(groups.values()))
     print("| | MC1, % | ahead, points | MC2, % | ahead, points | runs |\n|---|---|---|---|---|---|")
     for name, many in groups.items():

@@ -63,7 +63,7 @@ def main(path: str, overrides: list[str]) -> None:
     folder, failed, results = Path(study["output_dir"]), [], []
     runs = combinations(study)
     for number, (chosen, settings) in enumerate(runs, 1):
-        name = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen.items())
+        name = folder_name(chosen)
         say(f"[{number}/{len(runs)}] {name}")
         settings = settings | {"output_dir": str(folder / name)}
         try:
@@ -123,6 +123,11 @@ def combinations(study: dict) -> list[tuple[dict, dict]]:
             settings |= case
         out.append(({axis: value for axis, value, _ in picked}, settings))
     return out
+
+
+def folder_name(chosen: dict) -> str:
+    """The run folder of a combination within the study's."""
+    return ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen.items())
 
 
 def as_overrides(settings: dict) -> list[str]:

@@ -70,17 +70,14 @@ def rows(path: Path, query: str, response: str) -> str:
     return str(path)
 
 
+def plan(name: str, gpu: int, folder: Path, overrides: list[str]) -> list[str]:
+    return ["plan", str(PAPER / name), f"output_dir={folder}", *overrides, "--gpu", str(gpu)]
+
+
 def test_plan_over_four_gpus(mistral, tmp_path, capsys):
     """16 bytes a weight in four parts (7.24 billion: 29 GB), and what is gathered and passed on top; fits 80 GB."""
     data = rows(tmp_path / "rows.jsonl", "prompt", "completion")
-    command = [
-        "plan",
-        str(PAPER / "ultrafeedback.yaml"),
-        f"output_dir={tmp_path}",
-        *local(mistral, data),
-        "--gpu",
-        "80",
-    ]
+    command = plan("ultrafeedback.yaml", 80, tmp_path, local(mistral, data))
     assert main([*command, "--gpus", "4"]) == 0
     out = capsys.readouterr().out
     parts = {
@@ -101,14 +98,7 @@ def test_plan_over_four_gpus(mistral, tmp_path, capsys):
 
 def test_plan_of_the_qlora_twin(mistral, tmp_path, capsys):
     data = rows(tmp_path / "rows.jsonl", "query", "response")
-    command = [
-        "plan",
-        str(PAPER / "metamathqa-qlora.yaml"),
-        f"output_dir={tmp_path}",
-        *local(mistral, data),
-        "--gpu",
-        "24",
-    ]
+    command = plan("metamathqa-qlora.yaml", 24, tmp_path, local(mistral, data))
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "layout: query+response" in out and "fits 24 GB" in out

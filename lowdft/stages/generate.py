@@ -88,7 +88,7 @@ def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
         text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)
         return any(one in text for one in stop)
 
-    if not contains(len(sample.token_ids)):
+    if not (stop and contains(len(sample.token_ids))):
         return sample
     first = next(n for n in range(len(sample.token_ids)) if contains(n + 1))
     return Sample([*sample.token_ids[:first], tokenizer.eos_token_id], "stop")

@@ -42,6 +42,20 @@ def folder(recipe: str) -> Path:
     return Path(recipe).parent / "run"
 
 
+def interrupt(monkeypatch, owner, name: str, call: int) -> list:
+    """That call of the function raises as Ctrl-C does, the others do their work; clearing the list counts anew."""
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    return calls
+
+
 def metrics(recipe: str, keys=("step", "loss", "log_u/mean")) -> list[dict]:
     lines = [json.loads(line) for line in (folder(recipe) / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in keys} for line in lines]
@@ -99,19 +113,10 @@ def test_generation_goes_on_after_a_kill(recipe, monkeypatch):
     assert main(["generate", recipe]) == 0
     whole = pq.read_table(folder(recipe) / "negatives.parquet").to_pylist()
     shutil.rmtree(folder(recipe))
-    original, calls = generate.write_negatives, []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(generate, "write_negatives", killed)
+    interrupt(monkeypatch, generate, "write_negatives", call=2)
     assert main(["generate", recipe]) == 130
     assert not (folder(recipe) / "negatives.parquet").exists()
     assert len(list((folder(recipe) / "negatives.parts").iterdir())) == 1
-    monkeypatch.setattr(generate, "write_negatives", original)
     assert main(["generate", recipe]) == 0
     assert pq.read_table(folder(recipe) / "negatives.parquet").to_pylist() == whole
 
@@ -120,15 +125,7 @@ def test_parts_of_another_size_or_of_other_settings(recipe, monkeypatch):
     """Interrupted, then gone on with a smaller batch: no row lost or twice. Parts without a manifest are not used."""
     assert main(["generate", recipe, f"output_dir={folder(recipe)}2"]) == 0
     whole = pq.read_table(f"{folder(recipe)}2/negatives.parquet")
-    original, calls = generate.write_negatives, []
-
-    def stopped(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(generate, "write_negatives", stopped)
+    calls = interrupt(monkeypatch, generate, "write_negatives", call=3)
     assert main(["generate", recipe]) == 130
     assert main(["generate", recipe, "negatives.batch_size=2"]) == 0
     assert pq.read_table(folder(recipe) / "negatives.parquet").to_pylist() == whole.to_pylist()
@@ -198,19 +195,10 @@ def test_killed_training_goes_on_with_the_same_numbers(recipe, monkeypatch):
         (folder(recipe) / path).unlink()
     from lowdft.log_u import LogU
 
-    original, calls = LogU.update, []
-
-    def killed(self, *args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        original(self, *args)
-
-    monkeypatch.setattr(LogU, "update", killed)
+    interrupt(monkeypatch, LogU, "update", call=4)
     assert main(["train", recipe]) == 130
     assert len(metrics(recipe)) == 3
     shutil.rmtree(folder(recipe) / "checkpoints" / "checkpoint-3")  # as if the third had not been written yet
-    monkeypatch.setattr(LogU, "update", original)
     assert main(["train", recipe]) == 0
     assert metrics(recipe) == whole
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from lowdft.objectives import dft, pairwise, sft
+from lowdft.objectives import dft, listwise, pairwise, sft
 from lowdft.objectives.base import Losses, Objective, Scores
 
 __all__ = ["Losses", "Objective", "Scores", "get", "names"]
 
-_OBJECTIVES = {o.name: o for o in (*dft.OBJECTIVES, *sft.OBJECTIVES, *pairwise.OBJECTIVES)}
+_ALL = (*dft.OBJECTIVES, *listwise.OBJECTIVES, *sft.OBJECTIVES, *pairwise.OBJECTIVES)
+_OBJECTIVES = {o.name: o for o in _ALL}
 
 
 def names() -> list[str]:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import pyarrow.parquet as pq
 import torch
-from conftest import make_llama, make_tokenizer
+from helpers import make_llama, make_tokenizer
 from safetensors.torch import load_file
 
 from lowdft.cli import WHOLE_WAY, main
@@ -219,7 +219,7 @@ if __name__ == "__main__":
     parser.add_argument("--objective", default="dft")
     options = parser.parse_args()
     for stage in WHOLE_WAY:
-        __import__(f"lowdft.stages.{stage}")
+        __import__(f"lowdft.pipeline.stages.{stage}")
     torch.set_num_threads(1)
     print("python", sys.version.split()[0], *(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")), sep=", ")
     with tempfile.TemporaryDirectory() as place:

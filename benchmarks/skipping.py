@@ -16,11 +16,10 @@ import time
 
 import torch
 
-from lowdft import DFTTrainer
-from lowdft import model as models
-from lowdft.recipe import load_recipe
-from lowdft.reference import REFERENCE_NEEDS
-from lowdft.run import Run
+from lowdft import DFTTrainer, models
+from lowdft.config.recipe import load_recipe
+from lowdft.models.reference import REFERENCE_NEEDS
+from lowdft.pipeline.context import Run
 
 
 class Compared(DFTTrainer):

@@ -85,7 +85,7 @@ def show(shape: str, results: dict) -> None:
 
 def measure(options, name: str, shape: str) -> dict:
     """Median seconds a step and peak memory (GB, the process or the GPU) of one trainer."""
-    from lowdft.metrics import peak_memory_gb
+    from lowdft.training.metrics import peak_memory_gb
 
     model, tokenizer = load(options)
     prompt, completion, count, prompts = map(int, shape.split(","))
@@ -107,8 +107,8 @@ def measure(options, name: str, shape: str) -> dict:
 
 def load(options):
     """The base and its tokenizer."""
-    from lowdft import model as models
-    from lowdft.recipe import ModelSection
+    from lowdft import models
+    from lowdft.config.recipe import ModelSection
 
     section = ModelSection(name_or_path=options.model, load_in_4bit=options.load_in_4bit)
     source = models.locate(section)

@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from lowdft import ranks
-from lowdft.log_u import LogU
-from lowdft.metrics import finite_mean
-from lowdft.training_set import fingerprint
+from lowdft.distributed import collectives
+from lowdft.training.log_u import LogU
+from lowdft.training.metrics import finite_mean
+from lowdft.training.training_set import fingerprint
 
 
 def seconds(work, times: int = 7) -> float:
@@ -51,7 +51,7 @@ def table(n: int, prompts: int) -> dict[str, float]:
     out[f"s to update, a step of {prompts}"] = seconds(lambda: log_u.update(index, values))
     micro = list(index.split(max(1, prompts // 4)))
     out["s to find what samplers repeat, a step on several ranks"] = seconds(
-        lambda: ranks.repeated(micro, log_u.visits)
+        lambda: collectives.repeated(micro, log_u.visits)
     )
     out["s for its mean, a log line"] = seconds(lambda: finite_mean(log_u.values))
     log_u.values[0] = float("nan")
@@ -98,13 +98,12 @@ class StepTimes(TrainerCallback):
 
 def one_rank(folder: str) -> None:
     """In each of several processes: the cost of a micro-batch's exchange and of a step of a tiny model."""
-    from conftest import make_rows
-    from test_trainer import make_trainer
+    from helpers import make_rows, make_trainer
 
     trainer = make_trainer(folder, make_rows(240), per_device_train_batch_size=8, gradient_accumulation_steps=1,
                            num_train_epochs=1, ddp_backend="gloo")  # fmt: skip
     original = {
-        name: getattr(ranks, name) for name in ("updates_from_all", "repeated", "anywhere", "average_gradients")
+        name: getattr(collectives, name) for name in ("updates_from_all", "repeated", "anywhere", "average_gradients")
     }
     taken: dict[str, list[float]] = {name: [] for name in original}
 
@@ -119,7 +118,7 @@ def one_rank(folder: str) -> None:
         return call
 
     for name in original:
-        setattr(ranks, name, timed(name))
+        setattr(collectives, name, timed(name))
     taken["a step of a tiny model, all of these included"] = []
     trainer.add_callback(StepTimes(taken["a step of a tiny model, all of these included"]))
     trainer.train()
@@ -128,7 +127,7 @@ def one_rank(folder: str) -> None:
     for _ in range(50):
         torch.distributed.barrier()
         begun = time.perf_counter()
-        ranks.from_all(mine)
+        collectives.from_all(mine)
         objects.append(time.perf_counter() - begun)
     if trainer.args.process_index == 0:
         print(json.dumps({f"ms for {name}": 1e3 * statistics.median(times) for name, times in taken.items()}))

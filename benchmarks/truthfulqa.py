@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from lowdft import model as models
+from lowdft import models
+from lowdft.config.recipe import load_recipe
 from lowdft.data.encode import Encoder
 from lowdft.files import read_json
-from lowdft.logps import Group, score
-from lowdft.recipe import load_recipe
+from lowdft.logprobs import Group, score
 from lowdft.study import folder_name, paired
 
 TRAINING = 317

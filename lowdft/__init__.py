@@ -7,7 +7,7 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["DFTConfig", "DFTTrainer", "__version__"]
 
-_HOMES = {"DFTConfig": "lowdft.config", "DFTTrainer": "lowdft.trainer"}
+_HOMES = {"DFTConfig": "lowdft.config.training", "DFTTrainer": "lowdft.training.trainer"}
 
 
 def __getattr__(name: str):

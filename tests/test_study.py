@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lowdft.cli import main
+from lowdft.reporting.study_figures import swept_key
 from lowdft.study import markdown, tabulate
-from lowdft.study_figures import swept_key
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def study(tmp_path, tiny_folder):
 
 def test_study(study, capsys, monkeypatch):
     """Six runs; what they share is made once: negatives, the base's evaluation, and each objective's reference."""
-    from lowdft.stages import evaluate, generate, score
+    from lowdft.pipeline.stages import evaluate, generate, score
 
     calls, measured = {"generate": 0, "score": 0}, []
     original_measure = evaluate.measure

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowdft.logps import Group
+from lowdft.logprobs import Group
 
 
 @dataclass(frozen=True)

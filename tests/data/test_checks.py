@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from lowdft.data import Example, load_examples, overlap
 from lowdft.data.checks import check_row, check_table, final_answer
@@ -14,7 +15,7 @@ from lowdft.data.load import _mixed_layouts, _rows
 from lowdft.data.read import Record, read_records
 from lowdft.errors import UserError
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "bad_inputs"
+SAMPLES = ROOT.parent / "shared" / "bad_inputs"
 
 
 def say(*turns):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from helpers import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN
 
 from lowdft import objectives
 from lowdft.objectives import Scores
 from lowdft.objectives.dft import update_log_u
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dft.json").read_text())
-CASES = [case for kind in ("hand_cases", "edge_cases", "random_cases") for case in GOLDEN[kind]]
+CASES = json.loads((GOLDEN / "dft.json").read_text())
+CASES = [case for kind in ("hand_cases", "edge_cases", "random_cases") for case in CASES[kind]]
 
 
 def tensor(values):

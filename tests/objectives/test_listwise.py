@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN
 
 from lowdft import objectives
 from lowdft.objectives import Scores
 
-CASES = json.loads((Path(__file__).parents[1] / "golden" / "listwise.json").read_text())["cases"]
+CASES = json.loads((GOLDEN / "listwise.json").read_text())["cases"]
 
 
 def scores_of(pos, neg, len_pos, len_neg) -> Scores:

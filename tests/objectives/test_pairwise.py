@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN
 
 from lowdft import objectives
 from lowdft.objectives import Scores
 
-CASES = json.loads((Path(__file__).parents[1] / "golden" / "pairwise.json").read_text())["cases"]
+CASES = json.loads((GOLDEN / "pairwise.json").read_text())["cases"]
 OURS = {
     "robust": ("robust_dpo", {}),
     "ipo_sum": ("ipo", {}),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN
 
 from lowdft import objectives
 from lowdft.objectives import Scores
 from lowdft.objectives.sft import later_loss, own_probability
 
-CASES = json.loads((Path(__file__).parents[1] / "golden" / "sft_variants.json").read_text())["cases"]
+CASES = json.loads((GOLDEN / "sft_variants.json").read_text())["cases"]
 DIVERGENCES = {
     "tv": "total_variation",
     "pearson": "pearson",

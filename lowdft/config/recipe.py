@@ -1,0 +1,301 @@
+"""A recipe: one YAML file of typed sections, overridden from the command line, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lowdft.errors import UserError
+from lowdft.files import write_text
+
+STRATEGIES = ("direct", "chat", "good_system", "bad_system", "custom")
+ANSWERS = ("auto", "none", "number", "choice", "regex", "math")
+BACKENDS = ("padded", "continuous", "vllm")
+
+
+@dataclass
+class ModelSection:
+    """The base: a local folder, a Hub name, a .gguf file, or package:NAME/FILE.gguf of an installed Python package."""
+
+    name_or_path: str = "???"
+    revision: str | None = None
+    hub_id: str | None = None  # what to call a local base in the exported adapter and its card
+    load_in_4bit: bool = True  # NF4 with double quantization
+    dtype: str = "bfloat16"  # of the arithmetic; float32 for exactness
+    attn_implementation: str | None = None  # None: transformers chooses (SDPA where the model has it)
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # Jinja; takes the place of the tokenizer's own
+
+
+@dataclass
+class AdapterSection:
+    """LoRA; `adapter: null` trains all parameters."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"
+
+
+@dataclass
+class DataSection:
+    """Rows to train on and rows held out. Without `eval`, the last `eval_rows` rows of `train` are held out."""
+
+    train: str = "???"
+    eval: str | None = None
+    split: str = "train"
+    eval_split: str = "test"
+    revision: str | None = None
+    eval_revision: str | None = None  # of `eval`; None: the same as `revision`
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt_style: str = "chat"  # or direct: string prompts as they are, no template
+    system_prompt: str | None = None
+    train_rows: int | None = None
+    eval_rows: int | None = None
+    skip_invalid: bool = False
+
+
+@dataclass
+class NegativesSection:
+    """How the base writes negatives. `source`: auto (ready ones if the rows have them), data or generate."""
+
+    source: str = "auto"
+    per_prompt: int | None = None  # None: as many as training will use, epochs * negatives_per_step
+    eval_per_prompt: int | None = None  # for held-out rows; None: negatives_per_step
+    strategy: str = "bad_system"
+    system_prompt: str | None = None  # of the strategies with a system message; None: their own
+    template: str | None = None  # of strategy custom: text with {prompt}
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 50
+    max_new_tokens: int = 320
+    seed: int = 0
+    adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
+    backend: str = "padded"
+    batch_size: int = 32
+    stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
+    resample: int = 0  # tries to replace a negative that is empty or equals the completion
+    push: str | None = None  # a Hub data set to upload them to
+    private: bool = True
+
+
+@dataclass
+class EvaluationSection:
+    """What is measured on the held-out rows, before and after."""
+
+    answer: str = "auto"  # how a greedy answer is checked: number, choice, regex, math, none
+    pattern: str | None = None  # of answer regex: its first group is the answer
+    max_new_tokens: int = 256
+    batch_size: int = 32
+    compare: dict[str, str] = field(default_factory=dict)  # name: run folder or adapter, measured beside this one
+
+
+@dataclass
+class ExportSection:
+    """Where the adapter goes beside the run folder."""
+
+    push: str | None = None  # a Hub model name
+    private: bool = True
+
+
+@dataclass
+class Recipe:
+    """The whole recipe. `training` holds fields of `DFTConfig`."""
+
+    output_dir: str = "???"
+    rounds: int = 1  # of `lowdft run`: each begins where the last ended, with negatives that it writes anew
+    model: ModelSection = field(default_factory=ModelSection)
+    adapter: AdapterSection | None = field(default_factory=AdapterSection)
+    data: DataSection = field(default_factory=DataSection)
+    negatives: NegativesSection = field(default_factory=NegativesSection)
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    export: ExportSection = field(default_factory=ExportSection)
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
+
+    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe.
+
+    Raises:
+        UserError: with the recipe's key, what was found and what was wanted.
+    """
+    given = _read(Path(path))
+    bad = [item for item in overrides if "=" not in item]
+    if bad:
+        raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
+    given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
+    schema = OmegaConf.structured(Recipe)
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(schema, given))
+    except OmegaConfBaseException as error:
+        missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
+        raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
+    _check_values(recipe, str(path))
+    return recipe
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()):
+    """The keys that a recipe gives, over those of the recipe that it extends."""
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe. Recipes of this project are in recipes/.") from None
+    except Exception as error:  # yaml's own errors name the line
+        raise UserError(f"{path}: is not YAML: {error}") from error
+    if not OmegaConf.is_dict(given):
+        raise UserError(f"{path}: wanted sections (model, data, training, …), found {type(given).__name__}")
+    other = given.pop("extends", None)
+    if other is None:
+        return given
+    extending = (*extending, path.resolve())
+    if (path.parent / str(other)).resolve() in extending:
+        raise UserError(f"{path}: extends {other}, which extends it in turn")
+    return OmegaConf.merge(_read(path.parent / str(other), extending), given)
+
+
+def rounds_of(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe of every round, each with a folder of its own.
+
+    From the second round on the model of the last one writes the negatives, is the reference, and is where training
+    starts (SPIN's iteration, arXiv 2401.01335; DFT beyond one round).
+    """
+    last = None
+    for number in range(1, recipe.rounds + 1):
+        one = copy.deepcopy(recipe)
+        one.rounds, one.output_dir = 1, str(Path(recipe.output_dir) / f"round-{number}")
+        one.negatives.seed += number - 1
+        one.training["seed"] = one.training.get("seed", 42) + number - 1
+        if last is not None:
+            one.negatives.adapter = last
+            one.training["reference_model"] = f"adapter:{last}"
+        last = str(Path(one.output_dir) / "adapter")
+        yield one
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Writes the resolved recipe, defaults included, as YAML."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe))))
+
+
+def training_config(recipe: Recipe):
+    """The `DFTConfig` of a recipe (imports transformers).
+
+    Raises:
+        UserError: an unknown field of `training`, or a value it cannot take.
+    """
+    import torch
+
+    from lowdft.config.training import DFTConfig
+
+    known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
+    for key, value in recipe.training.items():
+        if key not in known:
+            raise UserError(
+                f"training.{key} is not known.{_nearest(key, known)} See DFTConfig and transformers' TrainingArguments."
+            )
+        _check_type(f"training.{key}", value, str(known[key].type))
+    if recipe.training.get("hub_token"):
+        raise UserError("training.hub_token would be written into the run folder; set the variable HF_TOKEN instead")
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": False,
+    }
+    if "WORLD_SIZE" in os.environ:  # one of the processes of a launcher
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        settings["use_cpu"] = not torch.cuda.is_available()
+        settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else it lifts weights to float32
+    settings |= recipe.training
+    try:
+        return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -> None:
+    if not isinstance(given, dict):
+        return
+    known = {f.name: f for f in dataclasses.fields(section)}
+    sections = {
+        "model": ModelSection,
+        "adapter": AdapterSection,
+        "data": DataSection,
+        "negatives": NegativesSection,
+        "evaluation": EvaluationSection,
+        "export": ExportSection,
+    }
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{_nearest(str(key), known)}")
+        if section is Recipe and key in sections:
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")
+            _refuse_unknown_keys(value, sections[key], path, f"{key}.")
+
+
+def _check_values(recipe: Recipe, path: str) -> None:
+    choices = {
+        "model.dtype": (recipe.model.dtype, ("bfloat16", "float16", "float32")),
+        "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
+        "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
+        "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),
+        "negatives.backend": (recipe.negatives.backend, BACKENDS),
+        "evaluation.answer": (recipe.evaluation.answer, ANSWERS),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            near = get_close_matches(str(value), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{path}: {key} is {value!r}; wanted one of {', '.join(allowed)}.{hint}")
+    n = recipe.negatives
+    if "" in n.stop:
+        raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
+    if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
+        raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
+    if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
+        raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
+    if n.adapter and n.backend == "vllm":
+        raise UserError(f"{path}: negatives.adapter needs the backend padded or continuous, not vllm")
+    at_least = {
+        "rounds": (recipe.rounds, 1),
+        "negatives.temperature": (n.temperature, 0),
+        "negatives.top_k": (n.top_k, 0),
+        "negatives.max_new_tokens": (n.max_new_tokens, 1),
+        "negatives.batch_size": (n.batch_size, 1),
+        "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
+        "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
+    }
+    for key, (value, least) in at_least.items():
+        if value < least:
+            raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
+    if not 0 < n.top_p <= 1:
+        raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
+
+
+def _check_type(key: str, value: object, annotation: str) -> None:
+    """Refuses a string where `TrainingArguments` wants a number or a switch: it would fail much later."""
+    simple = {part.strip() for part in annotation.split("|")}
+    wanted = simple & {"int", "float", "bool"}
+    if wanted and not simple - {"int", "float", "bool", "None"} and value is not None:
+        fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
+        if not fits:
+            raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")
+
+
+def _nearest(key: str, known) -> str:
+    near = get_close_matches(key, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(list(known)[:12])}, …"

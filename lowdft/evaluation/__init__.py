@@ -1,0 +1,1 @@
+"""Measuring base and tuned model."""

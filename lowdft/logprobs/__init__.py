@@ -1,0 +1,20 @@
+"""The log-probability engine: prompt groups -> rows, mask, positions; hidden states -> log-probabilities."""
+
+from lowdft.logprobs.attention import packed_attention
+from lowdft.logprobs.engine import CompletionLogps, bare, choose_layout, score
+from lowdft.logprobs.head import Head, proposal_logps, token_logps, truncate
+from lowdft.logprobs.rows import Group, lay_out
+
+__all__ = [
+    "CompletionLogps",
+    "Group",
+    "Head",
+    "bare",
+    "choose_layout",
+    "lay_out",
+    "packed_attention",
+    "proposal_logps",
+    "score",
+    "token_logps",
+    "truncate",
+]

@@ -1,0 +1,135 @@
+"""Prompts with their completions, laid out for one forward pass.
+
+Layout "packed": one row without padding, `[prompt][completion 1]…[completion K][prompt]…`. Positions of a completion
+start right after its prompt; `attention.Part` says which tokens each piece attends to, so that a prompt is computed
+once for all of its completions. Layout "padded": one row a completion, for models whose attention cannot be told so.
+Both give the same log-probabilities.
+
+Shape suffixes: R rows, L tokens of the longest row, S scored tokens, C completions, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lowdft.logprobs.attention import Part, make_part
+
+ROW_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Token ids of one prompt (at least one token) and of its completions (at least one token each).
+
+    `unscored`: how many leading tokens of each completion are read but not scored; none unless given.
+    """
+
+    prompt_ids: Sequence[int]
+    completions: Sequence[Sequence[int]]
+    unscored: Sequence[int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a packed row computes for this group."""
+        return len(self.prompt_ids) + sum(map(len, self.completions))
+
+    @property
+    def first_scored(self) -> Sequence[int]:
+        """The place in each completion of its first scored token."""
+        return [0] * len(self.completions) if self.unscored is None else self.unscored
+
+    @property
+    def scored_tokens(self) -> list[int]:
+        """Scored tokens of each completion."""
+        return [len(c) - first for c, first in zip(self.completions, self.first_scored, strict=True)]
+
+    def select(self, numbers: Sequence[int]) -> Group:
+        """The prompt with some of its completions, in the order given."""
+        unscored = None if self.unscored is None else [self.unscored[k] for k in numbers]
+        return Group(self.prompt_ids, [self.completions[k] for k in numbers], unscored)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a forward pass takes, and which hidden states score which tokens."""
+
+    input_ids_RL: Tensor
+    position_ids_RL: Tensor
+    predictor_S: Tensor  # flat index into R * L of the hidden state that predicts the token
+    target_S: Tensor  # the token's id
+    place_S: Tensor  # flat index into R * L of the token itself
+    completion_S: Tensor  # which completion it belongs to, counted through all groups
+    parts: tuple[Part, Part] | None = None  # packed: the prompts' and the completions' attention
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        if self.parts is not None:
+            moved["parts"] = tuple(part.to(device) for part in self.parts)
+        return Rows(**moved)
+
+
+def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
+    """Lays groups out as rows; completions are counted group by group, in the order given."""
+    return _pack(groups) if layout == "packed" else _pad(groups)
+
+
+def _pack(groups: Sequence[Group]) -> Rows:
+    ids, positions, predictors, places, owners = [], [], [], [], []
+    prompts, completions = [], []  # (start of the prompt, its length, start of the completion, its length)
+    start = 0
+    for group in groups:
+        prompt_start, prompt_length = start, len(group.prompt_ids)
+        prompts.append((prompt_start, 0, prompt_start, prompt_length))
+        ids.append(torch.as_tensor(group.prompt_ids))
+        positions.append(torch.arange(prompt_length))
+        start += prompt_length
+        for completion, first in zip(group.completions, group.first_scored, strict=True):
+            length = len(completion)
+            place = torch.arange(start, start + length)
+            predictor = place - 1
+            predictor[0] = prompt_start + prompt_length - 1
+            predictors.append(predictor[first:])
+            places.append(place[first:])
+            owners.append(torch.full((length - first,), len(completions)))
+            completions.append((prompt_start, prompt_length, start, length))
+            ids.append(torch.as_tensor(completion))
+            positions.append(torch.arange(prompt_length, prompt_length + length))
+            start += length
+    filler = torch.zeros(-start % ROW_ALIGNMENT, dtype=torch.int64)
+    input_ids, place_S = torch.cat([*ids, filler]), torch.cat(places)
+    return Rows(
+        input_ids_RL=input_ids[None],
+        position_ids_RL=torch.cat([*positions, filler])[None],
+        predictor_S=torch.cat(predictors),
+        target_S=input_ids[place_S],
+        place_S=place_S,
+        completion_S=torch.cat(owners),
+        parts=(make_part(prompts), make_part(completions)),
+    )
+
+
+def _pad(groups: Sequence[Group]) -> Rows:
+    pairs = [(g.prompt_ids, *pair) for g in groups for pair in zip(g.completions, g.first_scored, strict=True)]
+    width = max(len(prompt) + len(completion) for prompt, completion, _ in pairs)
+    input_ids = torch.zeros((len(pairs), width), dtype=torch.int64)
+    places, owners = [], []  # padding comes last, where no real token sees it: it needs no mask
+    for row, (prompt, completion, first) in enumerate(pairs):
+        start, end = len(prompt) + first, len(prompt) + len(completion)
+        input_ids[row, :end] = torch.cat([torch.as_tensor(prompt), torch.as_tensor(completion)])
+        places.append(torch.arange(start, end) + row * width)
+        owners.append(torch.full((end - start,), row))
+    place_S = torch.cat(places)
+    return Rows(
+        input_ids_RL=input_ids,
+        position_ids_RL=torch.arange(width).expand(len(pairs), width),
+        predictor_S=place_S - 1,
+        target_S=input_ids.flatten()[place_S],
+        place_S=place_S,
+        completion_S=torch.cat(owners),
+    )

@@ -1,0 +1,32 @@
+"""The base, its tokenizer, its adapters, and the base as reference."""
+
+from lowdft.models.adapters import add_adapter, load_adapter, make_policy, require_adapter
+from lowdft.models.base import (
+    Source,
+    configuration,
+    context_length,
+    end_ids,
+    load_base,
+    load_tokenizer,
+    locate,
+    made_from,
+    public_name,
+    whole_weights,
+)
+
+__all__ = [
+    "Source",
+    "add_adapter",
+    "configuration",
+    "context_length",
+    "end_ids",
+    "load_adapter",
+    "load_base",
+    "load_tokenizer",
+    "locate",
+    "made_from",
+    "make_policy",
+    "public_name",
+    "require_adapter",
+    "whole_weights",
+]

@@ -1,0 +1,185 @@
+"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called.
+
+The trap on CPUs with AVX512-BF16: one no-grad forward in eval mode makes bitsandbytes repack a 4-bit layer for
+inference, and from then on gradients through it are silently wrong. `load_base` switches that off on every layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+
+from lowdft.config.recipe import ModelSection
+from lowdft.distributed.sharding import is_fsdp
+from lowdft.errors import UserError
+from lowdft.models.gguf import package_file, unpack_gguf
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base is loaded from (`path`: folder or Hub name) and what its very weights are called (`identity`)."""
+
+    path: str
+    revision: str | None
+    identity: str
+    is_local: bool
+
+
+def locate(section: ModelSection) -> Source:
+    """Finds a base without loading it: a folder, a .gguf file (unpacked once into the cache) or a Hub name.
+
+    Raises:
+        UserError: there is no such model, or no network to ask for it.
+    """
+    name = section.name_or_path
+    if name.startswith("package:"):
+        name = str(package_file(name))
+    if name.endswith(".gguf"):
+        folder = unpack_gguf(Path(name))
+        return Source(str(folder), None, f"gguf sha256 {folder.name}", True)
+    if Path(name).is_dir():
+        return Source(name, None, f"folder {_folder_digest(Path(name))}", True)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"model.name_or_path is {name!r}: there is no such folder, and it is not a Hub name (owner/name)."
+        )
+    config = _hub_config(section)
+    commit = getattr(config, "_commit_hash", None) or section.revision
+    return Source(name, commit, f"{name}@{commit}", False)
+
+
+def load_tokenizer(source: Source, section: ModelSection):
+    """The base's tokenizer, with the recipe's chat template where it gives one.
+
+    A missing pad token is the end token (no token is ever added to a vocabulary).
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if section.chat_template:
+        tokenizer.chat_template = section.chat_template
+    return tokenizer
+
+
+def load_base(source: Source, section: ModelSection, device: torch.device | None = None):
+    """The base on its device: NF4 with double quantization, or dense in `section.dtype`.
+
+    Embedding and head stay in `section.dtype`; nothing is lifted to float32. Under ZeRO-3 each rank loads its part
+    only, unless `whole_weights` says otherwise.
+
+    Raises:
+        UserError: a 4-bit base under ZeRO-3.
+    """
+    in_parts = is_deepspeed_zero3_enabled()
+    if in_parts and section.load_in_4bit:
+        raise UserError("model.load_in_4bit with ZeRO-3 is not supported; use --launch fsdp (FSDP-QLoRA), zero2 or ddp")
+    if device is None:
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    dtype = getattr(torch, section.dtype)
+    quantization = {}
+    if section.load_in_4bit:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if is_fsdp() else torch.uint8,  # FSDP shards floats only
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        revision=source.revision,
+        dtype=dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        device_map=None if in_parts else {"": device},
+        **quantization,
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """While this lasts models are whole, and generate without waiting for other ranks, also under ZeRO-3's launcher."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def context_length(source: Source, section: ModelSection) -> int | None:
+    """Positions that the base was made for, where its configuration says so."""
+    return getattr(configuration(source, section).get_text_config(), "max_position_embeddings", None)
+
+
+def configuration(source: Source, section: ModelSection):
+    """The base's configuration, without its weights."""
+    return AutoConfig.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
+    )
+
+
+def public_name(source: Source, section: ModelSection) -> str:
+    """What a card may call the base: a Hub name, or the bare name of a local folder or file; never a path."""
+    if section.hub_id:
+        return section.hub_id
+    return Path(section.name_or_path).name if source.is_local else section.name_or_path
+
+
+def made_from(source: Source, section: ModelSection, tokenizer) -> dict:
+    """What decides this base's numbers, for manifests: weights, quantization, arithmetic, tokenizer and template."""
+    tokens = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else b"slow")
+    tokens.update((tokenizer.chat_template or "").encode())
+    settings = {k: v for k, v in asdict(section).items() if k in ("load_in_4bit", "dtype", "attn_implementation")}
+    return {"base": source.identity, **settings, "tokenizer": tokens.hexdigest()[:16]}
+
+
+def _hub_config(section: ModelSection):
+    name = section.name_or_path
+    try:
+        return AutoConfig.from_pretrained(name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        at = f" at revision {section.revision}" if section.revision else ""
+        raise UserError(
+            f"model.name_or_path is {name!r}{at}: it is not in the local cache ({constants.HF_HUB_CACHE}) and could "
+            f"not be fetched ({str(error).splitlines()[0][:160]}). Check the spelling and the revision; with no "
+            "network, download it elsewhere (`hf download`) and give its folder; for a gated model log in with "
+            "`hf auth login`."
+        ) from error
+
+
+def _folder_digest(folder: Path) -> str:
+    """Names a local folder's weights by content: configuration, tensor headers, and both ends of every weight file."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        if not path.is_file():
+            raise UserError(f"{folder}: has no config.json, so it is not a transformers model folder")
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def end_ids(tokenizer, model) -> list[int]:
+    """Every token that ends an answer: the tokenizer's end token and those of the model's generation settings."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})

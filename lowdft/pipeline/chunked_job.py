@@ -1,0 +1,88 @@
+"""Long work in parts: each part is written whole before the next begins, so an interruption loses one part at most."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from lowdft.distributed import collectives
+from lowdft.files import replacing
+from lowdft.pipeline.artifact import Product
+
+
+def make_in_parts(
+    product: Product,
+    items: Sequence,
+    part_size: int,
+    work: Callable[[Sequence], list[dict]],
+    what: str,
+    count: Callable[[pa.Table], dict] = lambda table: {},
+) -> dict:
+    """Turns items into one row each and stores them as `product` (a parquet file); goes on from the parts at hand.
+
+    Of several ranks each makes its share of the parts, and the first puts them together.
+
+    Args:
+        items: in an order that the same settings always give.
+        part_size: items of a part; it may be another one after an interruption.
+        work: rows of one part, in order.
+        what: for the progress bar, which shows the first rank's share, its rate and the time left.
+        count: facts about the whole table that are worth noting in the manifest; they are returned.
+    """
+    folder, began = product.path.with_suffix(".parts"), time.perf_counter()
+    if collectives.rank() == 0:
+        if not product.manifest.is_file():  # nobody knows what older parts were made from
+            shutil.rmtree(folder, ignore_errors=True)
+        product.begin()
+    missing = []
+    if collectives.rank() == 0 and not product.path.is_file():
+        missing = _missing(folder, len(items), part_size)
+    missing = collectives.from_all(missing)[0]
+    _make(folder, items, missing[collectives.rank() :: collectives.world_size()], work, what)
+    collectives.wait()
+    if collectives.rank() == 0:
+        if not product.path.is_file():
+            _write(pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive"), product.path)
+        shutil.rmtree(folder, ignore_errors=True)
+    collectives.wait()
+    facts = count(pq.read_table(product.path))
+    if collectives.rank() == 0:
+        product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
+    return facts
+
+
+def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: Callable, what: str) -> None:
+    """Writes the missing parts. A file is named by its first item and has one row an item."""
+    total = sum(end - start for start, end in missing)
+    with tqdm(total=total, desc=what, unit="row", file=sys.stderr, disable=collectives.rank() > 0) as bar:
+        for start, end in missing:
+            _write(pa.Table.from_pylist(work(items[start:end])), folder / f"from-{start:09d}.parquet")
+            bar.update(end - start)
+
+
+def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
+    """(first item, one after the last) of every part to make: what lies between the parts at hand."""
+    missing, position = [], 0
+    for path in [*_at_hand(folder), None]:
+        start = int(path.stem.removeprefix("from-")) if path else count
+        cuts = [*range(position, start, part_size), start]
+        missing += itertools.pairwise(cuts)
+        position = start + (pq.read_metadata(path).num_rows if path else 0)
+    return missing
+
+
+def _at_hand(folder: Path) -> list[Path]:
+    return sorted(folder.glob("from-*.parquet"))
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)

@@ -1,0 +1,1 @@
+"""One file per stage; a stage never imports another stage."""

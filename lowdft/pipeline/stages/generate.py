@@ -1,0 +1,144 @@
+"""generate: the base writes negatives for every prompt -> negatives.parquet (and those of the held-out rows)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import pyarrow as pa
+
+from lowdft import models
+from lowdft.data import Example
+from lowdft.data.prompting import plain_text
+from lowdft.distributed import collectives
+from lowdft.pipeline.chunked_job import make_in_parts
+from lowdft.pipeline.context import SPLITS, Run, say
+from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
+
+
+def main(run: Run) -> None:
+    """Writes the negatives that are wanted and not there yet; tells how they ended."""
+    todo = [split for split in SPLITS if _wanted(run, split)]
+    if run.ready_negatives() and run.examples("train"):
+        say("negatives: the rows bring their own")
+    sampler = None
+    for split in todo:
+        if sampler is None or run.recipe.negatives.adapter:
+            sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
+        product, section = run.negatives(split), run.recipe.negatives
+        examples = run.examples(split)
+        facts = make_in_parts(
+            product,
+            examples,
+            part_size=max(1, 2 * section.batch_size // run.negatives_wanted(split)),
+            work=partial(_part, run, sampler, run.negatives_wanted(split)),
+            what=f"negatives, {split}",
+            count=count,
+        )
+        say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
+    if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
+        push(run)
+
+
+def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:
+    """One row an example: its id, text and `per_prompt` negatives with ids, finish reasons and seeds.
+
+    A sample's seed depends on the recipe's seed, the example's id and the sample's number alone. Up to
+    `negatives.resample` times, a negative that is empty or equals the completion is replaced under a new seed.
+    """
+    section = run.recipe.negatives
+    prompts = {e.example_id: run.sampling_ids(e) for e in examples}
+    seeds = {(e.example_id, k): seed_of(section.seed, e.example_id, k, 0) for e in examples for k in range(per_prompt)}
+    answers = {e.example_id: plain_text(e.completion).strip() for e in examples}
+    samples = {}
+    pending = list(seeds)
+    for attempt in range(section.resample + 1):
+        seeds |= {key: seed_of(section.seed, *key, attempt) for key in pending}
+        drawn = sampler.sample([Request(prompts[key[0]], seeds[key]) for key in pending])
+        for key, sample in zip(pending, drawn, strict=True):
+            sample = end_at(section.stop, sample, run.tokenizer)
+            samples[key] = (sample, run.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip())
+        pending = [key for key in pending if samples[key][1] in ("", answers[key[0]])]
+        if not pending:
+            break
+    rows = []
+    for example in examples:
+        keys = [(example.example_id, k) for k in range(per_prompt)]
+        rows.append(
+            {
+                "example_id": example.example_id,
+                "prompt": example.prompt,
+                "completion": example.completion,
+                "negatives": [samples[key][1] for key in keys],
+                "negative_ids": [list(samples[key][0].token_ids) for key in keys],
+                "finish_reasons": [samples[key][0].finish_reason for key in keys],
+                "seeds": [seeds[key] for key in keys],
+            }
+        )
+    return rows
+
+
+def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
+    """The sample as an answer that ends before the first token with which it contains one of the texts."""
+
+    def contains(n: int) -> bool:
+        text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)
+        return any(one in text for one in stop)
+
+    if not (stop and contains(len(sample.token_ids))):
+        return sample
+    first = next(n for n in range(len(sample.token_ids)) if contains(n + 1))
+    return Sample([*sample.token_ids[:first], tokenizer.eos_token_id], "stop")
+
+
+def seed_of(seed: int, example_id: str, k: int, attempt: int) -> int:
+    """A 63-bit seed for one sample, the same on every machine."""
+    key = json.dumps([seed, example_id, k, attempt]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+def count(table: pa.Table) -> dict[str, int]:
+    """How many negatives there are, are empty, equal the completion, repeat one another, or hit the length cap."""
+    totals = Counter(negatives=0, empty=0, equal_to_the_completion=0, repeated=0, cut_at_max_new_tokens=0)
+    for row in table.select(["completion", "negatives", "finish_reasons"]).to_pylist():
+        totals["negatives"] += len(row["negatives"])
+        totals["empty"] += row["negatives"].count("")
+        totals["equal_to_the_completion"] += row["negatives"].count(plain_text(row["completion"]).strip())
+        totals["repeated"] += len(row["negatives"]) - len(set(row["negatives"]))
+        totals["cut_at_max_new_tokens"] += row["finish_reasons"].count("length")
+    return dict(totals)
+
+
+def push(run: Run) -> None:
+    """Uploads the training negatives as a Hub data set, private unless `negatives.private` says otherwise."""
+    from datasets import Dataset
+
+    section = run.recipe.negatives
+    Dataset.from_parquet(str(run.negatives("train").path)).push_to_hub(section.push, private=section.private)
+    say(f"pushed the negatives to {section.push}")
+
+
+def _part(run: Run, sampler: Sampler, per_prompt: int, examples: Sequence[Example]) -> list[dict]:
+    return write_negatives(run, sampler, examples, per_prompt)
+
+
+def _wanted(run: Run, split: str) -> bool:
+    if run.ready_negatives(split) or not run.examples(split) or not run.negatives_wanted(split):
+        return False
+    product = run.negatives(split)
+    if collectives.from_all(product.is_done())[0]:
+        say(f"{product.path}: already there")
+        return False
+    return True
+
+
+def _sampler(run: Run, adapter: str | None) -> Sampler:
+    section = run.recipe.negatives
+    settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
+    model = run.source if section.backend == "vllm" else run.base()
+    if adapter:
+        model = models.load_adapter(model, adapter)
+    return get_sampler(section.backend, model, models.end_ids(run.tokenizer, model), settings, section.batch_size)

@@ -1,0 +1,52 @@
+"""score: the frozen base scores the training negatives, once -> reference.parquet (objectives without one: nothing)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from lowdft import models
+from lowdft.distributed import collectives
+from lowdft.logprobs import choose_layout, proposal_logps
+from lowdft.models.reference import reference_fields, reference_group, reference_logps
+from lowdft.pipeline.chunked_job import make_in_parts
+from lowdft.pipeline.context import Run, say
+from lowdft.training.token_budget import Passes
+
+
+def main(run: Run) -> None:
+    """Scores what the objective needs under the base, as training will: packed, `tokens_per_pass` at a time."""
+    if not run.reference_from_file:
+        return
+    product = run.reference
+    if collectives.from_all(product.is_done())[0]:
+        say(f"{product.path}: already there")
+        return
+    rows = run.encoded("train")
+    model = run.base()
+    if run.args.reference_adapter:
+        model = models.load_adapter(model, run.args.reference_adapter)
+    args, section = run.args, run.recipe.negatives
+    passes = Passes(args.layout or choose_layout(model), args.logits_chunk_size, args.tokens_per_pass)
+    if args.reference_prompt == "proposal":
+        sampler = {"temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
+        passes.head_logps = partial(proposal_logps, chunk_size=args.logits_chunk_size, **sampler)
+    make_in_parts(
+        product,
+        rows,
+        part_size=4 * args.per_device_train_batch_size,
+        work=lambda part: score_rows(run, model, part, passes),
+        what="reference",
+    )
+    say(f"{product.path}: {len(rows)} rows scored")
+
+
+def score_rows(run: Run, model, rows: Sequence[dict], passes: Passes) -> list[dict]:
+    """Per row its id and, as far as the objective needs them, `ref_negative_logps` and `ref_logps`."""
+    groups = {row["example_id"]: reference_group(row, run.objective, run.args) for row in rows}
+    scored = []
+    for count in sorted({len(group.completions) for group in groups.values()}):
+        alike = {name: group for name, group in groups.items() if len(group.completions) == count}
+        logps = reference_logps(model, list(alike.values()), passes).tolist()
+        scored += zip(alike, logps, strict=True)
+    return [{"example_id": name, **reference_fields(logps, run.objective)} for name, logps in scored]

@@ -1,0 +1,116 @@
+"""Samples from a causal language model, each from its own seed: padded batches, continuous batching or vLLM.
+
+With the transformers backends, token t of a sample is the inverse-CDF draw with the t-th uniform number of its seed.
+A sample depends on the model, its prompt, the settings and its seed alone, not on its neighbours in a batch or on the
+order of requests, up to floating-point noise between batches: none to be seen in float32, but in bfloat16 it moves
+draws (SmolLM2-135M: 21 of 64 samples differ between batches of 32 and of 64). Whoever wants the very same samples after
+an interruption keeps the composition of batches, as `generate` does.
+
+Dimension suffixes: R requests, V vocabulary, T new tokens, P prompt tokens, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from lowdft.logprobs import truncate
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Temperature (0: greedy), then top-k (0: off), then top-p (1: off); at most `max_new_tokens` tokens a sample."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 50
+    max_new_tokens: int = 320
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and the seed (0 to 2**63 - 1) of its one sample."""
+
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`finish_reason` is "stop" (`token_ids` end with the end token that the model wrote) or "length" (none there)."""
+
+    token_ids: list[int]
+    finish_reason: str
+
+
+class Sampler(Protocol):
+    """A backend."""
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        """One sample a request, in the order of the requests."""
+        ...
+
+
+def uniforms(seed: int, n: int) -> Tensor:
+    """The uniform numbers in [0, 1) of a sample: float32 [n] on the CPU; the first m of n are those of m."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(logits_RV: Tensor, u_R: Tensor, settings: SamplingSettings) -> Tensor:
+    """Token ids [R] where the cumulative distribution, in the order of the vocabulary, first exceeds u [R].
+
+    The distribution is the softmax of `truncate(logits / temperature)`. That order is the same in every batch;
+    near-equal tokens ordered by probability would swap under floating-point noise.
+    """
+    if settings.temperature == 0:
+        return logits_RV.argmax(1)
+    logits_RC, ids_RC = logits_RV.float(), None
+    if 0 < 2 * settings.top_k < logits_RC.shape[1]:
+        # Twice top_k: truncate also keeps the tokens that tie with the last one, as bfloat16 logits often do.
+        ids_RC = logits_RC.topk(2 * settings.top_k, dim=1).indices.sort(dim=1).values
+        logits_RC = logits_RC.gather(1, ids_RC)
+    probs_RC = truncate(logits_RC / settings.temperature, settings.top_p, settings.top_k).softmax(1)
+    # float64: rounding neither lifts u to the total nor makes room for a token of probability 0.
+    cdf_RC = probs_RC.double().cumsum(1)
+    at_R1 = torch.searchsorted(cdf_RC, u_R[:, None].double() * cdf_RC[:, -1:], right=True)
+    return (at_R1 if ids_RC is None else ids_RC.gather(1, at_R1))[:, 0]
+
+
+def only(ids_R: Tensor, scores_RV: Tensor) -> Tensor:
+    """Scores under which the greedy choice is `ids_R`."""
+    return torch.full_like(scores_RV, float("-inf")).scatter_(1, ids_R[:, None], 0.0)
+
+
+def finish(ids: list[int], end_ids: list[int]) -> Sample:
+    """New token ids up to and with their first end token."""
+    end = next((i for i, token in enumerate(ids) if token in end_ids), None)
+    return Sample(ids, "length") if end is None else Sample(ids[: end + 1], "stop")
+
+
+@contextmanager
+def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterator:
+    """The model without its peft wrapper (adapter layers stay), in eval mode and with generation settings of ours:
+    transformers fills up what `generate` is given with the model's own, such as a repetition penalty."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    training, own = [module for module in model.modules() if module.training], plain.generation_config
+    plain.generation_config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],
+    )
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield plain
+    finally:
+        plain.generation_config = own
+        for module in training:
+            module.training = True

@@ -1,0 +1,129 @@
+"""Sums of what a step did, turned into the numbers that are logged."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowdft.data.batch import Batch
+from lowdft.distributed import collectives
+from lowdft.objectives import Losses, Objective, Scores
+from lowdft.training.token_budget import Scored
+
+
+class StepMetrics:
+    """Collects the micro-batches between two log lines; `flush` gives means over their prompts and starts anew."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._prompts = 0
+        self._tokens = 0
+        self._computed, self._needed = 0, 0
+        self._since = time.perf_counter()
+
+    def add(
+        self, scores: Scores, losses: Losses, objective: Objective, batch: Batch, scored: Scored | None = None
+    ) -> None:
+        """Adds one micro-batch. The objective says on which score the margin is taken, and if tokens are weighed."""
+        positive_M, lengths_M = scores.policy_logps_M.detach(), scores.completion_tokens_M
+        self._prompts += len(batch)
+        self._tokens += int(lengths_M.sum()) + sum(len(row["prompt_ids"]) for row in batch.rows)
+        self._add("surrogate", losses.surrogate_M.detach())
+        self._add("logps/positive" + ("_weighted" if objective.token_weight else ""), positive_M)
+        if scores.policy_negative_logps_MB is not None:
+            negative_MB, tokens_MB = scores.policy_negative_logps_MB.detach(), scores.negative_tokens_MB
+            self._tokens += int(tokens_MB.sum())
+            self._add("logps/negative", negative_MB.mean(1))
+            margin_M = (
+                positive_M / lengths_M - (negative_MB / tokens_MB).mean(1)
+                if objective.per_token
+                else positive_M - negative_MB.mean(1)
+            )
+            self._add("margin", margin_M)
+        if scores.mismatched_gain_M is not None:
+            self._add("reference/mismatched_gain", scores.mismatched_gain_M)
+        if losses.weights_MB is not None:
+            omega_MB = losses.weights_MB
+            self._add("weights/mean", omega_MB.mean(1))
+            squares_M = omega_MB.square().sum(1).clamp_min(torch.finfo(omega_MB.dtype).tiny)
+            self._add("weights/ess", omega_MB.sum(1).square() / squares_M)
+            if scored is not None:
+                self._add("weights/skipped", scored.skipped_MB.double().mean(1))
+        if scored is not None:
+            self._computed += scored.computed
+            self._needed += scored.needed
+
+    def gap(self, scores: Scores) -> None:
+        """|policy - reference| a sequence, on the negatives of the first optimizer step, where both are one model."""
+        if scores.ref_negative_logps_MB is not None:
+            difference_MB = scores.policy_negative_logps_MB - scores.ref_negative_logps_MB
+            self._add("reference/gap", difference_MB.abs().mean(1))
+
+    def flush(self, log_u: Tensor | None) -> dict[str, float]:
+        """The means over all ranks, their speed and this one's peak memory since the last flush."""
+        every = collectives.from_all((self._sums, self._prompts, self._tokens, self._computed, self._needed))
+        sums, prompts, tokens, computed, needed = zip(*every, strict=True)
+        names = dict.fromkeys(name for one in sums for name in one)
+        out = {name: sum(one.get(name, 0.0) for one in sums) / max(1, sum(prompts)) for name in names}
+        if log_u is not None and not math.isnan(mean := finite_mean(log_u)):
+            out["log_u/mean"] = mean
+        out["tokens_per_second"] = sum(tokens) / max(1e-9, time.perf_counter() - self._since)
+        if sum(computed):
+            out["padding"] = 1 - sum(needed) / sum(computed)
+        out["peak_memory_gb"] = peak_memory_gb()
+        self.__init__()
+        return out
+
+    def _add(self, name: str, values_M: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + values_M.sum().item()
+
+
+def finite_mean(values: Tensor) -> float:
+    """The mean of the finite values, NaN if there is none."""
+    mean = values.mean().item()  # of ten million values this takes milliseconds, the mask a hundred times that
+    return mean if math.isfinite(mean) else values[values.isfinite()].mean().item()
+
+
+class Faded:
+    """Says once, in words, when the negatives have stopped pulling: from there DFT is SFT with a bill."""
+
+    WEIGHT, LINES = 0.01, 5
+
+    def __init__(self):
+        self._lines = 0
+
+    def see(self, mean_weight: float | None) -> None:
+        """Takes the mean weight of a log line (None: it has none)."""
+        self._lines = self._lines + 1 if mean_weight is not None and mean_weight < self.WEIGHT else 0
+        if self._lines == self.LINES:
+            warnings.warn(
+                f"the mean weight of the negatives has been under {self.WEIGHT} for {self.LINES} log lines (now "
+                f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a "
+                "higher price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or "
+                "fewer epochs.",
+                stacklevel=3,
+            )
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB (10^9 bytes): of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def reset_peak_memory() -> None:
+    """Begins the peak anew, for the next training of one process; where the system cannot, the old peak stays."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of resident memory (proc(5))

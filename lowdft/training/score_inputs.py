@@ -1,0 +1,78 @@
+"""What an objective needs beside the policy's own scores of a micro-batch: the reference's, and other constants."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lowdft.config.training import DFTConfig
+from lowdft.data.batch import Batch
+from lowdft.distributed import collectives
+from lowdft.logprobs import Group
+from lowdft.models.reference import REFERENCE_NEEDS, has_reference, reference_logps, reference_on
+from lowdft.objectives import Objective
+from lowdft.training.token_budget import IDLE, Passes
+
+
+def prepare(
+    model: nn.Module,
+    batch: Batch,
+    visits_M: Tensor,
+    count: int,
+    objective: Objective,
+    args: DFTConfig,
+    passes: Passes,
+) -> dict[str, Tensor]:
+    """Fields of `Scores` by name, a row a prompt, without gradient; only those that `objective.needs` names.
+
+    (`log_u_M` and `mismatched_gain_M`, which belong to the training and to the step, are the trainer's to add.)
+
+    The reference comes from the rows where they bring it, else from the model with its reference on.
+    """
+    needs, given = objective.needs, {}
+    if "aligned" in needs:
+        given["aligned_logps_M"] = batch.column("aligned_logps")
+    if not needs & REFERENCE_NEEDS:
+        return given
+    with_negatives, with_completion = "reference" in needs, "completion_reference" in needs
+    if not passes.most(any(not has_reference(row, objective) for row in batch.rows)):
+        if with_negatives:
+            given["ref_negative_logps_MB"] = batch.ref_negative_logps(visits_M, count)
+        if with_completion:
+            given["ref_logps_M"] = batch.column("ref_logps")
+        return given
+    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
+    negatives = batch.negatives(visits_M, count if with_negatives else 0)
+    groups = batch.groups(negatives, prompt=prompt, completion=with_completion, negatives_scored=args.negatives_scored)
+    with reference_on(model):
+        ref_MK = reference_logps(model, groups, passes)
+    if with_completion:
+        given["ref_logps_M"], ref_MK = ref_MK[:, -1], ref_MK[:, :-1]
+    if with_negatives:
+        given["ref_negative_logps_MB"] = ref_MK
+    return given
+
+
+def mismatched_gain(model: nn.Module, batches: Sequence[Batch], passes: Passes) -> float:
+    """Mean of log policy - log reference of every prompt of a step with the next prompt's completion, over all ranks.
+
+    Prompts stand in the order that one process would take them in, so that the number of ranks and the size of a
+    micro-batch change nothing. 0 for a lone prompt, which has no next one.
+
+    Args:
+        batches: this rank's micro-batches of the step.
+    """
+    everyone = collectives.from_all([[(row["prompt_ids"], row["completion_ids"]) for row in b.rows] for b in batches])
+    by_micro_batch = itertools.zip_longest(*everyone, fillvalue=())
+    rows = [(owner, *row) for micro in by_micro_batch for owner, part in enumerate(micro) for row in part]
+    pairs = zip(rows, [*rows[1:], *rows[:1]], strict=True) if len(rows) > 1 else []
+    groups = [Group(prompt, [other]) for (owner, prompt, _), (*_, other) in pairs if owner == collectives.rank()]
+    scored = groups or [IDLE]  # with sharded parameters every rank takes part
+    policy_M1 = reference_logps(model, scored, passes)
+    with reference_on(model):
+        gain_M1 = policy_M1 - reference_logps(model, scored, passes)
+    gains = gain_M1[: len(groups), 0].tolist()
+    gains = list(itertools.chain(*collectives.from_all(gains)))
+    return sum(gains) / max(1, len(gains))

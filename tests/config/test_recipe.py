@@ -1,0 +1,108 @@
+"""Recipes: numbers, overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from lowdft.config.recipe import load_recipe, save_recipe, training_config
+from lowdft.errors import UserError
+
+MINIMAL = "output_dir: out\nmodel: {name_or_path: owner/name}\ndata: {train: rows.jsonl}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def writer(text: str):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return writer
+
+
+def test_scientific_notation_is_a_number(write):
+    recipe = load_recipe(write(MINIMAL + "training: {learning_rate: 5e-5}\n"), ["training.weight_decay=1e-2"])
+    assert recipe.training == {"learning_rate": 5e-5, "weight_decay": 1e-2}
+    assert training_config(recipe).learning_rate == 5e-5
+
+
+def test_overrides_reach_sections(write):
+    recipe = load_recipe(write(MINIMAL), ["negatives.temperature=1.5", "adapter=null", "data.columns.prompt=q"])
+    assert (recipe.negatives.temperature, recipe.adapter, recipe.data.columns) == (1.5, None, {"prompt": "q"})
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ("negative: {top_k: 5}", "negative is not a key of a recipe. Did you mean 'negatives'"),
+        ("negatives: {topk: 5}", "negatives.topk is not a key of a recipe. Did you mean 'top_k'"),
+        ("negatives: {top_k: many}", "negatives.top_k"),
+        ("negatives: {strategy: bad_sistem}", "Did you mean 'bad_system'"),
+        ("negatives: {strategy: custom}", "negatives.template is None"),
+        ("negatives: {stop: ['.', '']}", "negatives.stop is .*wanted texts of a character or more"),
+        ("negatives: {top_p: 0}", "negatives.top_p is 0.0; wanted a number in"),
+        ("model: 7", "model is 7; wanted a section"),
+        ("evaluation: {answer: regex}", "evaluation.pattern is missing"),
+    ],
+)
+def test_errors_name_the_key(write, extra, words):
+    base = {k: v for k, v in yaml.safe_load(MINIMAL).items() if not extra.startswith(k + ":")}
+    with pytest.raises(UserError, match=words):
+        load_recipe(write(yaml.safe_dump(base) + extra + "\n"))
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("learning_rat", 1, "training.learning_rat is not known. Did you mean 'learning_rate'"),
+        ("learning_rate", "fast", "training.learning_rate is 'fast'; wanted float"),
+        ("objective", "dtf", "objective 'dtf' is not known.*Did you mean 'dft'"),
+        ("gamma", 1.5, r"training.gamma is 1.5; wanted a number in \(0, 1\]"),
+        ("reference", "sometimes", "training.reference is 'sometimes'; wanted precomputed or online"),
+        ("log_u_init", "zero", "training.log_u_init is 'zero'; wanted a number or first_batch"),
+        ("objective_args", {"beta": 1}, r"training.objective_args is \['beta'\]"),
+    ],
+)
+def test_training_errors_name_the_key(write, key, value, words):
+    recipe = load_recipe(write(MINIMAL + yaml.safe_dump({"training": {key: value}})))
+    with pytest.raises(UserError, match=words):
+        training_config(recipe)
+
+
+def test_objectives_bring_their_defaults(write):
+    paper = {"dft": (1.0, 0.85), "dft2": (0.3, 0.9), "sft": (None, None)}
+    for name, wanted in paper.items():
+        args = training_config(load_recipe(write(MINIMAL), [f"training.objective={name}"]))
+        assert (args.tau, args.gamma) == wanted
+
+
+def test_missing_file_missing_key_and_no_yaml(write, tmp_path):
+    with pytest.raises(UserError, match="there is no such recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="data.train.*give it"):
+        load_recipe(write("output_dir: out\nmodel: {name_or_path: a/b}\n"))
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(write("a: [1"))
+
+
+def test_a_recipe_says_only_what_differs_from_the_one_it_extends(write, tmp_path):
+    write(MINIMAL + "adapter: null\ntraining: {tau: 0.5, gamma: 0.9}\n")
+    twin, cousin = tmp_path / "twin.yaml", tmp_path / "cousin.yaml"
+    twin.write_text("extends: recipe.yaml\nadapter: {r: 4}\ntraining: {gamma: null}\n")
+    cousin.write_text("extends: twin.yaml\nmodel: {revision: abc}\n")
+    recipe = load_recipe(cousin, ["training.seed=1"])
+    assert recipe.training == {"tau": 0.5, "gamma": None, "seed": 1} and recipe.adapter.r == 4
+    assert (recipe.model.name_or_path, recipe.model.revision) == ("owner/name", "abc")
+    twin.write_text("extends: cousin.yaml\n")
+    with pytest.raises(UserError, match="extends twin.yaml, which extends it in turn"):
+        load_recipe(twin)
+    twin.write_text("extends: absent.yaml\n")
+    with pytest.raises(UserError, match="absent.yaml: there is no such recipe"):
+        load_recipe(twin)
+
+
+def test_resolved_recipe_reads_back(write, tmp_path):
+    recipe = load_recipe(write(MINIMAL), ["training.tau=0.5", "negatives.seed=3"])
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe

@@ -1,0 +1,114 @@
+"""Tiny models, tokenizers and rows, made in the test."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from lowdft import DFTConfig, DFTTrainer
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+GOLDEN = TESTS / "golden"
+VOCABULARY = 97
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: one token a byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=chat_template,
+    )
+
+
+def make_llama(vocab_size: int = VOCABULARY, seed: int = 0) -> LlamaForCausalLM:
+    """Two layers of 32, float32, random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_rows(n: int = 10, negatives: int = 4, seed: int = 0) -> list[dict]:
+    """Rows of random ids with prompts, completions and negatives of different lengths."""
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(low, high))]
+
+    return [
+        {"prompt_ids": ids(2, 7), "completion_ids": ids(2, 7), "negative_ids": [ids(1, 7) for _ in range(negatives)]}
+        for _ in range(n)
+    ]
+
+
+def lora(dropout: float = 0.0) -> LoraConfig:
+    """A LoRA configuration for every linear layer."""
+    return LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+
+
+def make_trainer(folder, rows=None, peft=True, dropout=0.0, eval_rows=None, **settings) -> DFTTrainer:
+    """A trainer of a tiny model: two epochs, two micro-batches of two rows per step."""
+    defaults = dict(
+        objective="dft",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    args = DFTConfig(output_dir=str(folder), **(defaults | settings))
+    return DFTTrainer(
+        make_llama(),
+        args,
+        make_rows() if rows is None else rows,
+        eval_dataset=eval_rows,
+        peft_config=lora(dropout) if peft else None,
+    )
+
+
+def losses(trainer) -> list[float]:
+    """The logged losses."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Preempt(TrainerCallback):
+    """SIGTERM between two micro-batches of the step after `step`."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)

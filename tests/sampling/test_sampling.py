@@ -1,0 +1,224 @@
+"""Samples depend on their own seed alone, follow the target distribution, and leave the model as it was."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from helpers import VOCABULARY, make_llama
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+from transformers.generation.continuous_batching.requests import RequestState
+
+from lowdft.errors import UserError
+from lowdft.logprobs import truncate
+from lowdft.sampling import Request, SamplingSettings, get_sampler
+from lowdft.sampling.draw import draw, uniforms
+
+SETTINGS = SamplingSettings(temperature=0.9, top_k=20, top_p=0.95, max_new_tokens=12)
+END = [2, 5]
+BACKENDS = pytest.mark.parametrize("backend", ["padded", "continuous"])
+
+
+def sharp_llama():
+    """A tiny model whose distributions are far from flat."""
+    model = make_llama()
+    model.lm_head.weight.data.mul_(8)
+    return model
+
+
+def make_requests(n: int = 13) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 40, (n,), generator=generator).tolist()
+    prompts = [torch.randint(6, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(prompt, 2**62 + i) for i, prompt in enumerate(prompts)]
+
+
+def target(logits, settings):
+    return truncate(logits / settings.temperature, settings.top_p, settings.top_k).softmax(1)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (10, 1.0), (0, 0.8), (10, 0.8), (60, 1.0)])
+def test_draw_splits_the_unit_interval_into_the_target_probabilities(top_k, top_p):
+    settings = SamplingSettings(temperature=0.7, top_p=top_p, top_k=top_k)
+    logits = 2 * torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    n = 20_000
+    ids = draw(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, settings)
+    torch.testing.assert_close(
+        torch.bincount(ids, minlength=VOCABULARY) / n, target(logits, settings)[0], rtol=0, atol=1.5 / n
+    )
+
+
+def test_draws_of_many_seeds_follow_the_target_distribution():
+    settings = SamplingSettings(temperature=0.7, top_k=10)
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    u = torch.stack([uniforms(seed, 1)[0] for seed in range(5000)])
+    counts = torch.bincount(draw(logits.expand(5000, -1), u, settings), minlength=VOCABULARY).double()
+    expected = 5000 * target(logits, settings)[0].double()
+    kept = expected > 0
+    assert kept.sum() == 10 and counts[~kept].sum() == 0
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < 27.9  # 9 degrees of freedom: once in 1000
+
+
+def test_draw_keeps_the_tokens_that_tie_with_the_last_of_top_k():
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 50:54] = torch.tensor([3.0, 2.0, 1.0, 1.0])
+    ids = draw(logits.expand(1000, -1), (torch.arange(1000) + 0.5) / 1000, SamplingSettings(temperature=1.0, top_k=3))
+    assert set(ids.tolist()) == {50, 51, 52, 53}
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_the_outermost_uniform_numbers_draw_tokens_that_were_not_cut(u):
+    logits, settings = torch.randn(512, VOCABULARY), SamplingSettings(temperature=1.0, top_p=0.5, top_k=20)
+    ids = draw(logits, torch.full((512,), u), settings)
+    assert (target(logits, settings).gather(1, ids[:, None]) > 0).all()
+
+
+def test_uniform_numbers_hang_on_the_seed():
+    assert torch.equal(uniforms(3, 5), uniforms(3, 9)[:5])
+    assert not torch.equal(uniforms(3, 5), uniforms(4, 5))
+
+
+@BACKENDS
+def test_temperature_0_is_greedy(backend):
+    model, requests = sharp_llama(), make_requests(5)
+    samples = get_sampler(backend, model, END, SamplingSettings(temperature=0, max_new_tokens=8), 3).sample(requests)
+    for request, sample in zip(requests, samples, strict=True):
+        prompt = torch.tensor([request.prompt_ids])
+        config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=END, pad_token_id=0)
+        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        assert sample.token_ids == written[0, prompt.shape[1] :].tolist()
+
+
+@BACKENDS
+def test_a_sample_depends_on_its_own_request_alone(backend):
+    model, requests = sharp_llama(), make_requests()
+    expected = get_sampler("padded", model, END, SETTINGS, 1).sample(requests)
+    assert len({tuple(sample.token_ids) for sample in expected}) == len(requests)
+    for batch_size in (2, 64):
+        sampler = get_sampler(backend, model, END, SETTINGS, batch_size)
+        assert sampler.sample(requests) == expected
+        assert sampler.sample(requests[::-1]) == expected[::-1]
+        assert sampler.sample(requests[3:7]) == expected[3:7]
+
+
+@BACKENDS
+def test_samples_of_one_prompt_differ_by_seed_alone(backend):
+    prompt = list(range(6, 76))  # more than two pages, which continuous batching shares
+    requests = [Request(prompt, seed) for seed in (1, 2, 3, 1)]
+    samples = get_sampler(backend, sharp_llama(), END, SETTINGS, 2).sample(requests)
+    assert samples[0] == samples[3]
+    assert len({tuple(sample.token_ids) for sample in samples}) == 3
+
+
+def test_eviction_from_a_full_cache_changes_no_token(monkeypatch):
+    model, settings = sharp_llama(), SamplingSettings(temperature=0.9, top_k=20, max_new_tokens=60)
+    model.lm_head.weight.data[2] = 0  # never among the top 20, so that every sample is long
+    requests = [Request([6 + i, 7, 8], i) for i in range(6)]
+    sampler = get_sampler("continuous", model, [2], settings, 6)
+    sized, restart, evicted = sampler._cache, RequestState.create_equivalent_initial_request, []
+
+    def small(*args):
+        config = sized(*args)
+        config.num_blocks = 7  # of 32 tokens, for 6 requests of 63
+        return config
+
+    def watched(state):
+        evicted.append(len(state.generated_tokens))
+        return restart(state)
+
+    monkeypatch.setattr(sampler, "_cache", small)
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", watched)
+    assert sampler.sample(requests) == get_sampler("padded", model, [2], settings, 6).sample(requests)
+    assert max(evicted) > 0
+
+
+@BACKENDS
+def test_end_tokens(backend):
+    """A sample that stops ends in its one end token; one that is cut has its full length and no end token."""
+    samples = get_sampler(backend, sharp_llama(), END, SETTINGS, 16).sample(make_requests(40))
+    assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+    for sample in samples:
+        ends = [i for i, token in enumerate(sample.token_ids) if token in END]
+        if sample.finish_reason == "stop":
+            assert ends == [len(sample.token_ids) - 1]
+        else:
+            assert ends == [] and len(sample.token_ids) == SETTINGS.max_new_tokens
+
+
+@BACKENDS
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was_and_its_own_generation_settings_do_not_count(backend, attention, training):
+    model = sharp_llama().train(training)
+    model.set_attn_implementation(attention)
+    model.model.layers[0].train(not training)
+    model.generation_config.repetition_penalty = 5.0
+    modes, own = [module.training for module in model.modules()], model.generation_config
+    ids = torch.arange(6, 26)[None]
+    mask = torch.full((1, 1, 20, 20), -1e9).triu(1)  # 4-D, as in training
+    before = model(input_ids=ids, attention_mask=mask).logits
+    samples = get_sampler(backend, model, END, SETTINGS, 4).sample(make_requests())
+    assert samples == get_sampler("padded", sharp_llama(), END, SETTINGS, 4).sample(make_requests())
+    assert model.config._attn_implementation == attention
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is own and own.repetition_penalty == 5.0
+    after = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(after, before) and after.requires_grad
+
+
+@BACKENDS
+def test_an_adapter_counts_while_it_is_on(backend):
+    requests = make_requests(4)
+    base = get_sampler("padded", sharp_llama(), END, SETTINGS, 4).sample(requests)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(sharp_llama(), config)
+    sampler = get_sampler(backend, model, END, SETTINGS, 4)
+    adapted = sampler.sample(requests)
+    assert adapted != base
+    assert adapted == get_sampler("padded", model, END, SETTINGS, 1).sample(requests)
+    with model.disable_adapter():
+        assert sampler.sample(requests) == base
+
+
+@BACKENDS
+def test_no_requests_no_samples(backend):
+    assert get_sampler(backend, make_llama(), END, SETTINGS, 4).sample([]) == []
+
+
+def test_a_failure_of_continuous_batching_is_told_and_leaves_the_model_as_it_was(monkeypatch):
+    model = sharp_llama().train()
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr("lowdft.sampling.continuous.draw", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="division by zero.*negatives.backend=padded"):
+        get_sampler("continuous", model, END, SETTINGS, 4).sample(make_requests(3))
+    assert model.config._attn_implementation == "eager" and model.training
+
+
+def test_an_interruption_does_not_wait_for_the_rest(monkeypatch):
+    steps = []
+
+    def interrupted(manager, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    def counted(*args):
+        steps.append(1)
+        return draw(*args)
+
+    monkeypatch.setattr("lowdft.sampling.continuous.draw", counted)
+    monkeypatch.setattr(
+        "transformers.generation.continuous_batching.continuous_api.ContinuousBatchingManager.get_result", interrupted
+    )
+    model = sharp_llama()
+    model.lm_head.weight.data[0] = 0  # never among the top 20: every sample would take 200 steps
+    with pytest.raises(KeyboardInterrupt):
+        settings = SamplingSettings(top_k=20, max_new_tokens=200)
+        get_sampler("continuous", model, [0], settings, 4).sample(make_requests())
+    assert len(steps) < 200
+
+
+def test_missing_vllm_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r'pip install "lowdft\[vllm\]"'):
+        get_sampler("vllm", None, END, SETTINGS, 4)

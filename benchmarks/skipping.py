@@ -18,7 +18,6 @@ import torch
 
 from lowdft import DFTTrainer, models
 from lowdft.config.recipe import load_recipe
-from lowdft.models.reference import REFERENCE_NEEDS
 from lowdft.pipeline.context import Run
 
 
@@ -63,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     run = Run(load_recipe(options.recipe, options.overrides))
     rows = run.encoded("train")
-    if run.objective.needs & REFERENCE_NEEDS:
+    if run.objective.uses_any_reference:
         rows = run.with_reference(rows)
     model = models.add_adapter(run.base(), run.recipe.adapter, run.args.seed)
     args = run.args

@@ -108,7 +108,7 @@ def measure(options, name: str, shape: str) -> dict:
 def load(options):
     """The base and its tokenizer."""
     from lowdft import models
-    from lowdft.config.recipe import ModelSection
+    from lowdft.config.sections import ModelSection
 
     section = ModelSection(name_or_path=options.model, load_in_4bit=options.load_in_4bit)
     source = models.locate(section)

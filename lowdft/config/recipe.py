@@ -6,120 +6,26 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lowdft.config.sections import (
+    ANSWERS,
+    BACKENDS,
+    STRATEGIES,
+    AdapterSection,
+    DataSection,
+    EvaluationSection,
+    ExportSection,
+    ModelSection,
+    NegativesSection,
+    Recipe,
+)
 from lowdft.errors import UserError
 from lowdft.files import write_text
-
-STRATEGIES = ("direct", "chat", "good_system", "bad_system", "custom")
-ANSWERS = ("auto", "none", "number", "choice", "regex", "math")
-BACKENDS = ("padded", "continuous", "vllm")
-
-
-@dataclass
-class ModelSection:
-    """The base: a local folder, a Hub name, a .gguf file, or package:NAME/FILE.gguf of an installed Python package."""
-
-    name_or_path: str = "???"
-    revision: str | None = None
-    hub_id: str | None = None  # what to call a local base in the exported adapter and its card
-    load_in_4bit: bool = True  # NF4 with double quantization
-    dtype: str = "bfloat16"  # of the arithmetic; float32 for exactness
-    attn_implementation: str | None = None  # None: transformers chooses (SDPA where the model has it)
-    trust_remote_code: bool = False
-    chat_template: str | None = None  # Jinja; takes the place of the tokenizer's own
-
-
-@dataclass
-class AdapterSection:
-    """LoRA; `adapter: null` trains all parameters."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: Any = "all-linear"
-
-
-@dataclass
-class DataSection:
-    """Rows to train on and rows held out. Without `eval`, the last `eval_rows` rows of `train` are held out."""
-
-    train: str = "???"
-    eval: str | None = None
-    split: str = "train"
-    eval_split: str = "test"
-    revision: str | None = None
-    eval_revision: str | None = None  # of `eval`; None: the same as `revision`
-    columns: dict[str, str] = field(default_factory=dict)
-    prompt_style: str = "chat"  # or direct: string prompts as they are, no template
-    system_prompt: str | None = None
-    train_rows: int | None = None
-    eval_rows: int | None = None
-    skip_invalid: bool = False
-
-
-@dataclass
-class NegativesSection:
-    """How the base writes negatives. `source`: auto (ready ones if the rows have them), data or generate."""
-
-    source: str = "auto"
-    per_prompt: int | None = None  # None: as many as training will use, epochs * negatives_per_step
-    eval_per_prompt: int | None = None  # for held-out rows; None: negatives_per_step
-    strategy: str = "bad_system"
-    system_prompt: str | None = None  # of the strategies with a system message; None: their own
-    template: str | None = None  # of strategy custom: text with {prompt}
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 50
-    max_new_tokens: int = 320
-    seed: int = 0
-    adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
-    backend: str = "padded"
-    batch_size: int = 32
-    stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
-    resample: int = 0  # tries to replace a negative that is empty or equals the completion
-    push: str | None = None  # a Hub data set to upload them to
-    private: bool = True
-
-
-@dataclass
-class EvaluationSection:
-    """What is measured on the held-out rows, before and after."""
-
-    answer: str = "auto"  # how a greedy answer is checked: number, choice, regex, math, none
-    pattern: str | None = None  # of answer regex: its first group is the answer
-    max_new_tokens: int = 256
-    batch_size: int = 32
-    compare: dict[str, str] = field(default_factory=dict)  # name: run folder or adapter, measured beside this one
-
-
-@dataclass
-class ExportSection:
-    """Where the adapter goes beside the run folder."""
-
-    push: str | None = None  # a Hub model name
-    private: bool = True
-
-
-@dataclass
-class Recipe:
-    """The whole recipe. `training` holds fields of `DFTConfig`."""
-
-    output_dir: str = "???"
-    rounds: int = 1  # of `lowdft run`: each begins where the last ended, with negatives that it writes anew
-    model: ModelSection = field(default_factory=ModelSection)
-    adapter: AdapterSection | None = field(default_factory=AdapterSection)
-    data: DataSection = field(default_factory=DataSection)
-    negatives: NegativesSection = field(default_factory=NegativesSection)
-    training: dict[str, Any] = field(default_factory=dict)
-    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
-    export: ExportSection = field(default_factory=ExportSection)
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -143,7 +49,18 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
     _check_values(recipe, str(path))
+    if recipe.model.dtype == "auto":
+        recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
     return recipe
+
+
+def computes_bfloat16() -> bool:
+    """Does this machine compute in bfloat16? A CPU without such instructions emulates it, ten times slower."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):
@@ -249,7 +166,7 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
 
 def _check_values(recipe: Recipe, path: str) -> None:
     choices = {
-        "model.dtype": (recipe.model.dtype, ("bfloat16", "float16", "float32")),
+        "model.dtype": (recipe.model.dtype, ("auto", "bfloat16", "float16", "float32")),
         "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
         "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
         "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),

@@ -109,17 +109,17 @@ class DFTConfig(TrainingArguments):
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
         chosen.try_out(self.hyperparameters())
-        if chosen.needs & {"reference", "completion_reference"} and self.reference == "online":
+        if chosen.uses_any_reference and self.reference == "online":
             wanted = "training or sampling with reference: online (the sampler's density is scored beforehand)"
             _require(self.reference_prompt != "proposal", "reference_prompt", self.reference_prompt, wanted)
-        if "completion_reference" in chosen.needs:
+        if chosen.uses_completion_reference:
             _require(
                 self.reference_prompt == "training",
                 "reference_prompt",
                 self.reference_prompt,
                 f"training for {chosen.name}",
             )
-        if "mismatched" in chosen.needs:
+        if chosen.uses_mismatched:
             batch = self.per_device_train_batch_size
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
         _require(

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
-from lowdft.config.recipe import AdapterSection
+from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from lowdft.config.recipe import ModelSection
+from lowdft.config.sections import ModelSection
 from lowdft.distributed.sharding import is_fsdp
 from lowdft.errors import UserError
 from lowdft.models.gguf import package_file, unpack_gguf

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from lowdft.config.recipe import AdapterSection, ModelSection
+from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.config.training import DFTConfig
 from lowdft.logprobs import Group, score
 

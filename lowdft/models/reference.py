@@ -46,17 +46,15 @@ def has_reference(row: dict, objective: Objective) -> bool:
 def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
     """The completions of a row that the reference scores for this objective: negatives first, the good one last."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
-    negatives = row["negative_ids"] if "reference" in objective.needs else []
-    return group_of(row, negatives, prompt, "completion_reference" in objective.needs, args.negatives_scored)
+    negatives = row["negative_ids"] if objective.uses_reference else []
+    return group_of(row, negatives, prompt, objective.uses_completion_reference, args.negatives_scored)
 
 
 def reference_fields(logps: list[float], objective: Objective) -> dict:
     """The fields of an encoded row (`FIELDS`) from the log-probabilities of its `reference_group`."""
-    with_completion = "completion_reference" in objective.needs
+    with_completion = objective.uses_completion_reference
     fields = {"ref_logps": logps[-1]} if with_completion else {}
-    return fields | (
-        {"ref_negative_logps": logps[: len(logps) - with_completion]} if "reference" in objective.needs else {}
-    )
+    return fields | ({"ref_negative_logps": logps[: len(logps) - with_completion]} if objective.uses_reference else {})
 
 
 def reference_logps(model: nn.Module, groups: Sequence[Group], passes: Passes) -> Tensor:

@@ -78,6 +78,46 @@ class Objective:
     def __post_init__(self):
         assert self.needs <= NEEDS.keys(), self.needs
 
+    @property
+    def uses_negatives(self) -> bool:
+        """Does it compare the completion with negatives?"""
+        return "negatives" in self.needs
+
+    @property
+    def uses_reference(self) -> bool:
+        """Does it need the reference's log-probabilities of the negatives?"""
+        return "reference" in self.needs
+
+    @property
+    def uses_completion_reference(self) -> bool:
+        """Does it need the reference's log-probability of the completion?"""
+        return "completion_reference" in self.needs
+
+    @property
+    def uses_any_reference(self) -> bool:
+        """Does it need the reference at all?"""
+        return self.uses_reference or self.uses_completion_reference
+
+    @property
+    def uses_log_u(self) -> bool:
+        """Does it keep a moving average per example?"""
+        return "log_u" in self.needs
+
+    @property
+    def uses_mismatched(self) -> bool:
+        """Does it need completions scored under other prompts?"""
+        return "mismatched" in self.needs
+
+    @property
+    def uses_predictions(self) -> bool:
+        """Does it mix the model's own predictions into the input?"""
+        return "predictions" in self.needs
+
+    @property
+    def uses_aligned(self) -> bool:
+        """Does it need `aligned_logps` of every row?"""
+        return "aligned" in self.needs
+
     def try_out(self, hyperparameters: Mapping[str, object]) -> None:
         """Computes a loss of two made-up prompts, so that a bad value is known before anything is loaded.
 

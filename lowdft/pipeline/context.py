@@ -120,7 +120,7 @@ class Run:
         section = self.recipe.negatives
         if split == "heldout":
             return section.eval_per_prompt or self.args.negatives_per_step
-        if "negatives" not in self.objective.needs:
+        if not self.objective.uses_negatives:
             return 0
         return section.per_prompt or negatives_needed(self.args, len(self.examples("train")))
 
@@ -139,9 +139,9 @@ class Run:
             raise UserError(
                 "training.reference_model: adapter:… trains a copy of it; with `adapter: null` there is none"
             )
-        if "aligned" in self.objective.needs:
+        if self.objective.uses_aligned:
             self._check_aligned()
-        if "negatives" in self.objective.needs:
+        if self.objective.uses_negatives:
             self._check_negatives()
 
     def _check_aligned(self) -> None:
@@ -166,7 +166,7 @@ class Run:
         needed = negatives_least(args, len(rows), self.objective)
         short = [example.source for example in rows if len(example.negatives) < needed]
         if short:
-            epochs = f"{args.num_train_epochs:g} epochs of " if "log_u" in self.objective.needs else ""
+            epochs = f"{args.num_train_epochs:g} epochs of " if self.objective.uses_log_u else ""
             raise UserError(
                 f"{len(short)} rows have fewer than the {needed} negatives that {epochs}"
                 f"training.negatives_per_step={args.negatives_per_step} use (first: {', '.join(short[:3])}). "
@@ -248,7 +248,7 @@ class Run:
     @property
     def reference_from_file(self) -> bool:
         """Does training take its reference from the run folder?"""
-        return bool(self.objective.needs & REFERENCE_NEEDS) and self.args.reference == "precomputed"
+        return self.objective.uses_any_reference and self.args.reference == "precomputed"
 
     def with_reference(self, rows: list[dict]) -> list[dict]:
         """Training rows with the precomputed reference log-probabilities of the run folder."""

@@ -11,7 +11,7 @@ from lowdft.config.training import DFTConfig
 from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
 from lowdft.logprobs import Group
-from lowdft.models.reference import REFERENCE_NEEDS, has_reference, reference_logps, reference_on
+from lowdft.models.reference import has_reference, reference_logps, reference_on
 from lowdft.objectives import Objective
 from lowdft.training.token_budget import IDLE, Passes
 
@@ -25,18 +25,18 @@ def prepare(
     args: DFTConfig,
     passes: Passes,
 ) -> dict[str, Tensor]:
-    """Fields of `Scores` by name, a row a prompt, without gradient; only those that `objective.needs` names.
+    """Fields of `Scores` by name, a row a prompt, without gradient; only those that the objective uses.
 
     (`log_u_M` and `mismatched_gain_M`, which belong to the training and to the step, are the trainer's to add.)
 
     The reference comes from the rows where they bring it, else from the model with its reference on.
     """
-    needs, given = objective.needs, {}
-    if "aligned" in needs:
+    given = {}
+    if objective.uses_aligned:
         given["aligned_logps_M"] = batch.column("aligned_logps")
-    if not needs & REFERENCE_NEEDS:
+    if not objective.uses_any_reference:
         return given
-    with_negatives, with_completion = "reference" in needs, "completion_reference" in needs
+    with_negatives, with_completion = objective.uses_reference, objective.uses_completion_reference
     if not passes.most(any(not has_reference(row, objective) for row in batch.rows)):
         if with_negatives:
             given["ref_negative_logps_MB"] = batch.ref_negative_logps(visits_M, count)

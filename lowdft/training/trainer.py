@@ -30,7 +30,6 @@ from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
 from lowdft.logprobs import Group, bare, choose_layout, packed_attention
 from lowdft.models.adapters import make_policy
-from lowdft.models.reference import REFERENCE_NEEDS
 from lowdft.objectives import Losses, Scores
 from lowdft.training.checkpoints import WholeCheckpoints
 from lowdft.training.log_u import LogU
@@ -110,7 +109,7 @@ class DFTTrainer(WholeCheckpoints):
         )
         self.loss_is_scaled_for_ga = True
         self.sharded = sharding.is_sharded(self.accelerator)
-        self._count = args.negatives_per_step if "negatives" in self.objective.needs else 0
+        self._count = args.negatives_per_step if self.objective.uses_negatives else 0
         settings, weight = args.hyperparameters(), self.objective.token_weight
         self._passes = Passes(
             args.layout or "padded",
@@ -120,7 +119,7 @@ class DFTTrainer(WholeCheckpoints):
             backward_cost=2.4 if args.gradient_checkpointing else 1.4,
             knows_last=self.objective.linear,
             token_weight=weight and partial(weight, **settings),
-            predicted_share=settings["predicted_share"] if "predictions" in self.objective.needs else 0.0,
+            predicted_share=settings["predicted_share"] if self.objective.uses_predictions else 0.0,
             in_step=self.sharded,
         )
         if not self.sharded:  # else no pass is possible before the parameters have their places
@@ -261,16 +260,16 @@ class DFTTrainer(WholeCheckpoints):
         return scores, self.objective.compute(scores, **self.args.hyperparameters())
 
     def _mismatched_gain(self, batches: Sequence[Batch]) -> float:
-        if "mismatched" not in self.objective.needs:
+        if not self.objective.uses_mismatched:
             return 0.0
         return mismatched_gain(self.accelerator.unwrap_model(self.model), batches, self._passes)
 
     def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor, step: Step) -> dict[str, Tensor]:
         bare_policy = self.accelerator.unwrap_model(model)
         given = prepare(bare_policy, batch, visits_M, self._count, self.objective, self.args, self._passes)
-        if "log_u" in self.objective.needs and model.training:
+        if self.objective.uses_log_u and model.training:
             given["log_u_M"] = self._log_u.values[batch.index_M]
-        if "mismatched" in self.objective.needs:
+        if self.objective.uses_mismatched:
             given["mismatched_gain_M"] = torch.full((len(batch),), step.mismatched_gain, dtype=torch.float64)
         return given
 
@@ -290,7 +289,7 @@ class DFTTrainer(WholeCheckpoints):
         """Adds the objective's metrics (design: `logps/*`, `weights/*`, `margin`, …) to transformers' log line."""
         mode, prefix = ("eval", "eval_") if any(key.startswith("eval_") for key in logs) else ("train", "")
         if "loss" in logs or mode == "eval":
-            table = self.log_u if "log_u" in self.objective.needs else None
+            table = self.log_u if self.objective.uses_log_u else None
             logs |= {prefix + key: value for key, value in self._metrics[mode].flush(table).items()}
             self._faded.see(logs.get("weights/mean"))
         super().log(logs, start_time)
@@ -309,7 +308,7 @@ class DFTTrainer(WholeCheckpoints):
             sharding.fit_checkpoint(folder, self.accelerator)
             self._log_u.load(folder / LOG_U_FILE)
             vars(self._passes).update(read_json(folder / PASSES_FILE))
-        if self.objective.needs & REFERENCE_NEEDS:
+        if self.objective.uses_any_reference:
             resuming = bool(resume_from_checkpoint)
             check_reference(self.model, self._rows_with_reference(), self.objective, self.args, resuming)
         with contextlib.ExitStack() as self._while_training:
@@ -321,7 +320,7 @@ class DFTTrainer(WholeCheckpoints):
         whole = self.accelerator.unwrap_model(model)
         if self.sharded:
             self._choose_layout(whole)
-        if self.objective.needs & REFERENCE_NEEDS:
+        if self.objective.uses_any_reference:
             rows, resuming = self._rows_with_reference(), resume_from_checkpoint is not None
             attach_reference(whole, rows, self.objective, self.args, self._passes, resuming)
         self._keep_layers_ready(self._while_training)

@@ -19,7 +19,6 @@ from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.models.adapters import REFERENCE
 from lowdft.models.reference import (
-    REFERENCE_NEEDS,
     has_reference,
     reference_fields,
     reference_group,
@@ -56,7 +55,7 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training
     empty += [row["example_id"] for row in rows if not all(row["negative_ids"])]
     if empty:
         raise UserError(f"{len(empty)} rows have a prompt, completion or negative without tokens: {_some(empty)}")
-    if "aligned" in objective.needs and any("aligned_logps" not in row for row in rows):
+    if objective.uses_aligned and any("aligned_logps" not in row for row in rows):
         raise UserError(
             f"{objective.name} needs `aligned_logps` in every row: the mean log-probability a token of its completion "
             "under aligned models, scored beforehand"
@@ -64,7 +63,7 @@ def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training
     scored = all(has_reference(row, objective) for row in rows)
     if args.reference_prompt == "proposal" and not scored:
         raise UserError("reference_prompt: proposal needs rows with ref_negative_logps; run `lowdft score` first")
-    if "negatives" not in objective.needs:
+    if not objective.uses_negatives:
         return
     wanted = negatives_least(args, len(rows), objective) if training else args.negatives_per_step
     short = [row["example_id"] for row in rows if len(row["negative_ids"]) < wanted]
@@ -84,12 +83,12 @@ def check_adapter(args: DFTConfig, objective: Objective, rows: list[dict] | None
         rows: of training and evaluation, which may bring the reference; None: they do not.
     """
     brought = rows is not None and all(has_reference(row, objective) for row in rows)
-    if args.reference == "online" and objective.needs & REFERENCE_NEEDS and not brought:
+    if args.reference == "online" and objective.uses_any_reference and not brought:
         raise UserError(
             "training.reference: online needs an adapter to switch off; with full parameters use reference: "
             "precomputed (the initial weights score once, before the first step)"
         )
-    if "mismatched" in objective.needs:
+    if objective.uses_mismatched:
         raise UserError(
             f"training.objective {objective.name} needs an adapter: its reference is the base with the adapter off"
         )
@@ -99,7 +98,7 @@ def check_adapter(args: DFTConfig, objective: Objective, rows: list[dict] | None
 
 def negatives_least(args: DFTConfig, n: int, objective: Objective) -> int:
     """Negatives that a row must have. A moving average wants other ones at each visit; pairs may be seen again."""
-    return negatives_needed(args, n) if "log_u" in objective.needs else args.negatives_per_step
+    return negatives_needed(args, n) if objective.uses_log_u else args.negatives_per_step
 
 
 def negatives_needed(args: DFTConfig, n: int) -> int:

@@ -11,7 +11,7 @@ from helpers import make_llama
 from peft import LoraConfig, get_peft_model
 
 from lowdft import DFTConfig
-from lowdft.config.recipe import AdapterSection, ModelSection
+from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.logprobs import Group, score
 from lowdft.models.memory import OVERHEAD, estimate
 
@@ -76,7 +76,7 @@ import sys
 from lowdft import DFTConfig, DFTTrainer, models
 from lowdft.models.memory import LIBRARIES, estimate
 from lowdft.training.metrics import peak_memory_gb
-from lowdft.config.recipe import AdapterSection, ModelSection
+from lowdft.config.sections import AdapterSection, ModelSection
 section = ModelSection(name_or_path=sys.argv[1], load_in_4bit=sys.argv[2] == "nf4")
 source = models.locate(section)
 base = peak_memory_gb() * 1e9 + LIBRARIES

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowdft import DFTConfig, DFTTrainer, models
-from lowdft.config.recipe import AdapterSection, ModelSection
+from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.logprobs import Group, score
 from lowdft.models.reference import reference_logps, reference_on
 from lowdft.sampling import Request, SamplingSettings, get_sampler

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
 from lowdft import __version__, models
-from lowdft.config.recipe import NegativesSection
+from lowdft.config.sections import NegativesSection
 from lowdft.data.prompting import SYSTEM_PROMPTS
 from lowdft.errors import UserError
 from lowdft.files import read_json, replacing, write_json, write_text
@@ -208,7 +208,7 @@ def _data(run: Run) -> str:
     elif name.startswith("toy:"):
         source = f"the toy data `{name}`"
     rows = f"## Data\n\n{len(run.examples('train'))} rows of {source}; {len(run.examples('heldout'))} rows held out."
-    if "negatives" not in run.objective.needs:
+    if not run.objective.uses_negatives:
         return f"{rows} No negatives."
     if run.ready_negatives():
         return f"{rows} The rows bring their own negatives."
@@ -234,11 +234,11 @@ def _training(run: Run) -> str:
     args, adapter = run.args, run.recipe.adapter
     facts = run.training.facts()
     values = {"objective": run.objective.name, **args.hyperparameters()}
-    if "negatives" in run.objective.needs:
+    if run.objective.uses_negatives:
         values["negatives_per_step"] = args.negatives_per_step
-    if "log_u" in run.objective.needs:
+    if run.objective.uses_log_u:
         values["log_u_init"] = args.log_u_init
-    if "reference" in run.objective.needs:
+    if run.objective.uses_reference:
         values |= {"reference": args.reference, "reference_prompt": args.reference_prompt}
     if adapter:
         values |= {"lora r": adapter.r, "lora alpha": adapter.alpha, "lora dropout": adapter.dropout,

@@ -68,7 +68,7 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
 
 def expected_groups(run: Run) -> list[Group]:
     """What one visit of every training row scores; negatives not yet written count with their longest length."""
-    count = run.args.negatives_per_step if "negatives" in run.objective.needs else 0
+    count = run.args.negatives_per_step if run.objective.uses_negatives else 0
     written = run.ready_negatives() or run.negatives("train").path.is_file()
     longest = [[0] * run.recipe.negatives.max_new_tokens] * count
     groups = []

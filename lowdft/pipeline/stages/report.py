@@ -177,7 +177,7 @@ def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
         if adapter else "all parameters",
         "objective": f"{run.objective.name} ({run.objective.source})",
         "hyper-parameters": hyperparameters or None,
-        "negatives a prompt and step": args.negatives_per_step if "negatives" in run.objective.needs else None,
+        "negatives a prompt and step": args.negatives_per_step if run.objective.uses_negatives else None,
         "rows": len(run.examples("train")),
         "steps": f"{steps[-1]['step']}, {batch} prompts a step and device",
         "epochs": f"{steps[-1]['epoch']:g}" if "epoch" in steps[-1] else None,
@@ -191,7 +191,7 @@ def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
 
 def negative_facts(run: Run) -> dict[str, object]:
     """Where the negatives come from and how those that the base wrote ended."""
-    if "negatives" not in run.objective.needs:
+    if not run.objective.uses_negatives:
         return {"source": f"none: {run.objective.name} uses no negatives"}
     if run.ready_negatives():
         return {"source": "the rows bring their own"}

@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowdft import models
-from lowdft.config.recipe import AdapterSection, DataSection, ModelSection, Recipe
+from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Recipe
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import export

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from lowdft.config.recipe import DataSection, ModelSection, Recipe
+from lowdft.config.sections import DataSection, ModelSection, Recipe
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import report

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import ROWS, folder, metrics
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,28 +19,6 @@ from lowdft.config.recipe import load_recipe
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import generate
 from lowdft.sampling import Sample
-
-ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]
-
-
-@pytest.fixture
-def recipe(tmp_path, tiny_folder):
-    """A recipe file for 9 training rows and 3 held-out ones; a function of overrides gives the command's arguments."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "recipe.yaml").write_text(
-        f"output_dir: {tmp_path}/run\n"
-        f"model: {{name_or_path: {tiny_folder}, hub_id: someone/tiny, load_in_4bit: false, dtype: float32}}\n"
-        f"data: {{train: {tmp_path}/rows.jsonl, eval_rows: 3}}\n"
-        "adapter: {r: 2}\n"
-        "negatives: {max_new_tokens: 6, batch_size: 4}\n"
-        "training: {per_device_train_batch_size: 4, num_train_epochs: 2, save_steps: 1, use_cpu: true}\n"
-        "evaluation: {max_new_tokens: 4}\n"
-    )
-    return str(tmp_path / "recipe.yaml")
-
-
-def folder(recipe: str) -> Path:
-    return Path(recipe).parent / "run"
 
 
 def interrupt(monkeypatch, owner, name: str, call: int) -> list:
@@ -54,11 +33,6 @@ def interrupt(monkeypatch, owner, name: str, call: int) -> list:
 
     monkeypatch.setattr(owner, name, interrupted)
     return calls
-
-
-def metrics(recipe: str, keys=("step", "loss", "log_u/mean")) -> list[dict]:
-    lines = [json.loads(line) for line in (folder(recipe) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in keys} for line in lines]
 
 
 @pytest.mark.parametrize("objective", ["dft", "dft2", "sft"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from lowdft.distributed import collectives
-from lowdft.files import replacing
+from lowdft.files import remove, replacing
 from lowdft.pipeline.artifact import Product
 
 
@@ -40,7 +41,7 @@ def make_in_parts(
     folder, began = product.path.with_suffix(".parts"), time.perf_counter()
     if collectives.rank() == 0:
         if not product.manifest.is_file():  # nobody knows what older parts were made from
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         product.begin()
     missing = []
     if collectives.rank() == 0 and not product.path.is_file():
@@ -50,8 +51,10 @@ def make_in_parts(
     collectives.wait()
     if collectives.rank() == 0:
         if not product.path.is_file():
-            _write(pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive"), product.path)
-        shutil.rmtree(folder, ignore_errors=True)
+            table = pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive")
+            with replacing(product.path) as temporary:
+                pq.write_table(table, temporary)
+        remove(folder)
     collectives.wait()
     facts = count(pq.read_table(product.path))
     if collectives.rank() == 0:
@@ -60,11 +63,15 @@ def make_in_parts(
 
 
 def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: Callable, what: str) -> None:
-    """Writes the missing parts. A file is named by its first item and has one row an item."""
+    """Writes the missing parts. A file has one row an item, and is named by its first item and its own hash."""
     total = sum(end - start for start, end in missing)
     with tqdm(total=total, desc=what, unit="row", file=sys.stderr, disable=collectives.rank() > 0) as bar:
         for start, end in missing:
-            _write(pa.Table.from_pylist(work(items[start:end])), folder / f"from-{start:09d}.parquet")
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(work(items[start:end])), sink)
+            content = sink.getvalue().to_pybytes()
+            with replacing(folder / f"from-{start:09d}-{_hash(content)}.parquet") as temporary:
+                temporary.write_bytes(content)
             bar.update(end - start)
 
 
@@ -72,7 +79,7 @@ def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
     """(first item, one after the last) of every part to make: what lies between the parts at hand."""
     missing, position = [], 0
     for path in [*_at_hand(folder), None]:
-        start = int(path.stem.removeprefix("from-")) if path else count
+        start = int(path.stem.split("-")[1]) if path else count
         cuts = [*range(position, start, part_size), start]
         missing += itertools.pairwise(cuts)
         position = start + (pq.read_metadata(path).num_rows if path else 0)
@@ -80,9 +87,16 @@ def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
 
 
 def _at_hand(folder: Path) -> list[Path]:
-    return sorted(folder.glob("from-*.parquet"))
+    """The parts that are there, in order; a damaged one is removed, to be made again."""
+    whole = []
+    for path in sorted(folder.glob("from-*.parquet")):
+        if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
+            whole.append(path)
+        else:
+            warnings.warn(f"{path}: is damaged (cut or changed since it was written) and is made again", stacklevel=4)
+            remove(path)
+    return whole
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -21,6 +21,7 @@ from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.pipeline.artifact import Product
+from lowdft.text import printable
 from lowdft.training.training_set import check_adapter, negatives_least, negatives_needed
 
 SPLITS = ("train", "heldout")
@@ -43,9 +44,14 @@ INCIDENTAL = {
 class Run:
     """The recipe at work. Attributes are cached; `say` prints one line for people on standard output.
 
+    `trust_checkpoint` (from the command line alone): resume also from checkpoints that may run code; `push_negatives`:
+    upload the negatives where the recipe names a place for them.
+
     Raises:
         UserError: when the recipe, the data or the run folder do not fit together, before any model is loaded.
     """
+
+    trust_checkpoint = push_negatives = False
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -112,8 +118,12 @@ class Run:
         """Do the rows bring their own negatives, or does the base write them? Held-out rows may do so alone."""
         source = self.recipe.negatives.source
         if source == "auto":
-            return any(all(e.negatives for e in self.examples(name)) for name in ("train", split))
+            return any(self._with_negatives[name] for name in ("train", split))
         return source == "data"
+
+    @cached_property
+    def _with_negatives(self) -> dict[str, bool]:
+        return {split: all(e.negatives for e in self.examples(split)) for split in SPLITS}
 
     def negatives_wanted(self, split: str) -> int:
         """Negatives of one prompt: for training those of all its visits, for held-out rows those of one."""
@@ -251,7 +261,18 @@ class Run:
         return self.objective.uses_any_reference and self.args.reference == "precomputed"
 
     def with_reference(self, rows: list[dict]) -> list[dict]:
-        """Training rows with the precomputed reference log-probabilities of the run folder."""
+        """Training rows with the precomputed reference log-probabilities of the run folder.
+
+        Raises:
+            UserError: they are missing, or were scored on other negatives than those of the run folder.
+        """
+        product = self.reference
+        scored = product.facts().get("negatives") if product.manifest.is_file() else None
+        if scored != self.negatives_content:
+            raise UserError(
+                f"{product.path}: was scored on other negatives than {self.negatives('train').path} holds. Delete "
+                f"{product.path} and {product.manifest} to score again."
+            )
         for name in (FIELDS[need] for need in sorted(self.objective.needs & REFERENCE_NEEDS)):
             table = _column(self.reference.path, name)
             rows = [{**row, name: table[row["example_id"]]} for row in rows]
@@ -263,11 +284,15 @@ class Run:
     def _made_from_base(self) -> dict:
         return models.made_from(self.source, self.recipe.model, self.tokenizer)
 
-    def _made_from_data(self, split: str) -> dict:
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
         from lowdft.data.load import fingerprint
 
+        return {split: fingerprint(self.examples(split)) for split in SPLITS}
+
+    def _made_from_data(self, split: str) -> dict:
         lengths = {"max_length": self.encoder.max_length, "max_prompt_length": self.encoder.max_prompt_length}
-        return {"data": fingerprint(self.examples(split))} | lengths
+        return {"data": self._fingerprints[split]} | lengths
 
     def negatives(self, split: str) -> Product:
         """The negatives that the base writes for a split."""
@@ -296,6 +321,11 @@ class Run:
             "reference_model": self._reference_model,
         }
         return Product(self.folder / "reference.parquet", made_from)
+
+    @property
+    def negatives_content(self) -> str | None:
+        """A hash of the training negatives that the base wrote; None when the rows bring their own."""
+        return None if self.ready_negatives() else self.negatives("train").content()
 
     @property
     def _reference_model(self) -> str:
@@ -340,7 +370,7 @@ def adapter_identity(key: str, path: str) -> str:
 def say(line: str) -> None:
     """One line for people, on standard output; of several ranks the first speaks."""
     if collectives.rank() == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def _column(path: Path, name: str) -> dict[str, list]:

@@ -19,7 +19,6 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
 from lowdft.config.training import DFTConfig
@@ -31,7 +30,7 @@ from lowdft.files import read_json, write_json
 from lowdft.logprobs import Group, bare, choose_layout, packed_attention
 from lowdft.models.adapters import make_policy
 from lowdft.objectives import Losses, Scores
-from lowdft.training.checkpoints import WholeCheckpoints
+from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
 from lowdft.training.log_u import LogU
 from lowdft.training.metrics import Faded, StepMetrics
 from lowdft.training.score_inputs import mismatched_gain, prepare
@@ -299,11 +298,13 @@ class DFTTrainer(WholeCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains; with `resume_from_checkpoint`, goes on from there with the very numbers it would have had."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.args.output_dir}: has no checkpoint to go on from")
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
+            require_whole(folder)
+            sharding.check_pickles(folder, self.trust_checkpoint)
             sharding.check_checkpoint(folder, self.accelerator)
             sharding.fit_checkpoint(folder, self.accelerator)
             self._log_u.load(folder / LOG_U_FILE)

@@ -22,6 +22,7 @@ WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
 ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
+READING = ("inspect", "plan")  # verbs that write no run folder
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
     "generate": "let the base write negatives for every prompt",
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides.append("data.skip_invalid=true")
     try:
         with on_sigterm(lambda: stop("stopped by SIGTERM; the same command goes on from here")):
+            if arguments.verb not in READING:
+                _check_free(arguments, overrides)
             if getattr(arguments, "launch", None) or getattr(arguments, "processes", None):
                 return _launch(arguments, overrides)
             _as_a_rank()
@@ -78,6 +81,15 @@ def _words(error: Exception) -> str | None:
     return str(failed) if failed and numbered else None
 
 
+def _check_free(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Says within a second that another process holds the run folder; what is imported later takes longer."""
+    from lowdft.config.recipe import output_dir_of
+    from lowdft.files import check_free
+
+    if folder := output_dir_of(arguments.recipe, [] if arguments.verb == "compare" else overrides):
+        check_free(folder)
+
+
 def _as_a_rank() -> None:
     """One of several processes ends with its launcher, and takes Ctrl-C once: terminal and launcher both send it."""
     if "LOCAL_RANK" not in os.environ:
@@ -96,7 +108,6 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Checks the recipe once, then runs the same command on several processes."""
     from lowdft.config.recipe import load_recipe, training_config
     from lowdft.distributed import launch
-    from lowdft.files import locked
 
     if arguments.launch is None:
         raise UserError(f"--processes goes with --launch, one of {', '.join(LAUNCHERS)}")
@@ -106,8 +117,6 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if recipe.rounds > 1 and arguments.verb == "run":
         raise UserError(ROUNDS_ALONE.format(recipe.rounds))
     push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
-    with locked(recipe.output_dir):  # to say at once that another process holds it; then the first rank does
-        pass
     line = [arguments.verb, arguments.recipe, *overrides, *push, *doors.arguments()]
     return launch.launch(arguments.launch, arguments.processes, line)
 

@@ -37,11 +37,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
     """
-    given = _read(Path(path))
-    bad = [item for item in overrides if "=" not in item]
-    if bad:
-        raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
-    given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    given = _given(path, overrides)
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
     try:
@@ -56,6 +52,18 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
     return recipe
+
+
+def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
+    """The folder that a recipe or a study writes, found without checking anything else."""
+    return _given(path, overrides).get("output_dir")
+
+
+def _given(path: str | Path, overrides: list[str]):
+    bad = [item for item in overrides if "=" not in item]
+    if bad:
+        raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
+    return OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist(list(overrides)))
 
 
 def computes_bfloat16() -> bool:

@@ -95,9 +95,10 @@ def _passing_on(number: signal.Signals) -> Iterator[None]:
 
 def _status(failures: list) -> int:
     codes = [failure.exitcode for failure in failures]
-    if passed_on := [code for code in PASSED_ON if code in codes]:
-        return passed_on[0]
-    for one in [failure for failure in failures if failure.exitcode < 0][:1]:
+    if set(codes) & set(PASSED_ON) and all(code in PASSED_ON or code < 0 for code in codes):
+        return next(code for code in PASSED_ON if code in codes)
+    if all(code < 0 for code in codes):
+        one = min(failures, key=lambda failure: failure.timestamp)
         name = signal.Signals(-one.exitcode).name
         print(f"lowdft: rank {one.local_rank} was ended by {name}; the others were stopped", file=sys.stderr)
     return 1

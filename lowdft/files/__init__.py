@@ -14,9 +14,10 @@ from lowdft.files.atomic import (
     write_text,
 )
 from lowdft.files.digest import contents_of, damage_in, digest_of
-from lowdft.files.lock import locked
+from lowdft.files.lock import check_free, locked
 
 __all__ = [
+    "check_free",
     "conceal",
     "concealed",
     "contents_of",

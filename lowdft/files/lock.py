@@ -53,6 +53,13 @@ def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def check_free(folder: str | Path) -> None:
+    """Raises UserError, at once and without making anything, when another process holds `folder`."""
+    if (Path(folder) / NAME).is_file():
+        with locked(folder):
+            pass
+
+
 def _holder(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")[:200] or "it has just begun"

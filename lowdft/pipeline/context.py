@@ -267,8 +267,7 @@ class Run:
             UserError: they are missing, or were scored on other negatives than those of the run folder.
         """
         product = self.reference
-        scored = product.facts().get("negatives") if product.manifest.is_file() else None
-        if scored != self.negatives_content:
+        if product.path.is_file() and product.facts().get("negatives") != self.negatives_content:
             raise UserError(
                 f"{product.path}: was scored on other negatives than {self.negatives('train').path} holds. Delete "
                 f"{product.path} and {product.manifest} to score again."

@@ -27,6 +27,7 @@ from lowdft.files import (
     write_error,
     write_json,
 )
+from lowdft.training.heartbeat import Heartbeat
 from lowdft.training.preemption import on_sigterm, stop
 
 MANIFEST = "manifest.json"
@@ -146,13 +147,15 @@ class WholeCheckpoints(Trainer):
         Raises:
             Stopped: SIGTERM came (on any rank), and all that was done is saved.
         """
-        notice = Notice()
+        notice, heartbeat = Notice(), Heartbeat()
         self.add_callback(notice)
+        self.add_callback(heartbeat)
         try:
-            with on_sigterm(notice.give):
+            with on_sigterm(notice.give), heartbeat:
                 out = super().train(*args, **kwargs)
         finally:
             self.remove_callback(notice)
+            self.remove_callback(heartbeat)
         if notice.taken:
             done = f"step {self.state.global_step} of {self.state.max_steps}"
             stop(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from lowdft.models.adapters import make_policy
 from lowdft.objectives import Losses, Scores
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
 from lowdft.training.log_u import LogU
-from lowdft.training.metrics import Faded, StepMetrics
+from lowdft.training.metrics import Faded, StepMetrics, check_gap
 from lowdft.training.score_inputs import mismatched_gain, prepare
 from lowdft.training.step import Step
 from lowdft.training.token_budget import Passes
@@ -212,6 +212,8 @@ class DFTTrainer(WholeCheckpoints):
         self._metrics["train"].add(scores, final, self.objective, batch, scored)
         if self.state.global_step == 0:
             self._metrics["train"].gap(scores)
+            if self._starts_as_reference:
+                check_gap(scores, batch, self.model.get_output_embeddings().weight.dtype)
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
 
     def _idle(self, model: nn.Module) -> Tensor:
@@ -329,6 +331,14 @@ class DFTTrainer(WholeCheckpoints):
 
     def _rows_with_reference(self) -> list[dict]:
         return self.train_dataset.rows + (self.eval_dataset.rows if self.eval_dataset is not None else [])
+
+    @cached_property
+    def _starts_as_reference(self) -> bool:
+        """Is the policy, before the first step, the model that scored the reference, on the same prompts?"""
+        fresh = [p for name, p in self.model.named_parameters() if "lora_B" in name]
+        return (
+            self.args.reference_prompt == "training" and bool(fresh) and not any(bool(p.detach().any()) for p in fresh)
+        )
 
     def _keep_layers_ready(self, stack: contextlib.ExitStack) -> None:
         """Layers stay as scoring sets them until the last backward pass: checkpointed ones run again there."""

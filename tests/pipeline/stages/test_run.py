@@ -143,7 +143,7 @@ def test_checkpoints_without_a_manifest_are_refused(recipe, capsys):
     shutil.rmtree(folder(recipe) / "adapter")
     (folder(recipe) / "adapter.manifest.json").unlink()
     assert main(["train", recipe, "training.learning_rate=1e-3"]) == 1
-    assert "checkpoint-6: no adapter.manifest.json says what it was trained from" in capsys.readouterr().err
+    assert "checkpoint-6: cannot resume, because adapter.manifest.json is missing" in capsys.readouterr().err
 
 
 def test_negatives_do_not_depend_on_the_order_of_rows(recipe):

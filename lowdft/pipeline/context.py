@@ -39,9 +39,14 @@ say = logging.getLogger("lowdft").info  # one line for people; the command line 
 class Run:
     """A recipe with its data, its base and its folder. Attributes are cached.
 
+    `trust_checkpoint` (from the command line alone): resume also from checkpoints that may run code; `push_negatives`:
+    upload the negatives where the recipe names a place for them.
+
     Raises:
         UserError: when the recipe, the data or the run folder do not fit together, before any model is loaded.
     """
+
+    trust_checkpoint = push_negatives = False
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -165,9 +170,19 @@ class Run:
         return self.objective.uses_any_reference and self.args.reference == "precomputed"
 
     def with_reference(self, rows: EncodedRows) -> EncodedRows:
-        """Training rows with the precomputed reference log-probabilities of the run folder."""
+        """Training rows with the precomputed reference log-probabilities of the run folder.
+
+        Raises:
+            UserError: they are missing, or were scored on other negatives than those of the run folder.
+        """
+        product = _made(self.reference, "score")
+        if product.facts().get("negatives") != self.negatives_content:
+            raise UserError(
+                f"{product.path}: was scored on other negatives than {self.negatives('train').path} holds. Delete "
+                f"{product.path} and {product.manifest} to score again."
+            )
         names = [FIELDS[need] for need in sorted(self.objective.needs & REFERENCE_NEEDS)]
-        scored = pq.read_table(_made(self.reference, "score").path, columns=["example_id", *names])
+        scored = pq.read_table(product.path, columns=["example_id", *names])
         index = pc.index_in(rows.table["example_id"], value_set=scored["example_id"])
         return rows.with_columns(**{name: scored[name].take(index) for name in names})
 
@@ -182,6 +197,11 @@ class Run:
     def reference(self) -> Product:
         """The reference's log-probabilities of the training rows."""
         return Product(self.folder / "reference.parquet", identity.reference(self))
+
+    @property
+    def negatives_content(self) -> str | None:
+        """A hash of the training negatives that the base wrote; None when the rows bring their own."""
+        return None if self.ready_negatives() else self.negatives("train").content()
 
     @property
     def training(self) -> Product:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
 from lowdft.config.requirements import check_datasets
@@ -35,9 +34,9 @@ from lowdft.logprobs import Group, bare, choose_layout, packed_attention
 from lowdft.models.adapters import adapter_digest, make_policy
 from lowdft.models.reference import attach_reference, check_reference
 from lowdft.objectives import Losses, Scores
-from lowdft.training.checkpoints import WholeCheckpoints
+from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
 from lowdft.training.log_u import LogU, table_identity
-from lowdft.training.metrics import Faded, StepMetrics
+from lowdft.training.metrics import Faded, StepMetrics, check_gap
 from lowdft.training.score_inputs import mismatched_gain, prepare
 from lowdft.training.step import Step
 from lowdft.training.token_budget import Passes
@@ -205,6 +204,8 @@ class DFTTrainer(WholeCheckpoints):
         self._metrics["train"].add(scores, final, self.objective, batch, scored)
         if self.state.global_step == 0:
             self._metrics["train"].gap(scores)
+            if self._starts_as_reference:
+                check_gap(scores, batch, self.model.get_output_embeddings().weight.dtype)
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
 
     def _idle(self, model: nn.Module) -> Tensor:
@@ -291,11 +292,13 @@ class DFTTrainer(WholeCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains; with `resume_from_checkpoint`, goes on from there with the very numbers it would have had."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.args.output_dir}: has no checkpoint to go on from")
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
+            require_whole(folder)
+            sharding.check_pickles(folder, self.trust_checkpoint)
             sharding.check_checkpoint(folder, self.accelerator)
             sharding.fit_checkpoint(folder, self.accelerator)
             self._log_u.load(folder / LOG_U_FILE)
@@ -320,6 +323,14 @@ class DFTTrainer(WholeCheckpoints):
 
     def _datasets(self) -> list[EncodedRows]:
         return [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+
+    @cached_property
+    def _starts_as_reference(self) -> bool:
+        """Is the policy, before the first step, the model that scored the reference, on the same prompts?"""
+        fresh = [p for name, p in self.model.named_parameters() if "lora_B" in name]
+        return (
+            self.args.reference_prompt == "training" and bool(fresh) and not any(bool(p.detach().any()) for p in fresh)
+        )
 
     def _keep_layers_ready(self, stack: contextlib.ExitStack) -> None:
         """Layers stay as scoring sets them until the last backward pass: checkpointed ones run again there."""

@@ -43,7 +43,10 @@ def main(run: Run) -> None:
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
     if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
-        push(run)
+        if run.push_negatives:
+            push(run)
+        else:
+            say(f"not uploaded to {run.recipe.negatives.push}: negatives.push acts with --push-negatives alone")
 
 
 def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:

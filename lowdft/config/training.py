@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 from lowdft import objectives
 
 REFERENCES = ("precomputed", "online")
-NEGATIVES_SCORED = ("whole", "from_difference", "at_difference")
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
 
@@ -23,9 +22,6 @@ class DFTConfig(TrainingArguments):
         gamma: step of the moving average in (0, 1]; None takes the objective's default.
         log_u_init: first value of every example's log_u: a number (the paper: 0) or "first_batch".
         negatives_per_step: B, the negatives of a prompt that one visit uses; every visit uses the next B.
-        negatives_scored: which tokens of a negative count: the "whole" (the paper), those "from_difference", the first
-            token that differs from the completion (what they share is not pushed up and down at once), or that one
-            token alone, "at_difference" (nor is what follows, which often is of the same form).
         objective_args: hyper-parameters of the objective beside tau and gamma, by name.
         reference: "precomputed" (the dataset's `ref_negative_logps`, else scored by the initial weights before the
             first step) or "online" (the base with the adapter off, each step).
@@ -53,7 +49,6 @@ class DFTConfig(TrainingArguments):
     gamma: float | None = None
     log_u_init: float | str = 0.0
     negatives_per_step: int = 2
-    negatives_scored: str = "whole"
     objective_args: dict = field(default_factory=dict)
     reference: str = "precomputed"
     reference_model: str = "base"
@@ -87,12 +82,6 @@ class DFTConfig(TrainingArguments):
         _require(self.tau is None or self.tau > 0, "tau", self.tau, "a number above 0")
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
         _require(self.negatives_per_step >= 1, "negatives_per_step", self.negatives_per_step, "1 or more")
-        _require(
-            self.negatives_scored in NEGATIVES_SCORED,
-            "negatives_scored",
-            self.negatives_scored,
-            " or ".join(NEGATIVES_SCORED),
-        )
         _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
         kind, _, path = self.reference_model.partition(":")
         known = self.reference_model == "base" or (kind == "adapter" and path)

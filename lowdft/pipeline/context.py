@@ -291,7 +291,6 @@ class Run:
         """The base's log-probabilities of the training negatives."""
         made_from = self._made_from_negatives("train") | {
             "reference_prompt": self.args.reference_prompt,
-            "negatives_scored": self.args.negatives_scored,
             "scored": sorted(self.objective.needs & REFERENCE_NEEDS),
             "reference_model": self._reference_model,
         }

@@ -45,7 +45,7 @@ def prepare(
         return given
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     negatives = batch.negatives(visits_M, count if with_negatives else 0)
-    groups = batch.groups(negatives, prompt=prompt, completion=with_completion, negatives_scored=args.negatives_scored)
+    groups = batch.groups(negatives, prompt=prompt, completion=with_completion)
     with reference_on(model):
         ref_MK = reference_logps(model, groups, passes)
     if with_completion:

@@ -229,7 +229,7 @@ class DFTTrainer(WholeCheckpoints):
 
     def _groups(self, batch: Batch, visits_M: Tensor) -> list[Group]:
         """What this visit of each prompt scores."""
-        return batch.groups(batch.negatives(visits_M, self._count), negatives_scored=self.args.negatives_scored)
+        return batch.groups(batch.negatives(visits_M, self._count))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of the step's loss in one graph: the objective's value, the surrogate's gradient."""

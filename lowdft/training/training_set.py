@@ -120,7 +120,6 @@ def fingerprint(rows: list[dict], args: DFTConfig) -> dict:
         "tau",
         "gamma",
         "negatives_per_step",
-        "negatives_scored",
         "log_u_init",
         "reference",
         "reference_model",

@@ -87,18 +87,6 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
         assert trainer.log_u[index].tolist() == pytest.approx(step["log_u_after"], rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("reference", ["precomputed", "online"])
-def test_negatives_scored_from_the_difference(reference, tmp_path):
-    """Only a negative's tokens after the shared ones are scored, by policy and reference alike: w = 1 at step 0."""
-    rows = [{"prompt_ids": [5], "completion_ids": [7, 8, 9], "negative_ids": [[7, 8, 4, 6], [7, 3]]}]
-    trainer = make_trainer(tmp_path, rows, negatives_scored="from_difference", reference=reference, num_train_epochs=1)
-    trainer.train()
-    entry, model = trainer.state.log_history[0], make_llama()
-    logps = score(model, [Group([5], rows[0]["negative_ids"], [2, 1])]).logps_C
-    assert entry["logps/negative"] == pytest.approx(logps.mean().item(), rel=1e-5)
-    assert entry["reference/gap"] < 1e-5 and entry["weights/mean"] == pytest.approx(1.0, abs=1e-5)
-
-
 def test_first_step_by_hand(tmp_path):
     """At step 0 with a fresh adapter w = 1: the loss is the mean NLL of the completions, the gap 0, log_u stays 0."""
     trainer = make_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=5)

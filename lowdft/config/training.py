@@ -35,9 +35,6 @@ class DFTConfig(TrainingArguments):
         tokens_per_pass: tokens that one forward pass computes at most. A micro-batch (per_device_train_batch_size
             prompts) takes as many passes as it needs; a longer group of completions is scored and backpropagated in
             pieces. Memory depends on it, results do not.
-        skip_negligible: share of a micro-batch's pull that may be left out of the backward pass when that saves time
-            (`passes.negligible`, whose r was measured at 4 at most: a relative error of the gradient of 2e-4); 0:
-            everything is backpropagated.
         logits_chunk_size: tokens whose logits exist at once.
         offload_checkpoints: keep what gradient checkpointing saves in CPU memory rather than on the GPU: slower, exact.
         freeze_half: train a random half of the adapted modules, balanced over their types, chosen by `seed` ("Half
@@ -57,7 +54,6 @@ class DFTConfig(TrainingArguments):
     max_prompt_length: int | None = 512
     layout: str | None = None
     tokens_per_pass: int = 8192
-    skip_negligible: float = 5e-5
     logits_chunk_size: int = 256
     offload_checkpoints: bool = False
     freeze_half: bool = False
@@ -70,6 +66,7 @@ class DFTConfig(TrainingArguments):
     logging_first_step: bool = True
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
+    logging_nan_inf_filter: bool = False
 
     def __post_init__(self):
         chosen = objectives.get(self.objective)
@@ -93,7 +90,6 @@ class DFTConfig(TrainingArguments):
             ", ".join(REFERENCE_PROMPTS),
         )
         _require(self.tokens_per_pass >= 1, "tokens_per_pass", self.tokens_per_pass, "1 or more")
-        _require(0 <= self.skip_negligible < 1, "skip_negligible", self.skip_negligible, "a number in [0, 1)")
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")

@@ -70,7 +70,7 @@ def visit_range(visit: int, count: int, pool: int) -> list[int]:
 
 
 class EncodedDataset(torch.utils.data.Dataset):
-    """Encoded rows; an item is (position, row)."""
+    """Encoded rows; a data loader gets them with their positions."""
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
@@ -78,11 +78,15 @@ class EncodedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[int, dict]:
-        return i, self.rows[i]
+    def __getitem__(self, i: int) -> dict:
+        return self.rows[i]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int, dict]]:
+        """What a data loader hands to `collate`: every row with its position."""
+        return [(i, self.rows[i]) for i in numbers]
 
 
 def collate(items: list[tuple[int, dict]]) -> dict:
-    """A data loader's items as {"batch": Batch, "index": [M]}."""
-    index = torch.tensor([i for i, _ in items])
+    """Positions and rows as {"batch": Batch, "index": [M]}."""
+    index = torch.tensor([i for i, _ in items], dtype=torch.int64)
     return {"index": index, "batch": Batch(index, [row for _, row in items])}

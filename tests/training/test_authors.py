@@ -107,7 +107,6 @@ def test_follows_the_authors_procedure(name, tmp_path, monkeypatch):
         gradient_accumulation_steps=STEP // BATCH,
         learning_rate=LEARNING_RATE,
         reference_prompt="training",
-        skip_negligible=0.0,
         **settings,
     )
     watch = Watch(trainer)

@@ -16,6 +16,7 @@ new `log_u`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -31,6 +32,11 @@ from lowdft.training.metrics import StepMetrics
 from lowdft.training.score_inputs import mismatched_gain, prepare
 from lowdft.training.step import Snapshot, StepTotals
 from lowdft.training.token_budget import Backward, Passes
+
+ADVICE = (
+    "Nothing of this step was applied, and earlier checkpoints are intact. Lower training.learning_rate or lengthen "
+    "training.warmup_steps; if it is the first step, look at these rows and at the base's dtype."
+)
 
 
 class StepEngine:
@@ -239,6 +245,19 @@ class StepEngine:
     def _mismatched_gain(self, batches: Sequence[Batch]) -> float:
         return mismatched_gain(self.policy, batches, self.passes) if self.objective.uses_mismatched else 0.0
 
+    def check_gradient(self, norm: float, scaled: bool = False) -> None:
+        """Raises UserError for a step whose gradient norm is not finite; to be called before the optimizer's step.
+
+        Args:
+            scaled: a loss scaler watches over overflows, and skips such steps.
+        """
+        if not math.isfinite(norm) and not scaled:
+            ids = [str(row.get("example_id", "?")) for batch in self._done for row in batch.rows]
+            raise UserError(
+                f"step {self.step}: the gradient's norm is {norm}, though every loss is finite (example_id "
+                f"{_some(ids)}). {ADVICE}"
+            )
+
     def _require_finite(self, what: str, values: Tensor, batch: Batch) -> None:
         finite_M = values.reshape(len(batch), -1).isfinite().all(1)
         if finite_M.all():
@@ -248,10 +267,8 @@ class StepEngine:
         rest = values[values.isfinite()].abs()
         largest = f"; the largest finite one is {rest.max().item():.4g}" if len(rest) else ""
         raise UserError(
-            f"step {self.step}: the {what} of {len(bad)} of {len(batch)} rows are not finite (example_id "
-            f"{', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}{largest}). Nothing of this step was applied, and "
-            "earlier checkpoints are intact. Lower training.learning_rate or lengthen training.warmup_steps; if it is "
-            "the first step, look at these rows and at the base's dtype."
+            f"step {self.step}: the {what} of {len(bad)} of {len(batch)} rows are not finite (example_id {_some(bad)}"
+            f"{largest}). {ADVICE}"
         )
 
     # ---- state ------------------------------------------------------------------------------------------------------
@@ -264,3 +281,7 @@ class StepEngine:
         """Takes over what `state_dict` gave; of the budget only under the same `tokens_per_pass`."""
         self.log_u.load_state_dict(state)
         self.passes.load_state_dict(state)
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")

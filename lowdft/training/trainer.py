@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
+from lowdft.compat import LoopHooks
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import EncodedDataset, collate
 from lowdft.data.encode import Encoder
@@ -24,10 +25,12 @@ from lowdft.distributed import collectives, sharding
 from lowdft.errors import UserError
 from lowdft.logprobs import choose_layout
 from lowdft.models.adapters import make_policy
+from lowdft.models.safeguards import guard_four_bit, switch_off_dropout
 from lowdft.training.checkpoints import WholeCheckpoints
 from lowdft.training.engine import StepEngine
 from lowdft.training.log_u import LogU, load_table, save_table
 from lowdft.training.metrics import Faded, StepMetrics
+from lowdft.training.support import check_arguments, check_model, check_peft, peft_config_of
 from lowdft.training.token_budget import Passes
 from lowdft.training.training_set import (
     attach_reference,
@@ -41,7 +44,7 @@ from lowdft.training.training_set import (
 STATE_FILE = "log_u.safetensors"
 
 
-class DFTTrainer(WholeCheckpoints):
+class DFTTrainer(LoopHooks, WholeCheckpoints):
     """Trains a causal language model, or an adapter on it, with a discriminative objective.
 
     Args:
@@ -69,6 +72,7 @@ class DFTTrainer(WholeCheckpoints):
         peft_config=None,
         **kwargs,
     ):
+        check_arguments(args, kwargs, eval_dataset is not None)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
@@ -80,12 +84,18 @@ class DFTTrainer(WholeCheckpoints):
         if eval_dataset is not None:
             eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))
             check_rows(eval_dataset.rows, self.objective, args, training=False)
+        needs_base = args.reference == "online" or self.objective.uses_mismatched
+        check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         if args.reference_adapter and has_adapter:
             raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
         if not has_adapter and not args.reference_adapter:
             check_adapter(args, self.objective, train_rows + (eval_dataset.rows if eval_dataset else []))
         model = make_policy(model, args, peft_config)
+        check_model(model, args)
+        guard_four_bit(model)
+        if (dropped := switch_off_dropout(model)) > 0:
+            warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=2)
         super().__init__(
             model=model,
             args=args,
@@ -228,17 +238,19 @@ class DFTTrainer(WholeCheckpoints):
             check_reference(self.model, self._rows_with_reference(), self.objective, self.args, resuming)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """transformers' preparation; then the initial weights, sharded or not, score what reference rows lack."""
-        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+    def after_preparation(self, model: nn.Module, resuming: bool) -> None:
+        """The initial weights, sharded or not, score what rows lack of the reference."""
         self._drive(model)
         if self.sharded:
             self._choose_layout(self.engine.policy)
         if self.objective.uses_any_reference:
-            rows, resuming = self._rows_with_reference(), resume_from_checkpoint is not None
+            rows = self._rows_with_reference()
             with self._around_passes():
                 attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
-        return model, dataloader
+
+    def before_optimizer_step(self, gradient_norm: object) -> None:
+        """Stops before a gradient that is not finite reaches the weights (with fp16 its scaler skips such steps)."""
+        self.engine.check_gradient(float(gradient_norm), scaled=self.args.fp16)
 
     def _drive(self, model: nn.Module) -> None:
         """The engine's model: copies are driven without their wrapper, for their gradients are averaged once a step."""

@@ -17,6 +17,7 @@ from lowdft.config.recipe import Recipe, save_recipe, training_config
 from lowdft.data import Example, Loaded, load_examples, overlap
 from lowdft.data.encode import Encoder, Truncation
 from lowdft.data.prompting import fold_system, sampling_prompt
+from lowdft.data.turns import thinks
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
@@ -197,22 +198,20 @@ class Run:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Rows to ids with this run's template and lengths, never longer than the model's context."""
-        length, context = self.args.max_length, models.context_length(self.source, self.recipe.model)
-        if context and (length is None or length > context):
-            say(f"training.max_length is {length}; this model's context of {context} tokens is taken")
-            length = context
-        return Encoder(self.tokenizer, length, self.args.max_prompt_length)
+        """Rows to ids with this run's template, end tokens and lengths, never longer than the model's context."""
+        args, context = self.args, models.context_length(self.source, self.recipe.model)
+        ends = models.generation_end_ids(self.source)
+        return Encoder(self.tokenizer, args.max_length, args.max_prompt_length, context, ends)
 
     def sampling_ids(self, example: Example) -> list[int]:
         """Ids of the prompt that this example's negatives are sampled from."""
-        section = self.recipe.negatives
+        section, thinking = self.recipe.negatives, thinks(example.completion)
         prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template)
         try:
-            return self.encoder.prompt(prompt, example.tools)
+            return self.encoder.prompt(prompt, example.tools, thinking)
         except UserError:
             if isinstance(prompt, list) and prompt[0]["role"] == "system":
-                return self.encoder.prompt(fold_system(prompt), example.tools)
+                return self.encoder.prompt(fold_system(prompt), example.tools, thinking)
             raise
 
     def encoded(self, split: str, with_negatives: bool = True) -> list[dict]:

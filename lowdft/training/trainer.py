@@ -24,7 +24,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from lowdft import objectives
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import Batch, EncodedDataset, collate
-from lowdft.data.encode import Encoder
 from lowdft.distributed import collectives, sharding
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
@@ -43,6 +42,7 @@ from lowdft.training.training_set import (
     check_reference,
     check_rows,
     encode_rows,
+    encoder_for,
     fingerprint,
 )
 
@@ -80,10 +80,10 @@ class DFTTrainer(WholeCheckpoints):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
-        encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
+        encoder = encoder_for(model, processing_class, args)
         train_rows = encode_rows(train_dataset, encoder)
         check_rows(train_rows, self.objective, args)
-        if encoder and (cut := encoder.truncation.words(args.max_length, args.max_prompt_length)):
+        if cut := encoder.cuts():
             warnings.warn(cut, stacklevel=2)
         if eval_dataset is not None:
             eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))

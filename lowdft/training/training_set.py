@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from lowdft.config.sections import ModelSection
 from lowdft.config.training import DFTConfig
 from lowdft.data.encode import Encoder
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.models.adapters import REFERENCE
+from lowdft.models.base import Source, context_length, generation_end_ids
 from lowdft.models.reference import (
     has_reference,
     reference_fields,
@@ -30,21 +32,34 @@ from lowdft.training.token_budget import Passes
 REFERENCE_FILE = "reference.safetensors"
 
 
-def encode_rows(dataset, encoder: Encoder | None) -> list[dict]:
+def encoder_for(model, tokenizer, args: DFTConfig) -> Encoder:
+    """What turns a trainer's rows into ids: with the lengths of `args`, the model's context and its end tokens.
+
+    Args:
+        model: a transformers model, or the name of one, which is not loaded.
+        tokenizer: None for rows of ids.
+    """
+    if isinstance(model, str):
+        source = Source(model, None, model, is_local=False)
+        try:
+            context, ends = context_length(source, ModelSection(model)), generation_end_ids(source)
+        except OSError:  # no such model: loading it says so, after the rows were checked
+            context, ends = None, []
+    else:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        ends = generation_end_ids(model)
+    return Encoder(tokenizer, args.max_length, args.max_prompt_length, context, ends)
+
+
+def encode_rows(dataset, encoder: Encoder) -> list[dict]:
     """Rows of ids from rows of text or of ids."""
     rows = list(dataset)
-    if encoder is None:
-        if any("prompt_ids" not in row for row in rows):
-            raise UserError(
-                "rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, "
-                "completion_ids and negative_ids"
-            )
-        encoder = Encoder(_NoTokenizer())
+    if encoder.turns is None and any("prompt_ids" not in row for row in rows):
+        raise UserError(
+            "rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, completion_ids and "
+            "negative_ids"
+        )
     return encoder.rows(rows)
-
-
-class _NoTokenizer:
-    chat_template = "none"
 
 
 def check_rows(rows: list[dict], objective: Objective, args: DFTConfig, training: bool = True) -> None:

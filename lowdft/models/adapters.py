@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
+from lowdft.models.base import keep_4bit_trainable
 
 REFERENCE = "reference"  # the name of a frozen second adapter, where the reference is base + adapter
 
@@ -21,6 +22,7 @@ def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn
     """The model to train: loaded where it is a name, under a fresh adapter or a copy of the reference's."""
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    model = keep_4bit_trainable(model)
     if args.reference_adapter:
         model = start_from_adapter(model, args.reference_adapter)
     if peft_config is not None:

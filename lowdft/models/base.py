@@ -1,7 +1,8 @@
 """The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called.
 
 The trap on CPUs with AVX512-BF16: one no-grad forward in eval mode makes bitsandbytes repack a 4-bit layer for
-inference, and from then on gradients through it are silently wrong. `load_base` switches that off on every layer.
+inference, and from then on gradients through it are silently wrong. `keep_4bit_trainable` switches that off on every
+layer, wherever a model enters.
 """
 
 from __future__ import annotations
@@ -105,10 +106,48 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
         device_map=None if in_parts else {"": device},
         **quantization,
     )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    return keep_4bit_trainable(model)
+
+
+def keep_4bit_trainable(model):
+    """The model, whose 4-bit layers bitsandbytes will not repack for inference; layers repacked already are undone.
+
+    Raises:
+        UserError: the gradient through the first 4-bit layer is not that of its dequantized weight.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                layer.weight.data, layer.weight.quant_state
+            )
+            layer.weight.data = data
+    if layers and layers[0].weight.quant_state is not None:
+        _check_4bit_gradient(layers[0])
     return model
+
+
+def _check_4bit_gradient(layer) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    generator, device = torch.Generator().manual_seed(0), layer.weight.device
+    dtype = layer.weight.quant_state.dtype
+    shapes = (2, layer.in_features), (2, layer.out_features)
+    x, pull = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    x.requires_grad_()
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(layer(x), x, pull)
+    wanted = pull.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    error = ((found.float() - wanted).norm() / wanted.norm()).item()
+    if not error < 0.05:  # rounding in bfloat16: 0.003
+        raise UserError(
+            f"bitsandbytes computes wrong gradients here: through a 4-bit layer they are off by {100 * error:.0f}% of "
+            "those through its dequantized weight. Load the base again (one that was used for inference may have been "
+            "repacked), update bitsandbytes, or set model.load_in_4bit=false."
+        )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lowdft.logprobs import truncate
+from lowdft.models import keep_4bit_trainable
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterato
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],
     )
-    model.eval()
+    keep_4bit_trainable(model).eval()
     try:
         with torch.no_grad():
             yield plain

@@ -136,14 +136,13 @@ class DFTTrainer(WholeCheckpoints):
         return self._passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
-        if self.args.layout is None:
-            self._passes.layout = choose_layout(model)
-            if self.layout == "padded":
-                warnings.warn(
-                    "this model's attention does not take packed rows: every completion becomes a row of its own, and "
-                    "the prompt is computed once for each",
-                    stacklevel=2,
-                )
+        self._passes.layout = choose_layout(model, self.args.layout)
+        if self.layout == "padded" and self.args.layout is None:
+            warnings.warn(
+                "this model's attention does not take packed rows: every completion becomes a row of its own, and "
+                "the prompt is computed once for each",
+                stacklevel=2,
+            )
 
     # ---- one step -----------------------------------------------------------------------------------------------
 

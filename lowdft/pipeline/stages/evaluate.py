@@ -105,7 +105,7 @@ def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
     (Lin et al. 2022, arXiv 2109.07958).
     """
     model.eval()
-    layout = run.args.layout or choose_layout(model)
+    layout = choose_layout(model, run.args.layout)
     with_negatives, found = all(row["negative_ids"] for row in rows), []
     size = run.args.per_device_eval_batch_size
     for start in range(0, len(rows), size):

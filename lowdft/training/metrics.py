@@ -79,6 +79,8 @@ class StepMetrics:
         if sum(computed):
             out["padding"] = 1 - sum(needed) / sum(computed)
         out["peak_memory_gb"] = peak_memory_gb()
+        if torch.cuda.is_available():
+            out["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         self.__init__()
         return out
 

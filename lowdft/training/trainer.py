@@ -30,6 +30,7 @@ from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
 from lowdft.logprobs import Group, bare, choose_layout, packed_attention
 from lowdft.models.adapters import make_policy
+from lowdft.models.fused_lora import fused_lora
 from lowdft.objectives import Losses, Scores
 from lowdft.training.checkpoints import WholeCheckpoints
 from lowdft.training.log_u import LogU
@@ -319,6 +320,8 @@ class DFTTrainer(WholeCheckpoints):
         whole = self.accelerator.unwrap_model(model)
         if self.sharded:
             self._choose_layout(whole)
+        else:  # sharded weights are gathered by hooks that one function for base and adapter would pass over
+            self._while_training.enter_context(fused_lora(self.model))
         if self.objective.uses_any_reference:
             rows, resuming = self._rows_with_reference(), resume_from_checkpoint is not None
             attach_reference(whole, rows, self.objective, self.args, self._passes, resuming)

@@ -237,7 +237,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
     }
     for key, (value, least) in at_least.items():
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
     if not 0 < n.top_p <= 1:
         raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")

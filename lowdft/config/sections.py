@@ -69,7 +69,7 @@ class NegativesSection:
     seed: int = 0
     adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
     backend: str = "padded"
-    batch_size: int = 32
+    batch_size: int | None = None  # samples at once; None: 32 on a CPU, on a GPU as many as half of its memory holds
     stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
     resample: int = 0  # tries to replace a negative that is empty or equals the completion
     push: str | None = None  # a Hub data set to upload them to

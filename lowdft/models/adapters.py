@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, set_seed
 from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
+from lowdft.models.base import set_up_cuda
 
 REFERENCE = "reference"  # the name of a frozen second adapter, where the reference is base + adapter
 
 
 def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn.Module:
     """The model to train: loaded where it is a name, under a fresh adapter or a copy of the reference's."""
+    set_up_cuda()
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if args.reference_adapter:

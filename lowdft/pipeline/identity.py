@@ -30,7 +30,6 @@ TRAINING = (
     "negatives_per_step",
     "reference",
     "freeze_half",
-    "skip_negligible",
     "prompts_per_step",
     "num_train_epochs",
     "max_steps",

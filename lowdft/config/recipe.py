@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -26,6 +25,7 @@ from lowdft.config.sections import (
 )
 from lowdft.errors import UserError
 from lowdft.files import write_text
+from lowdft.text import did_you_mean
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -41,6 +41,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
     given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    _gather_adapter_options(given)
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
     try:
@@ -52,6 +53,16 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
     return recipe
+
+
+def _gather_adapter_options(given) -> None:
+    """Moves the fields of peft's configuration that stand in `adapter` to `adapter.options`."""
+    section = given.get("adapter")
+    if OmegaConf.is_dict(section):
+        known = {f.name for f in dataclasses.fields(AdapterSection)}
+        options = {key: section.pop(key) for key in list(section) if key not in known}
+        if options:
+            section.options = OmegaConf.merge(section.get("options") or {}, options)
 
 
 def computes_bfloat16() -> bool:
@@ -115,12 +126,16 @@ def training_config(recipe: Recipe):
     import torch
 
     from lowdft.config.training import DFTConfig
+    from lowdft.models.adapters import adapter_config
 
+    if recipe.adapter:
+        adapter_config(recipe.adapter, recipe.model.load_in_4bit)
     known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
     for key, value in recipe.training.items():
         if key not in known:
             raise UserError(
-                f"training.{key} is not known.{_nearest(key, known)} See DFTConfig and transformers' TrainingArguments."
+                f"training.{key} is not known.{did_you_mean(key, known)} See DFTConfig and "
+                "transformers' TrainingArguments."
             )
         _check_type(f"training.{key}", value, str(known[key].type))
     if recipe.training.get("hub_token"):
@@ -157,7 +172,7 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
     }
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{_nearest(str(key), known)}")
+            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{did_you_mean(str(key), known)}")
         if section is Recipe and key in sections:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")
@@ -175,9 +190,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            near = get_close_matches(str(value), allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{path}: {key} is {value!r}; wanted one of {', '.join(allowed)}.{hint}")
+            raise UserError(f"{path}: {key} is {value!r}.{did_you_mean(str(value), allowed)}")
     n = recipe.negatives
     if "" in n.stop:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
@@ -211,8 +224,3 @@ def _check_type(key: str, value: object, annotation: str) -> None:
         fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
         if not fits:
             raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")
-
-
-def _nearest(key: str, known) -> str:
-    near = get_close_matches(key, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(list(known)[:12])}, …"

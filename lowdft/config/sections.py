@@ -26,12 +26,18 @@ class ModelSection:
 
 @dataclass
 class AdapterSection:
-    """LoRA; `adapter: null` trains all parameters."""
+    """An adapter of peft; `adapter: null` trains all parameters.
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    Every other field of peft's configuration of that type may stand beside these (`use_rslora: true`, `use_dora: true`,
+    `modules_to_save: [...]`, `layers_to_transform: [...]`); loading the recipe gathers them in `options`.
+    """
+
+    type: str = "lora"  # or ia3, oft, loha, lokr, vera, shira
+    r: int = 16  # of lora, loha, lokr, vera and shira
+    alpha: int = 32  # of lora, loha and lokr
+    dropout: float = 0.0  # of adapters that have one
     target_modules: Any = "all-linear"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -135,8 +135,22 @@ def _walk(run, stages: tuple[str, ...]) -> None:
             importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
 
 
+class Lines(logging.Handler):
+    """Prints lowdft's log as plain lines on standard output; of several ranks the first speaks."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one line."""
+        from lowdft.distributed import collectives
+
+        if collectives.rank() == 0:
+            print(self.format(record), flush=True)
+
+
 def _quiet() -> None:
     """Leaves the terminal to lowdft's own lines and progress: the libraries' loading bars and notices stay off."""
+    log = logging.getLogger("lowdft")
+    log.setLevel(logging.INFO)
+    log.handlers, log.propagate = [Lines()], False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

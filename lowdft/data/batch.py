@@ -1,4 +1,4 @@
-"""Encoded rows as a dataset, and the micro-batches that training takes from it."""
+"""The micro-batches that training takes from `EncodedRows`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def select(self, numbers: Sequence[int]) -> Batch:
-        """Some of the rows, in the order given."""
-        return Batch(self.index_M[list(numbers)], [self.rows[i] for i in numbers])
 
     @property
     def completion_tokens(self) -> int:
@@ -69,24 +65,7 @@ def visit_range(visit: int, count: int, pool: int) -> list[int]:
     return [(visit * count + j) % pool for j in range(count)]
 
 
-class EncodedDataset(torch.utils.data.Dataset):
-    """Encoded rows; a data loader gets them with their positions."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.rows[i]
-
-    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int, dict]]:
-        """What a data loader hands to `collate`: every row with its position."""
-        return [(i, self.rows[i]) for i in numbers]
-
-
 def collate(items: list[tuple[int, dict]]) -> dict:
-    """Positions and rows as {"batch": Batch, "index": [M]}."""
+    """Positions and rows (`EncodedRows.__getitems__`) as {"batch": Batch, "index": [M]}."""
     index = torch.tensor([i for i, _ in items], dtype=torch.int64)
     return {"index": index, "batch": Batch(index, [row for _, row in items])}

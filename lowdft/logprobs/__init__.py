@@ -1,7 +1,7 @@
 """The log-probability engine: prompt groups -> rows, mask, positions; hidden states -> log-probabilities."""
 
 from lowdft.logprobs.attention import packed_attention
-from lowdft.logprobs.engine import CompletionLogps, bare, choose_layout, score
+from lowdft.logprobs.engine import CompletionLogps, bare, choose_layout, layers_in, score
 from lowdft.logprobs.head import Head, proposal_logps, token_logps, truncate
 from lowdft.logprobs.rows import Group, lay_out
 
@@ -12,6 +12,7 @@ __all__ = [
     "bare",
     "choose_layout",
     "lay_out",
+    "layers_in",
     "packed_attention",
     "proposal_logps",
     "score",

@@ -5,12 +5,16 @@ A step is skipped when its product matches, goes on where it was interrupted, an
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowdft import __version__
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
+
+VERSION = "version."  # begins the keys of `made_from` that may differ
 
 
 @dataclass
@@ -40,7 +44,9 @@ class Product:
         found = read_json(self.manifest)
         old = found["made_from"]
         differing = [k for k in {**old, **self.made_from} if old.get(k) != self.made_from.get(k)]
-        if differing:
+        if versions := [k for k in differing if k.startswith(VERSION)]:
+            _warn("; ".join(f"{k.removeprefix(VERSION)} {old.get(k)} -> {self.made_from.get(k)}" for k in versions))
+        if differing := [k for k in differing if k not in versions]:
             told = "; ".join(f"{k} was {_short(old.get(k))}, is now {_short(self.made_from.get(k))}" for k in differing)
             raise UserError(
                 f"{self.path}: was made with other settings ({told}). Use them again, choose another output_dir, or "
@@ -59,6 +65,13 @@ class Product:
     def facts(self) -> dict:
         """What `finish` noted."""
         return read_json(self.manifest).get("facts", {})
+
+
+@functools.lru_cache
+def _warn(changed: str) -> None:
+    """Once per process and change."""
+    text = "warning: packages changed since this run folder was begun (%s): numbers may differ by rounding"
+    logging.getLogger("lowdft").info(text, changed)
 
 
 def _short(value: object) -> str:

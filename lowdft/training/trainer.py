@@ -13,33 +13,32 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
 from lowdft.compat import LoopHooks
+from lowdft.config.requirements import check_datasets
 from lowdft.config.training import DFTConfig
-from lowdft.data.batch import EncodedDataset, collate
+from lowdft.data.batch import collate
 from lowdft.data.encode import Encoder
-from lowdft.distributed import collectives, sharding
+from lowdft.data.encoded import EncodedRows
+from lowdft.data.prepare import encode_rows
+from lowdft.data.sampler import StepSampler
+from lowdft.distributed import sharding
 from lowdft.errors import UserError
-from lowdft.logprobs import choose_layout
-from lowdft.models.adapters import make_policy
-from lowdft.models.safeguards import guard_four_bit, switch_off_dropout
+from lowdft.logprobs import choose_layout, layers_in
+from lowdft.models.adapters import adapter_digest, make_policy
+from lowdft.models.reference import attach_reference, check_reference
+from lowdft.models.safeguards import guard_four_bit, switch_off_dropout, train_in_float32
 from lowdft.training.checkpoints import WholeCheckpoints
+from lowdft.training.datasets import as_list, check_evaluation, encoded, starts_from_base
 from lowdft.training.engine import StepEngine
-from lowdft.training.log_u import LogU, load_table, save_table
+from lowdft.training.log_u import LogU, load_table, save_table, table_identity
 from lowdft.training.metrics import Faded, StepMetrics
 from lowdft.training.support import check_arguments, check_model, check_peft, peft_config_of
 from lowdft.training.token_budget import Passes
-from lowdft.training.training_set import (
-    attach_reference,
-    check_adapter,
-    check_reference,
-    check_rows,
-    encode_rows,
-    fingerprint,
-)
 
 STATE_FILE = "log_u.safetensors"
 
@@ -77,39 +76,48 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
         encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
-        train_rows = encode_rows(train_dataset, encoder)
-        check_rows(train_rows, self.objective, args)
+        self._encode = partial(encoded, encoder=encoder)
+        train_rows, eval_sets = encode_rows(train_dataset, encoder), self._encode(eval_dataset)
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        for note in check_datasets(train_rows, as_list(eval_sets), self.objective, args, has_adapter):
+            warnings.warn(note, stacklevel=2)
         if encoder and (cut := encoder.truncation.words(args.max_length, args.max_prompt_length)):
             warnings.warn(cut, stacklevel=2)
-        if eval_dataset is not None:
-            eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))
-            check_rows(eval_dataset.rows, self.objective, args, training=False)
         needs_base = args.reference == "online" or self.objective.uses_mismatched
         check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
-        has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        if args.reference_adapter and has_adapter:
-            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
-        if not has_adapter and not args.reference_adapter:
-            check_adapter(args, self.objective, train_rows + (eval_dataset.rows if eval_dataset else []))
         model = make_policy(model, args, peft_config)
         check_model(model, args)
         guard_four_bit(model)
+        self._starts_from_base = starts_from_base(model)
         if (dropped := switch_off_dropout(model)) > 0:
             warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=2)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=EncodedDataset(train_rows),
-            eval_dataset=eval_dataset,
+            train_dataset=train_rows,
+            eval_dataset=eval_sets,
             processing_class=processing_class,
             data_collator=collate,
             **kwargs,
         )
         self.sharded = sharding.is_sharded(self.accelerator)
-        self._fingerprint, self._faded = fingerprint(train_rows, args), Faded()
+        self._layers_in = self._choose_precision(model)
+        reference = adapter_digest(args.reference_adapter) if args.reference_adapter else "base"
+        self._fingerprint, self._faded = table_identity(train_rows, args, reference), Faded()
         self.engine = self._make_engine(model)
         if not self.sharded:  # else no pass is possible before the parameters have their places
             self._choose_layout(self.model)
+
+    def _choose_precision(self, model: nn.Module) -> torch.dtype | None:
+        """What the layers of a float32 model compute in, where that is something else."""
+        if not self.sharded and (lifted := train_in_float32(model)):
+            warnings.warn(
+                f"{lifted:,} trained weights were in bfloat16, where small updates are lost: they are trained in "
+                "float32 (8 more bytes each with AdamW), and layers compute in bfloat16 as before",
+                stacklevel=3,
+            )
+            return torch.bfloat16
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def _make_engine(self, model: nn.Module) -> StepEngine:
         args, settings, weight = self.args, self.args.hyperparameters(), self.objective.token_weight
@@ -151,7 +159,8 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             return
         training = model.training
         model.eval()  # dropout would tell the layouts apart
-        self.engine.passes.layout = choose_layout(model)
+        with self._around_passes():
+            self.engine.passes.layout = choose_layout(model)
         model.train(training)
         if self.layout == "padded":
             warnings.warn(
@@ -164,7 +173,8 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def _around_passes(self) -> Iterator[None]:
         """Only lowdft's own passes run in it: a callback finds the model as it was."""
         with contextlib.ExitStack() as stack:
-            if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
+            stack.enter_context(layers_in(self._layers_in))
+            if self._layers_in or self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
                 stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
             if self.args.offload_checkpoints and torch.is_grad_enabled():
                 stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
@@ -172,13 +182,24 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
 
     # ---- what transformers' loop calls ------------------------------------------------------------------------------
 
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches of every epoch, the last ones of which may be empty."""
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = StepSampler(
+            len(self.train_dataset),
+            args.per_device_train_batch_size,
+            seed if args.train_sampling_strategy == "random" else None,
+            args.process_index,
+            args.world_size,
+            args.dataloader_drop_last,
+        )
+        workers = args.dataloader_num_workers
+        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Takes the micro-batches of one optimizer step and begins it."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if collectives.world_size() > 1 and not self.args.dataloader_drop_last:
-            again = collectives.repeated([inputs["batch"].index_M for inputs in samples], self.engine.log_u.visits)
-            for inputs, skip in zip(samples, again, strict=True):
-                inputs["batch"] = inputs["batch"].select([i for i, skipped in enumerate(skip) if not skipped])
         return samples, self.engine.begin([inputs["batch"] for inputs in samples], self.state.global_step + 1)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
@@ -195,6 +216,18 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation's loss."""
         return self.compute_loss(model, inputs), None, None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """transformers' evaluate; the rows may be text or ids, as for the training.
+
+        Raises:
+            UserError: the rows lack reference log-probabilities that the model can no longer give.
+        """
+        chosen = self._encode(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if not isinstance(chosen, str):
+            at_hand = self._starts_from_base and (self.state.global_step == 0 or isinstance(self.model, PeftModel))
+            check_evaluation(as_list(chosen), self.objective, self.args, at_hand)
+        return super().evaluate(None if eval_dataset is None else chosen, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -235,7 +268,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             self.engine.load_state_dict(load_table(folder / STATE_FILE, self._fingerprint))
         if self.objective.uses_any_reference:
             resuming = bool(resume_from_checkpoint)
-            check_reference(self.model, self._rows_with_reference(), self.objective, self.args, resuming)
+            check_reference(self.model, self._datasets(), self.objective, self.args, resuming)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
@@ -244,7 +277,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         if self.sharded:
             self._choose_layout(self.engine.policy)
         if self.objective.uses_any_reference:
-            rows = self._rows_with_reference()
+            rows = self._datasets()
             with self._around_passes():
                 attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
 
@@ -256,8 +289,8 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         """The engine's model: copies are driven without their wrapper, for their gradients are averaged once a step."""
         self.engine.model = model if self.sharded else self.accelerator.unwrap_model(model)
 
-    def _rows_with_reference(self) -> list[dict]:
-        return self.train_dataset.rows + (self.eval_dataset.rows if self.eval_dataset is not None else [])
+    def _datasets(self) -> list[EncodedRows]:
+        return [self.train_dataset, *as_list(self.eval_dataset)]
 
     def save_beside(self, folder: Path) -> None:
         """What an exact resume needs beside weights and optimizer: `log_u`, and how a step is split into passes."""

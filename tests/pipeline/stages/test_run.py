@@ -104,7 +104,7 @@ def test_other_settings_are_refused_in_words(recipe, capsys):
     assert main(["generate", recipe]) == 0
     assert main(["generate", recipe, "negatives.temperature=1.5"]) == 1
     error = capsys.readouterr().err
-    assert "negatives.parquet: was made with other settings (temperature was 0.7, is now 1.5)" in error
+    assert "negatives.parquet: was made with other settings (negatives.temperature was 0.7, is now 1.5)" in error
     assert "Traceback" not in error
 
 
@@ -210,8 +210,8 @@ def test_killed_training_goes_on_with_the_same_numbers(recipe, monkeypatch):
         (["model.name_or_path=/no/such/folder"], "model.name_or_path is '/no/such/folder': there is no such folder"),
         (["model.name_or_path=nobody/nothing", "model.hub_id=null"], "with no network, download it elsewhere"),
         (["model.name_or_path=package:no_such_package/x.gguf"], "the Python package no_such_package is not installed"),
-        (["negatives.per_prompt=3"], "negatives.per_prompt is 3; training uses 4 a prompt (2 epochs of 2)"),
-        (["negatives.source=data"], "9 rows have fewer than the 4 negatives"),
+        (["negatives.per_prompt=1"], "negatives.per_prompt is 1; training.negatives_per_step=2 requires"),
+        (["negatives.source=data"], "have too few negatives (the fewest: 0); training.negatives_per_step=2"),
         (["data.eval_rows=12"], "data.eval_rows is 12, but data.train has 12 rows"),
         (
             ["training.per_device_train_batch_size=16", "training.dataloader_drop_last=true"],
@@ -387,7 +387,7 @@ def test_extrapolation_scales_the_adapters_change(recipe, tiny_folder):
 
 
 def test_plan_before_and_after_negatives_are_written(recipe, capsys):
-    """Steps, tokens and memory from the recipe alone; nothing is written into the run folder."""
+    """Steps, tokens and memory from the recipe alone; of the run folder only the prepared rows are written."""
     assert main(["plan", recipe, "--gpu", "1", "--probe"]) == 0
     out = capsys.readouterr().out
     assert "6 steps" in out and "fits 1 GB up to" in out and "tokens/s" in out

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from lowdft.distributed import collectives
-from lowdft.files import replacing
+from lowdft.files import remove, replacing
 from lowdft.pipeline.artifact import Product
 
 MOST_PARTS = 300
@@ -49,7 +50,7 @@ def make_in_parts(
     folder, began = product.path.with_suffix(".parts"), time.perf_counter()
     if collectives.rank() == 0:
         if not product.manifest.is_file():  # nobody knows what older parts were made from
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         product.begin()
     missing = []
     if collectives.rank() == 0 and not product.path.is_file():
@@ -60,7 +61,7 @@ def make_in_parts(
     if collectives.rank() == 0:
         if not product.path.is_file():
             _join(_at_hand(folder), product.path)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     collectives.wait()
     facts: Counter[str] = Counter()
     for batch in pq.ParquetFile(product.path).iter_batches(ROWS_IN_MEMORY):
@@ -71,11 +72,15 @@ def make_in_parts(
 
 
 def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: Callable, what: str) -> None:
-    """Writes the missing parts. A file is named by its first item and has one row an item."""
+    """Writes the missing parts. A file has one row an item, and is named by its first item and its own hash."""
     total = sum(end - start for start, end in missing)
     with tqdm(total=total, desc=what, unit="row", file=sys.stderr, disable=collectives.rank() > 0) as bar:
         for start, end in missing:
-            _write(pa.Table.from_pylist(work(items[start:end])), folder / f"from-{start:09d}.parquet")
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(work(items[start:end])), sink)
+            content = sink.getvalue().to_pybytes()
+            with replacing(folder / f"from-{start:09d}-{_hash(content)}.parquet") as temporary:
+                temporary.write_bytes(content)
             bar.update(end - start)
 
 
@@ -83,7 +88,7 @@ def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
     """(first item, one after the last) of every part to make: what lies between the parts at hand."""
     missing, position = [], 0
     for path in [*_at_hand(folder), None]:
-        start = int(path.stem.removeprefix("from-")) if path else count
+        start = int(path.stem.split("-")[1]) if path else count
         cuts = [*range(position, start, part_size), start]
         missing += itertools.pairwise(cuts)
         position = start + (pq.read_metadata(path).num_rows if path else 0)
@@ -91,12 +96,15 @@ def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
 
 
 def _at_hand(folder: Path) -> list[Path]:
-    return sorted(folder.glob("from-*.parquet"))
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+    """The parts that are there, in order; a damaged one is removed, to be made again."""
+    whole = []
+    for path in sorted(folder.glob("from-*.parquet")):
+        if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
+            whole.append(path)
+        else:
+            warnings.warn(f"{path}: is damaged (cut or changed since it was written) and is made again", stacklevel=4)
+            remove(path)
+    return whole
 
 
 def _join(parts: list[Path], path: Path) -> None:
@@ -106,3 +114,7 @@ def _join(parts: list[Path], path: Path) -> None:
         for part in parts:
             same = pa.concat_tables([schema.empty_table(), pq.read_table(part)], promote_options="permissive")
             out.write_table(same, row_group_size=ROWS_IN_MEMORY)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

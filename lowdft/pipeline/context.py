@@ -26,6 +26,7 @@ from lowdft.data.examples import Examples
 from lowdft.data.prepare import Tokenizing, prepare
 from lowdft.data.prompting import fold_system, sampling_prompt
 from lowdft.data.splits import SPLITS, Splits, load_splits
+from lowdft.data.turns import thinks
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
@@ -39,9 +40,14 @@ say = logging.getLogger("lowdft").info  # one line for people; the command line 
 class Run:
     """A recipe with its data, its base and its folder. Attributes are cached.
 
+    `trust_checkpoint` (from the command line alone): resume also from checkpoints that may run code; `push_negatives`:
+    upload the negatives where the recipe names a place for them.
+
     Raises:
         UserError: when the recipe, the data or the run folder do not fit together, before any model is loaded.
     """
+
+    trust_checkpoint = push_negatives = False
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -131,12 +137,10 @@ class Run:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Rows to ids with this run's template and lengths, never longer than the model's context."""
-        length, context = self.args.max_length, models.context_length(self.source, self.recipe.model)
-        if context and (length is None or length > context):
-            say(f"training.max_length is {length}; this model's context of {context} tokens is taken")
-            length = context
-        return Encoder(self.tokenizer, length, self.args.max_prompt_length)
+        """Rows to ids with this run's template, end tokens and lengths, never longer than the model's context."""
+        args, context = self.args, models.context_length(self.source, self.recipe.model)
+        ends = models.generation_end_ids(self.source)
+        return Encoder(self.tokenizer, args.max_length, args.max_prompt_length, context, ends)
 
     def sampling_ids(self, example: Example) -> list[int]:
         """Ids of the prompt that this example's negatives are sampled from."""
@@ -165,9 +169,19 @@ class Run:
         return self.objective.uses_any_reference and self.args.reference == "precomputed"
 
     def with_reference(self, rows: EncodedRows) -> EncodedRows:
-        """Training rows with the precomputed reference log-probabilities of the run folder."""
+        """Training rows with the precomputed reference log-probabilities of the run folder.
+
+        Raises:
+            UserError: they are missing, or were scored on other negatives than those of the run folder.
+        """
+        product = _made(self.reference, "score")
+        if product.facts().get("negatives") != self.negatives_content:
+            raise UserError(
+                f"{product.path}: was scored on other negatives than {self.negatives('train').path} holds. Delete "
+                f"{product.path} and {product.manifest} to score again."
+            )
         names = [FIELDS[need] for need in sorted(self.objective.needs & REFERENCE_NEEDS)]
-        scored = pq.read_table(_made(self.reference, "score").path, columns=["example_id", *names])
+        scored = pq.read_table(product.path, columns=["example_id", *names])
         index = pc.index_in(rows.table["example_id"], value_set=scored["example_id"])
         return rows.with_columns(**{name: scored[name].take(index) for name in names})
 
@@ -182,6 +196,11 @@ class Run:
     def reference(self) -> Product:
         """The reference's log-probabilities of the training rows."""
         return Product(self.folder / "reference.parquet", identity.reference(self))
+
+    @property
+    def negatives_content(self) -> str | None:
+        """A hash of the training negatives that the base wrote; None when the rows bring their own."""
+        return None if self.ready_negatives() else self.negatives("train").content()
 
     @property
     def training(self) -> Product:
@@ -202,11 +221,12 @@ class Run:
 def sampling_ids(section: NegativesSection, encoder: Encoder, example: Example) -> list[int]:
     """Ids of the prompt that an example's negatives are sampled from; folds a system message that is refused."""
     prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template)
+    thinking = thinks(example.completion)
     try:
-        return encoder.prompt(prompt, example.tools)
+        return encoder.prompt(prompt, example.tools, thinking)
     except UserError:
         if isinstance(prompt, list) and prompt[0]["role"] == "system":
-            return encoder.prompt(fold_system(prompt), example.tools)
+            return encoder.prompt(fold_system(prompt), example.tools, thinking)
         raise
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch.utils.data import DataLoader
 
 from lowdft.config.requirements import RowFacts, check_rows
 from lowdft.config.training import DFTConfig
+from lowdft.data.batch import collate
 from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.prepare import encode_rows
+from lowdft.data.sampler import StepSampler
 from lowdft.errors import UserError
-from lowdft.models.adapters import REFERENCE
-from lowdft.models.reference import is_trained
 from lowdft.objectives import Objective
 
 
@@ -27,9 +27,18 @@ def as_list(dataset: EncodedRows | dict[str, EncodedRows] | None) -> list[Encode
     return [] if dataset is None else list(dataset.values()) if isinstance(dataset, dict) else [dataset]
 
 
-def starts_from_base(model: nn.Module) -> bool:
-    """Before training: is the base, or the frozen reference adapter, what the policy starts from?"""
-    return not hasattr(model, "peft_config") or REFERENCE in model.peft_config or not is_trained(model)
+def train_loader(rows: EncodedRows, args: DFTConfig) -> DataLoader:
+    """This rank's micro-batches of every epoch; the last ones may be empty."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = StepSampler(
+        len(rows),
+        args.per_device_train_batch_size,
+        seed if args.train_sampling_strategy == "random" else None,
+        args.process_index,
+        args.world_size,
+        args.dataloader_drop_last,
+    )
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=args.dataloader_num_workers)
 
 
 def check_evaluation(sets: list[EncodedRows], objective: Objective, args: DFTConfig, at_hand: bool) -> None:

@@ -28,7 +28,7 @@ from lowdft.errors import UserError
 from lowdft.logprobs import Group
 from lowdft.objectives import Losses, Objective, Scores
 from lowdft.training.log_u import LogU
-from lowdft.training.metrics import StepMetrics
+from lowdft.training.metrics import StepMetrics, check_gap
 from lowdft.training.score_inputs import mismatched_gain, prepare
 from lowdft.training.step import Snapshot, StepTotals
 from lowdft.training.token_budget import Backward, Passes
@@ -81,6 +81,7 @@ class StepEngine:
         self._backward = backward or (lambda loss, last: loss.backward())
         self._done: list[Batch] = []
         self._left, self._most, self._first = 0, 0, True
+        self.starts_as_reference = False  # is the policy, before the first step, the model that scored the reference?
         self._start: Snapshot | None = None
 
     @property
@@ -179,6 +180,8 @@ class StepEngine:
         self.metrics.add(scores, final, self.objective, batch, scored)
         if self._first:
             self.metrics.gap(scores)
+            if self.starts_as_reference:
+                check_gap(scores, batch, self.policy.get_output_embeddings().weight.dtype)
         return final.value_M.sum() / totals.prompts * collectives.world_size()
 
     def _scaled_backward(self, loss: Tensor, last: bool) -> None:

@@ -54,6 +54,19 @@ class LogU:
         self.values, self.visits = state["values"], state["visits"]
 
 
+def table_identity(rows, args, reference: str) -> dict:
+    """What a `log_u` table belongs to: the ids of all rows, and the settings that its values depend on.
+
+    Args:
+        rows: the training set, `EncodedRows`.
+        args: its `DFTConfig`.
+        reference: names the reference model by its content.
+    """
+    names = ("objective", "tau", "gamma", "negatives_per_step", "log_u_init", "reference", "reference_prompt")
+    settings = {name: getattr(args, name) for name in (*names, "objective_args", "prompts_per_step")}
+    return {"data": rows.fingerprint(), "reference_model": reference} | settings
+
+
 def save_table(path: str | Path, tensors: Mapping[str, Tensor], fingerprint: dict) -> None:
     """Writes a training's state to one safetensors file, atomically.
 
@@ -79,16 +92,3 @@ def load_table(path: str | Path, fingerprint: dict) -> dict[str, Tensor]:
             found = "; ".join(f"{k} was {saved.get(k)}, is now {fingerprint.get(k)}" for k in differing)
             raise UserError(f"{path}: belongs to another run ({found}). Use the old settings, or another output_dir.")
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def table_identity(rows, args, reference: str) -> dict:
-    """What a `log_u` table belongs to: the ids of all rows, and the settings that its values depend on.
-
-    Args:
-        rows: the training set, `EncodedRows`.
-        args: its `DFTConfig`.
-        reference: names the reference model by its content.
-    """
-    names = ("objective", "tau", "gamma", "negatives_per_step", "log_u_init", "reference", "reference_prompt")
-    settings = {name: getattr(args, name) for name in (*names, "objective_args", "prompts_per_step")}
-    return {"data": rows.fingerprint(), "reference_model": reference} | settings

@@ -13,32 +13,35 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
 from lowdft.compat import LoopHooks
 from lowdft.config.requirements import check_datasets
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
-from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.prepare import encode_rows
-from lowdft.data.sampler import StepSampler
 from lowdft.distributed import sharding
 from lowdft.errors import UserError
-from lowdft.logprobs import choose_layout, layers_in
-from lowdft.models.adapters import adapter_digest, make_policy
+from lowdft.logprobs import layers_in
+from lowdft.models.adapters import adapter_digest
 from lowdft.models.reference import attach_reference, check_reference
-from lowdft.models.safeguards import guard_four_bit, switch_off_dropout, train_in_float32
-from lowdft.training.checkpoints import WholeCheckpoints
-from lowdft.training.datasets import as_list, check_evaluation, encoded, starts_from_base
+from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
+from lowdft.training.datasets import as_list, check_evaluation, encoded, train_loader
 from lowdft.training.engine import StepEngine
 from lowdft.training.log_u import LogU, load_table, save_table, table_identity
 from lowdft.training.metrics import Faded, StepMetrics
-from lowdft.training.support import check_arguments, check_model, check_peft, peft_config_of
-from lowdft.training.token_budget import Passes
+from lowdft.training.rows import encoder_for
+from lowdft.training.setup import (
+    choose_precision,
+    layout_of,
+    make_passes,
+    ready_model,
+    starts_as_reference,
+    starts_from_base,
+)
+from lowdft.training.support import check_arguments, check_peft, peft_config_of
 
 STATE_FILE = "log_u.safetensors"
 
@@ -75,22 +78,18 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
-        encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
+        encoder = encoder_for(model, processing_class, args)
         self._encode = partial(encoded, encoder=encoder)
         train_rows, eval_sets = encode_rows(train_dataset, encoder), self._encode(eval_dataset)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         for note in check_datasets(train_rows, as_list(eval_sets), self.objective, args, has_adapter):
             warnings.warn(note, stacklevel=2)
-        if encoder and (cut := encoder.truncation.words(args.max_length, args.max_prompt_length)):
+        if cut := encoder.cuts():
             warnings.warn(cut, stacklevel=2)
         needs_base = args.reference == "online" or self.objective.uses_mismatched
         check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
-        model = make_policy(model, args, peft_config)
-        check_model(model, args)
-        guard_four_bit(model)
+        model = ready_model(model, args, peft_config)
         self._starts_from_base = starts_from_base(model)
-        if (dropped := switch_off_dropout(model)) > 0:
-            warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=2)
         super().__init__(
             model=model,
             args=args,
@@ -101,48 +100,23 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             **kwargs,
         )
         self.sharded = sharding.is_sharded(self.accelerator)
-        self._layers_in = self._choose_precision(model)
+        self._layers_in = choose_precision(model, args, self.sharded)
         reference = adapter_digest(args.reference_adapter) if args.reference_adapter else "base"
         self._fingerprint, self._faded = table_identity(train_rows, args, reference), Faded()
-        self.engine = self._make_engine(model)
-        if not self.sharded:  # else no pass is possible before the parameters have their places
-            self._choose_layout(self.model)
-
-    def _choose_precision(self, model: nn.Module) -> torch.dtype | None:
-        """What the layers of a float32 model compute in, where that is something else."""
-        if not self.sharded and (lifted := train_in_float32(model)):
-            warnings.warn(
-                f"{lifted:,} trained weights were in bfloat16, where small updates are lost: they are trained in "
-                "float32 (8 more bytes each with AdamW), and layers compute in bfloat16 as before",
-                stacklevel=3,
-            )
-            return torch.bfloat16
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-
-    def _make_engine(self, model: nn.Module) -> StepEngine:
-        args, settings, weight = self.args, self.args.hyperparameters(), self.objective.token_weight
-        passes = Passes(
-            args.layout or "padded",
-            args.logits_chunk_size,
-            args.tokens_per_pass,
-            knows_last=self.objective.linear,
-            token_weight=weight and partial(weight, **settings),
-            predicted_share=settings["predicted_share"] if self.objective.uses_predictions else 0.0,
-            in_step=self.sharded,
-            device=args.device,
-        )
-        return StepEngine(
+        self.engine = StepEngine(
             model,
             self.objective,
-            settings,
-            LogU(len(self.train_dataset), args.log_u_init),
-            passes,
+            args.hyperparameters(),
+            LogU(len(train_rows), args.log_u_init),
+            make_passes(args, self.objective, self.sharded),
             args.negatives_per_step,
             args.reference_prompt,
             backward=lambda loss, last: sharding.backward(self.accelerator, loss, last),
             around=self._around_passes,
-            spare=self.train_dataset[0],
+            spare=train_rows[0],
         )
+        if not self.sharded:  # else no pass is possible before the parameters have their places
+            self._choose_layout(self.model)
 
     @property
     def log_u(self) -> Tensor:
@@ -155,19 +129,9 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         return self.engine.passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
-        if self.args.layout is not None:
-            return
-        training = model.training
-        model.eval()  # dropout would tell the layouts apart
-        with self._around_passes():
-            self.engine.passes.layout = choose_layout(model)
-        model.train(training)
-        if self.layout == "padded":
-            warnings.warn(
-                "this model's attention does not take packed rows: every completion becomes a row of its own, and "
-                "the prompt is computed once for each",
-                stacklevel=2,
-            )
+        if self.args.layout is None:
+            with self._around_passes():
+                self.engine.passes.layout = layout_of(model)
 
     @contextlib.contextmanager
     def _around_passes(self) -> Iterator[None]:
@@ -182,20 +146,9 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
 
     # ---- what transformers' loop calls ------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self):
         """This rank's micro-batches of every epoch, the last ones of which may be empty."""
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = StepSampler(
-            len(self.train_dataset),
-            args.per_device_train_batch_size,
-            seed if args.train_sampling_strategy == "random" else None,
-            args.process_index,
-            args.world_size,
-            args.dataloader_drop_last,
-        )
-        workers = args.dataloader_num_workers
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+        return train_loader(self.train_dataset, self.args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Takes the micro-batches of one optimizer step and begins it."""
@@ -258,11 +211,13 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains; with `resume_from_checkpoint`, goes on from there with the very numbers it would have had."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.args.output_dir}: there is no checkpoint to resume from")
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
+            require_whole(folder)
+            sharding.check_pickles(folder, self.trust_checkpoint)
             sharding.check_checkpoint(folder, self.accelerator)
             sharding.fit_checkpoint(folder, self.accelerator)
             self.engine.load_state_dict(load_table(folder / STATE_FILE, self._fingerprint))
@@ -278,6 +233,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             self._choose_layout(self.engine.policy)
         if self.objective.uses_any_reference:
             rows = self._datasets()
+            self.engine.starts_as_reference = starts_as_reference(self.model, self.args)
             with self._around_passes():
                 attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
 

@@ -1,8 +1,4 @@
-"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called.
-
-The trap on CPUs with AVX512-BF16: one no-grad forward in eval mode makes bitsandbytes repack a 4-bit layer for
-inference, and from then on gradients through it are silently wrong. `load_base` switches that off on every layer.
-"""
+"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called."""
 
 from __future__ import annotations
 
@@ -22,13 +18,15 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
-from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from lowdft.compat import without_deepspeed
 from lowdft.config.sections import ModelSection
 from lowdft.data.turns import Turns
 from lowdft.distributed.sharding import is_fsdp
 from lowdft.errors import UserError
 from lowdft.models.gguf import package_file, unpack_gguf
+from lowdft.models.safeguards import guard_four_bit
 
 
 @dataclass(frozen=True)
@@ -113,21 +111,15 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
         device_map=None if in_parts else {"": device},
         **quantization,
     )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    guard_four_bit(model)
     return model
 
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
     """While this lasts models are whole, and generate without waiting for other ranks, also under ZeRO-3's launcher."""
-    config = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
+    with without_deepspeed():
         yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def context_length(source: Source, section: ModelSection) -> int | None:

@@ -129,6 +129,13 @@ def test_a_token_across_the_boundary_is_counted():
     assert encoder.truncation.apart == 1 and "1 answers would share a token" in encoder.cuts()
 
 
+def test_a_cut_prompt_keeps_how_every_text_begins():
+    encoder = Encoder(encoder_of("gemma 3").tokenizer, max_prompt_length=5)
+    ids = encoder.prompt("one two three four five six seven")
+    whole = encoder.tokenizer("one two three four five six seven").input_ids
+    assert ids == [encoder.tokenizer.bos_token_id, *whole[-4:]]
+
+
 def test_reasoning_is_kept_where_the_template_keeps_it():
     thought = said("<think>\nhm\n</think>\n\n4")
     encoder = encoder_of("qwen 3")

@@ -16,19 +16,29 @@ from lowdft.errors import UserError
 from lowdft.training.preemption import Stopped, on_sigterm, stop
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
+WHOLE_WAY = ("generate", "score", "train", "evaluate", "benchmark", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
 ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
+ALONE = {  # stages with arguments of their own
+    "benchmark": lambda given: {"names": given.tasks and given.tasks.split(","), "limit": given.limit},
+    "chat": lambda given: {},
+    "serve": lambda given: {},
+    "merge": lambda given: {"into": given.into, "gguf": given.gguf},
+}
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
     "generate": "let the base write negatives for every prompt",
     "score": "score the negatives under the frozen base, once",
     "train": "train the adapter, or go on from the last checkpoint",
     "evaluate": "measure base and adapter on the held-out rows",
+    "benchmark": "measure base and adapter on public benchmarks (lm-evaluation-harness), in one load",
     "report": "curves, tables and samples on one page",
     "export": "make the adapter publishable, with its card; --push uploads it",
     "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
+    "chat": "talk to base and adapter in the terminal, from one loaded model",
+    "serve": "print the commands that serve the base and the adapter",
+    "merge": "write the base with the adapter merged into it; --gguf converts it for llama.cpp and Ollama",
     "compare": "run a study: one recipe over a grid of settings, side by side in one table",
     "inspect": "show rows as the model sees them, and a summary of the data",
 }
@@ -107,7 +117,7 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
-            _walk(Run(one), WHOLE_WAY)
+            _walk(Run(one), _stages(one))
         return
     run = Run(recipe)
     if arguments.verb == "inspect":
@@ -119,8 +129,17 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     elif arguments.verb == "export":
         run.check()
         importlib.import_module("lowdft.pipeline.stages.export").main(run, extrapolate=arguments.extrapolate)
+    elif arguments.verb in ALONE:
+        importlib.import_module(f"lowdft.pipeline.stages.{arguments.verb}").main(
+            run, **ALONE[arguments.verb](arguments)
+        )
     else:
-        _walk(run, WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
+        _walk(run, _stages(recipe) if arguments.verb == "run" else (arguments.verb,))
+
+
+def _stages(recipe) -> tuple[str, ...]:
+    """The stages of `lowdft run`: benchmarks only if the recipe names some."""
+    return tuple(stage for stage in WHOLE_WAY if stage != "benchmark" or recipe.evaluation.benchmarks)
 
 
 def _walk(run, stages: tuple[str, ...]) -> None:
@@ -153,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, what in VERBS.items():
         verb = verbs.add_parser(name, help=what, description=what)
-        verb.add_argument("recipe", help="a YAML recipe (compare: a study), see recipes/")
+        verb.add_argument("recipe", help="a YAML recipe (compare: a study), or a run folder")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
         verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
         if name in ("run", *ON_ALL_RANKS):
@@ -167,6 +186,13 @@ def _parser() -> argparse.ArgumentParser:
                 "--gpus", type=int, default=1, metavar="N", help="plan for N GPUs: ZeRO-3, or whole copies"
             )
             verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
+        if name == "benchmark":
+            verb.add_argument("--tasks", metavar="NAMES", help="suites (paper, math) and lm-eval's tasks, with commas")
+            verb.add_argument("--limit", type=int, metavar="N", help="the first N rows of every task")
+        if name == "merge":
+            into = "which weights to merge into: the base's own in bfloat16, or what its 4-bit form stands for"
+            verb.add_argument("--into", choices=("bf16", "dequantized"), default="bf16", help=into)
+            verb.add_argument("--gguf", metavar="TYPE", help="also write a GGUF file: f16, bf16, q8_0, …")
         if name == "export":
             verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")
         if name in ("run", "export"):

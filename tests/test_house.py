@@ -42,7 +42,11 @@ FLOORS = {
 }
 PURE = ("lowdft.objectives", "lowdft.logprobs")  # import torch alone; and one registers with transformers
 REGISTERS = "lowdft.logprobs.attention"
-OPTIONAL = {"vllm": "lowdft.sampling.vllm", "math_verify": "lowdft.evaluation.answers"}  # each imported in one place
+OPTIONAL = {
+    "vllm": "lowdft.sampling.vllm",
+    "math_verify": "lowdft.evaluation.answers",
+    "lm_eval": "lowdft.evaluation.benchmarks",
+}  # each imported in one place
 
 
 def floor(module: str) -> int:

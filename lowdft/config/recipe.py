@@ -31,12 +31,13 @@ from lowdft.files import write_text
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
 
-    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe.
+    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe. A run folder stands
+    for the resolved recipe that it holds, and is its output_dir.
 
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
     """
-    given = _read(Path(path))
+    given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(Path(path))
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
@@ -61,6 +62,14 @@ def computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _of_run_folder(folder: Path):
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(
+            f"{folder}: is a folder without recipe.yaml, so not a run folder. Give a recipe or a run folder."
+        )
+    return OmegaConf.merge(_read(folder / "recipe.yaml"), {"output_dir": str(folder)})
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):
@@ -195,6 +204,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "negatives.batch_size": (n.batch_size, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
+        "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
     }
     for key, (value, least) in at_least.items():
         if value < least:

@@ -85,6 +85,9 @@ class EvaluationSection:
     max_new_tokens: int = 256
     batch_size: int = 32
     compare: dict[str, str] = field(default_factory=dict)  # name: run folder or adapter, measured beside this one
+    benchmarks: list[str] = field(default_factory=list)  # suites (paper, math), alpaca_eval, or lm-eval's tasks
+    benchmark_limit: int | None = None  # rows per task; None: all
+    benchmark_data: dict[str, Any] = field(default_factory=dict)  # task: file of its rows, or {split: file}
 
 
 @dataclass

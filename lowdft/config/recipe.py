@@ -194,8 +194,6 @@ def _check_values(recipe: Recipe, path: str) -> None:
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
     if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
         raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
-    if n.adapter and n.backend == "vllm":
-        raise UserError(f"{path}: negatives.adapter needs the backend padded or continuous, not vllm")
     at_least = {
         "rounds": (recipe.rounds, 1),
         "negatives.temperature": (n.temperature, 0),
@@ -211,6 +209,9 @@ def _check_values(recipe: Recipe, path: str) -> None:
             raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
     if not 0 < n.top_p <= 1:
         raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
+    if not 0 < n.gpu_memory_utilization <= 1:
+        found = n.gpu_memory_utilization
+        raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")
 
 
 def _check_type(key: str, value: object, annotation: str) -> None:

@@ -70,6 +70,7 @@ class NegativesSection:
     adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
     backend: str = "padded"
     batch_size: int = 32
+    gpu_memory_utilization: float = 0.9  # the share of the GPU's memory that the backend vllm takes
     stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
     resample: int = 0  # tries to replace a negative that is empty or equals the completion
     push: str | None = None  # a Hub data set to upload them to

@@ -275,7 +275,16 @@ class Run:
         kept = {
             k: v
             for k, v in section.items()
-            if k not in ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size")
+            if k
+            not in (
+                "source",
+                "push",
+                "private",
+                "per_prompt",
+                "eval_per_prompt",
+                "batch_size",
+                "gpu_memory_utilization",
+            )
         }
         kept["adapter"] = None  # held-out negatives are always the base's, so that runs and rounds compare
         if split == "train" and section["adapter"]:

@@ -124,6 +124,9 @@ def test_serve_prints_the_commands(tmp_path, tiny_folder, capsys):
     adapter = run.training.path
     assert f"vllm serve {tiny_folder} --enable-lora --max-lora-rank 8 --lora-modules tuned={adapter}" in out
     assert f"transformers serve {adapter}\n" in out
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 20'))
+    assert "--max-lora-rank 32" in " ".join(serve.vllm_command(run))
     run.recipe.model.load_in_4bit = True
     assert "--quantization bitsandbytes" in " ".join(serve.vllm_command(run))
     assert serve.transformers_command(run)[-2:] == ["--quantization", "bnb-4bit"]

@@ -137,6 +137,11 @@ class DFTConfig(TrainingArguments):
         """The path in `reference_model: adapter:PATH`."""
         return None if self.reference_model == "base" else self.reference_model.removeprefix("adapter:")
 
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one optimizer step, over all micro-batches and processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def hyperparameters(self) -> dict:
         """What the objective is called with: its defaults under `objective_args`, and tau and gamma if it has them."""
         values = {**objectives.get(self.objective).defaults, **self.objective_args}

@@ -1,4 +1,4 @@
-"""Encoded rows as a dataset, and the micro-batches that training takes from it."""
+"""The micro-batches that training takes from `EncodedRows`."""
 
 from __future__ import annotations
 
@@ -87,20 +87,7 @@ def visit_range(visit: int, count: int, pool: int) -> list[int]:
     return [(visit * count + j) % pool for j in range(count)]
 
 
-class EncodedDataset(torch.utils.data.Dataset):
-    """Encoded rows; an item is (position, row)."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[int, dict]:
-        return i, self.rows[i]
-
-
 def collate(items: list[tuple[int, dict]]) -> dict:
-    """A data loader's items as {"batch": Batch, "index": [M]}."""
+    """Positions and rows (`EncodedRows.__getitems__`) as {"batch": Batch, "index": [M]}."""
     index = torch.tensor([i for i, _ in items])
     return {"index": index, "batch": Batch(index, [row for _, row in items])}

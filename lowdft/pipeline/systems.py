@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 from lowdft import models
 from lowdft.errors import UserError
 from lowdft.files import read_json
+from lowdft.models.adapters import adapter_digest
 from lowdft.models.reference import reference_on
-from lowdft.pipeline.context import Run, adapter_identity
+from lowdft.pipeline.context import Run
+from lowdft.pipeline.identity import adapter_folder
 from lowdft.sampling import Request, SamplingSettings, get_sampler
 
 
@@ -51,7 +53,7 @@ def compared_adapters(run: Run) -> dict[str, Path]:
     """The adapters of `evaluation.compare` by name."""
     found = {}
     for name, given in run.recipe.evaluation.compare.items():
-        found[name] = Path(given) / "adapter" if (Path(given) / "adapter").is_dir() else Path(given)
+        found[name] = adapter_folder(given)
         require_same_base(run, found[name])
     return found
 
@@ -60,12 +62,12 @@ def identities(run: Run) -> dict[str, str]:
     """Every system of the run ("base", "after", those compared) and what its weights on top of the base are called."""
     trained = trained_folder(run)
     if run.recipe.adapter:
-        after = adapter_identity("adapter", str(trained))
+        after = adapter_digest(trained, "adapter")
     else:
         after = models.locate(dataclasses.replace(run.recipe.model, name_or_path=str(trained))).identity
     compared = compared_adapters(run)
     return {"base": "base", "after": after} | {
-        name: adapter_identity(f"evaluation.compare.{name}", str(path)) for name, path in compared.items()
+        name: adapter_digest(path, f"evaluation.compare.{name}") for name, path in compared.items()
     }
 
 

@@ -72,3 +72,16 @@ class LogU:
                     f"{path}: belongs to another run ({found}). Use the old settings, or another output_dir."
                 )
             self.values, self.visits = file.get_tensor("values"), file.get_tensor("visits")
+
+
+def table_identity(rows, args, reference: str) -> dict:
+    """What a `log_u` table belongs to: the ids of all rows, and the settings that its values depend on.
+
+    Args:
+        rows: the training set, `EncodedRows`.
+        args: its `DFTConfig`.
+        reference: names the reference model by its content.
+    """
+    names = ("objective", "tau", "gamma", "negatives_per_step", "log_u_init", "reference", "reference_prompt")
+    settings = {name: getattr(args, name) for name in (*names, "objective_args", "prompts_per_step")}
+    return {"data": rows.fingerprint(), "reference_model": reference} | settings

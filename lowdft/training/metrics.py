@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
+from lowdft.errors import UserError
 from lowdft.objectives import Losses, Objective, Scores
 from lowdft.training.token_budget import Scored
 
@@ -84,6 +85,38 @@ class StepMetrics:
 
     def _add(self, name: str, values_M: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + values_M.sum().item()
+
+
+GAP = {torch.float32: 0.02}  # nats a scored token that rounding may make of the gap; of other types 0.1
+
+
+def check_gap(scores: Scores, batch: Batch, dtype: torch.dtype) -> None:
+    """Stops before the first optimizer step when the reference is not the model that training starts from.
+
+    Both then score the same negatives, so they differ by rounding alone; otherwise the reference was scored on other
+    negatives, by another base or at other settings. Call it where policy and reference start as one model and score the
+    same prompts.
+
+    Args:
+        scores: policy and reference log-probabilities of the negatives, [M, B].
+        batch: of M prompts, to name the worst.
+        dtype: of the model's arithmetic.
+
+    Raises:
+        UserError: the gap is more than rounding.
+    """
+    if scores.ref_negative_logps_MB is None:
+        return
+    difference_MB = scores.policy_negative_logps_MB.detach() - scores.ref_negative_logps_MB
+    gap_M = difference_MB.abs().sum(1) / scores.negative_tokens_MB.sum(1)
+    worst = int(gap_M.argmax())
+    if not gap_M[worst] <= GAP.get(dtype, 0.1):
+        raise UserError(
+            f"the reference log-probabilities are not those of the model that training starts from: row "
+            f"{batch.rows[worst].get('example_id')} differs by {gap_M[worst]:.3g} nats per token of its negatives. "
+            "They were scored on other negatives, by another base or with other settings; score them again (in a run "
+            "folder: delete reference.parquet and its manifest)."
+        )
 
 
 def finite_mean(values: Tensor) -> float:

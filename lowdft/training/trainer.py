@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,32 +19,27 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
+from lowdft.config.requirements import check_datasets
 from lowdft.config.training import DFTConfig
-from lowdft.data.batch import Batch, EncodedDataset, collate
+from lowdft.data.batch import Batch, collate
 from lowdft.data.encode import Encoder
+from lowdft.data.encoded import EncodedRows
+from lowdft.data.prepare import encode_rows
 from lowdft.distributed import collectives, sharding
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_json
 from lowdft.logprobs import Group, bare, choose_layout, packed_attention
-from lowdft.models.adapters import make_policy
+from lowdft.models.adapters import adapter_digest, make_policy
+from lowdft.models.reference import attach_reference, check_reference
 from lowdft.objectives import Losses, Scores
-from lowdft.training.checkpoints import WholeCheckpoints
-from lowdft.training.log_u import LogU
-from lowdft.training.metrics import Faded, StepMetrics
+from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
+from lowdft.training.log_u import LogU, table_identity
+from lowdft.training.metrics import Faded, StepMetrics, check_gap
 from lowdft.training.score_inputs import mismatched_gain, prepare
 from lowdft.training.step import Step
 from lowdft.training.token_budget import Passes
-from lowdft.training.training_set import (
-    attach_reference,
-    check_adapter,
-    check_reference,
-    check_rows,
-    encode_rows,
-    fingerprint,
-)
 
 LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
 
@@ -82,27 +77,23 @@ class DFTTrainer(WholeCheckpoints):
         self.objective = objectives.get(args.objective)
         encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
         train_rows = encode_rows(train_dataset, encoder)
-        check_rows(train_rows, self.objective, args)
+        eval_rows = None if eval_dataset is None else encode_rows(eval_dataset, encoder)
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        for note in check_datasets(train_rows, eval_rows, self.objective, args, has_adapter):
+            warnings.warn(note, stacklevel=2)
         if encoder and (cut := encoder.truncation.words(args.max_length, args.max_prompt_length)):
             warnings.warn(cut, stacklevel=2)
-        if eval_dataset is not None:
-            eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))
-            check_rows(eval_dataset.rows, self.objective, args, training=False)
-        has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        if args.reference_adapter and has_adapter:
-            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
-        if not has_adapter and not args.reference_adapter:
-            check_adapter(args, self.objective, train_rows + (eval_dataset.rows if eval_dataset else []))
         model = make_policy(model, args, peft_config)
-        self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
+        reference = adapter_digest(args.reference_adapter) if args.reference_adapter else "base"
+        self._log_u = LogU(len(train_rows), args.log_u_init, table_identity(train_rows, args, reference))
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._step = Step()
         self._faded = Faded()
         super().__init__(
             model=model,
             args=args,
-            train_dataset=EncodedDataset(train_rows),
-            eval_dataset=eval_dataset,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             data_collator=collate,
             **kwargs,
@@ -213,11 +204,13 @@ class DFTTrainer(WholeCheckpoints):
         self._metrics["train"].add(scores, final, self.objective, batch, scored)
         if self.state.global_step == 0:
             self._metrics["train"].gap(scores)
+            if self._starts_as_reference:
+                check_gap(scores, batch, self.model.get_output_embeddings().weight.dtype)
         return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
 
     def _idle(self, model: nn.Module) -> Tensor:
         """What a rank without an example in this micro-batch runs beside the others: passes of weight 0."""
-        spare = Batch(torch.zeros(1, dtype=torch.int64), self.train_dataset.rows[:1])
+        spare = Batch(torch.zeros(1, dtype=torch.int64), [self.train_dataset[0]])
         visits_M = self._log_u.visits[spare.index_M]
         self._given(model, spare, visits_M, self._step)
         groups = self._groups(spare, visits_M)
@@ -299,18 +292,20 @@ class DFTTrainer(WholeCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains; with `resume_from_checkpoint`, goes on from there with the very numbers it would have had."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.args.output_dir}: has no checkpoint to go on from")
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
+            require_whole(folder)
+            sharding.check_pickles(folder, self.trust_checkpoint)
             sharding.check_checkpoint(folder, self.accelerator)
             sharding.fit_checkpoint(folder, self.accelerator)
             self._log_u.load(folder / LOG_U_FILE)
             vars(self._passes).update(read_json(folder / PASSES_FILE))
         if self.objective.uses_any_reference:
             resuming = bool(resume_from_checkpoint)
-            check_reference(self.model, self._rows_with_reference(), self.objective, self.args, resuming)
+            check_reference(self.model, self._datasets(), self.objective, self.args, resuming)
         with contextlib.ExitStack() as self._while_training:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
@@ -321,13 +316,21 @@ class DFTTrainer(WholeCheckpoints):
         if self.sharded:
             self._choose_layout(whole)
         if self.objective.uses_any_reference:
-            rows, resuming = self._rows_with_reference(), resume_from_checkpoint is not None
-            attach_reference(whole, rows, self.objective, self.args, self._passes, resuming)
+            resuming = resume_from_checkpoint is not None
+            attach_reference(whole, self._datasets(), self.objective, self.args, self._passes, resuming)
         self._keep_layers_ready(self._while_training)
         return model, dataloader
 
-    def _rows_with_reference(self) -> list[dict]:
-        return self.train_dataset.rows + (self.eval_dataset.rows if self.eval_dataset is not None else [])
+    def _datasets(self) -> list[EncodedRows]:
+        return [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+
+    @cached_property
+    def _starts_as_reference(self) -> bool:
+        """Is the policy, before the first step, the model that scored the reference, on the same prompts?"""
+        fresh = [p for name, p in self.model.named_parameters() if "lora_B" in name]
+        return (
+            self.args.reference_prompt == "training" and bool(fresh) and not any(bool(p.detach().any()) for p in fresh)
+        )
 
     def _keep_layers_ready(self, stack: contextlib.ExitStack) -> None:
         """Layers stay as scoring sets them until the last backward pass: checkpointed ones run again there."""

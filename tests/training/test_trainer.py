@@ -68,9 +68,7 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
             return CompletionLogps(torch.empty(0), torch.stack(found), torch.empty(0), 0)
 
         monkeypatch.setattr("lowdft.training.token_budget.score", lookup)
-        batch = Batch(
-            index, [trainer.train_dataset.rows[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])]
-        )
+        batch = Batch(index, [trainer.train_dataset[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])])
         trainer._step = Step(len(index), int(sum(step["len_pos"])))
         if way == "compute_loss":
             trainer.model.train()
@@ -102,7 +100,7 @@ def test_negatives_scored_from_the_difference(reference, tmp_path):
 def test_first_step_by_hand(tmp_path):
     """At step 0 with a fresh adapter w = 1: the loss is the mean NLL of the completions, the gap 0, log_u stays 0."""
     trainer = make_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=5)
-    rows = trainer.train_dataset.rows
+    rows = trainer.train_dataset
     out = score(make_llama(), [Group(r["prompt_ids"], [r["completion_ids"]]) for r in rows])
     trainer.train()
     entry = trainer.state.log_history[0]
@@ -247,7 +245,7 @@ def test_reference_is_that_of_the_initial_weights(peft, tmp_path):
     trainer = make_trainer(tmp_path, peft=peft)
     trainer.train()
     fresh = make_llama()
-    for row in trainer.train_dataset.rows:
+    for row in trainer.train_dataset:
         wanted = score(fresh, [Group(row["prompt_ids"], row["negative_ids"])]).logps_C
         assert row["ref_negative_logps"] == pytest.approx(wanted.tolist(), abs=1e-3)
 
@@ -274,10 +272,24 @@ def test_online_reference_under_a_trained_adapter_is_refused(tmp_path):
 
 
 def test_too_few_negatives_are_refused_with_the_row(tmp_path):
+    """Fewer than one visit takes; every fault of every row is in the one message."""
     rows = make_rows(4)
-    rows[2] = rows[2] | {"example_id": "short-one", "negative_ids": rows[2]["negative_ids"][:3]}
-    with pytest.raises(UserError, match=r"1 of 4 rows have too few negatives \(the fewest: 3; first rows: short-one\)"):
+    rows[2] = rows[2] | {"example_id": "short-one", "negative_ids": rows[2]["negative_ids"][:1]}
+    rows[3] = rows[3] | {"example_id": "empty-one", "negative_ids": [[], [5]]}
+    with pytest.raises(UserError, match=r"1 of 4 rows \(short-one\) have too few negatives \(the fewest: 1\)") as found:
         make_trainer(tmp_path, rows)
+    assert "1 of 4 rows (empty-one) have a prompt, completion or negative without tokens" in str(found.value)
+
+
+def test_rows_reuse_their_negatives_when_they_have_fewer_than_all_visits_take(tmp_path):
+    """Three negatives, two visits of two: the second takes the third and the first again (Algorithm 1's finite set)."""
+    rows = make_rows(4, negatives=3)
+    with pytest.warns(UserWarning, match="4 of 4 rows have fewer than 4 negatives"):
+        trainer = make_trainer(tmp_path, rows)
+    trainer.train()
+    assert trainer._log_u.visits.tolist() == [2] * 4
+    second = Batch(torch.tensor([0]), [trainer.train_dataset[0]]).negatives([1], 2)
+    assert second == [[rows[0]["negative_ids"][2], rows[0]["negative_ids"][0]]]
 
 
 def test_rows_of_text(tmp_path, tokenizer):
@@ -293,7 +305,7 @@ def test_rows_of_text(tmp_path, tokenizer):
     ]
     args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=1, save_strategy="no", disable_tqdm=True)
     trainer = DFTTrainer(make_llama(len(tokenizer)), args, rows, processing_class=tokenizer, peft_config=lora())
-    decoded = [tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) for row in trainer.train_dataset.rows]
+    decoded = [tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) for row in trainer.train_dataset]
     assert decoded == ["2+2?4<|im_end|>", "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"]
     trainer.train()
     assert len(losses(trainer)) == 1

@@ -65,7 +65,7 @@ def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
     """The completions of a row that the reference scores for this objective: negatives first, the good one last."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     negatives = row["negative_ids"] if objective.uses_reference else []
-    return group_of(row, negatives, prompt, objective.uses_completion_reference, args.negatives_scored)
+    return group_of(row, negatives, prompt, objective.uses_completion_reference)
 
 
 def reference_fields(logps: list[float], objective: Objective) -> dict:

@@ -107,12 +107,12 @@ def greedy_answers(run: Run, model: nn.Module, prompts: list[list[int]], name: s
     """The greedy answer to every prompt (token ids), as text, under a progress bar called `name`."""
     section = run.recipe.evaluation
     settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
-    sampler = get_sampler("padded", model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
     texts = []
     with tqdm(total=len(prompts), desc=f"answers, {name}", unit="row") as bar:
         for start in range(0, len(prompts), 4 * section.batch_size):
             part = prompts[start : start + 4 * section.batch_size]
             samples = sampler.sample([Request(prompt, 0) for prompt in part])
-            texts += [run.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+            texts += [run.encoder.text(sample.token_ids) for sample in samples]
             bar.update(len(part))
     return texts

@@ -138,7 +138,7 @@ def test_pairs_may_be_seen_again(tmp_path):
     settings = dict(negatives_per_step=1, num_train_epochs=3)
     trainer = make_trainer(tmp_path, rows, objective="dpo", **settings)
     trainer.train()
-    assert trainer._log_u.visits.tolist() == [3] * 4
+    assert trainer.engine.log_u.visits.tolist() == [3] * 4
     with pytest.raises(UserError, match="1 a visit need 3 a row"):
         make_trainer(tmp_path, rows, objective="dft", **settings)
 

@@ -17,7 +17,6 @@ from lowdft.data.batch import Batch
 from lowdft.errors import UserError
 from lowdft.logprobs import CompletionLogps, Group, score
 from lowdft.training.metrics import Faded
-from lowdft.training.step import Step
 
 CASES = json.loads((GOLDEN / "dft.json").read_text())
 
@@ -39,7 +38,7 @@ def golden_rows(case) -> list[dict]:
     return [{"prompt_ids": [i]} | first.get(i, some) for i in range(case["n_prompts"])]
 
 
-@pytest.mark.parametrize("way", ["compute_loss", "training_step", "in two passes", "in pieces"])
+@pytest.mark.parametrize("way", ["at once", "in pieces"])
 @pytest.mark.parametrize("case", [c for k in ("hand_cases", "random_cases") for c in CASES[k]], ids=lambda c: c["name"])
 def test_golden_gradients(case, way, tmp_path, monkeypatch):
     """The trainer's own step on the golden log-probabilities: value, log_u, and gradients within 1e-6."""
@@ -50,13 +49,9 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
         rows,
         negatives_per_step=len(rows[0]["negative_ids"]),
         num_train_epochs=1,
-        skip_negligible=0.0,
+        tokens_per_pass=1 if way == "in pieces" else 8192,
         **settings,
     )
-    if way == "in two passes":
-        trainer._passes._in_two = lambda groups: True
-    if way == "in pieces":
-        trainer._passes.budget = 1
     for step in case["steps"]:
         index = torch.tensor(step["ids"])
         leaf = torch.tensor(
@@ -69,13 +64,8 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
 
         monkeypatch.setattr("lowdft.training.token_budget.score", lookup)
         batch = Batch(index, [trainer.train_dataset[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])])
-        trainer._step = Step(len(index), int(sum(step["len_pos"])))
-        if way == "compute_loss":
-            trainer.model.train()
-            loss = trainer.compute_loss(trainer.model, {"batch": batch})
-            loss.backward()
-        else:
-            loss = trainer.training_step(trainer.model, {"batch": batch})
+        trainer.engine.begin([batch])
+        loss = trainer.training_step(trainer.model, {"batch": batch})
         wanted = torch.tensor(
             [[*n, p] for n, p in zip(step["grad_logp_neg"], step["grad_logp_pos"], strict=True)], dtype=torch.float64
         )
@@ -83,18 +73,6 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
         value = sum(step["monitor_objective_per_prompt"]) / len(index)
         assert loss.item() == pytest.approx(value, rel=1e-6, abs=1e-6)
         assert trainer.log_u[index].tolist() == pytest.approx(step["log_u_after"], rel=1e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize("reference", ["precomputed", "online"])
-def test_negatives_scored_from_the_difference(reference, tmp_path):
-    """Only a negative's tokens after the shared ones are scored, by policy and reference alike: w = 1 at step 0."""
-    rows = [{"prompt_ids": [5], "completion_ids": [7, 8, 9], "negative_ids": [[7, 8, 4, 6], [7, 3]]}]
-    trainer = make_trainer(tmp_path, rows, negatives_scored="from_difference", reference=reference, num_train_epochs=1)
-    trainer.train()
-    entry, model = trainer.state.log_history[0], make_llama()
-    logps = score(model, [Group([5], rows[0]["negative_ids"], [2, 1])]).logps_C
-    assert entry["logps/negative"] == pytest.approx(logps.mean().item(), rel=1e-5)
-    assert entry["reference/gap"] < 1e-5 and entry["weights/mean"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_first_step_by_hand(tmp_path):
@@ -135,14 +113,14 @@ def test_accumulation_changes_nothing(objective, tmp_path):
 def test_visits_are_counted_per_example(tmp_path):
     trainer = make_trainer(tmp_path, make_rows(5))
     trainer.train()
-    assert trainer._log_u.visits.tolist() == [2] * 5
+    assert trainer.engine.log_u.visits.tolist() == [2] * 5
 
 
 def test_evaluation_leaves_log_u_alone(tmp_path):
     trainer = make_trainer(tmp_path, eval_rows=make_rows(3, seed=9), log_u_init=0.25)
-    before = (trainer.log_u.clone(), trainer._log_u.visits.clone())
+    before = (trainer.log_u.clone(), trainer.engine.log_u.visits.clone())
     metrics = trainer.evaluate()
-    assert torch.equal(trainer.log_u, before[0]) and torch.equal(trainer._log_u.visits, before[1])
+    assert torch.equal(trainer.log_u, before[0]) and torch.equal(trainer.engine.log_u.visits, before[1])
     assert metrics["eval_loss"] > 0
 
 
@@ -160,7 +138,7 @@ def test_gradient_checkpointing_updates_once_and_changes_nothing(objective, tmp_
     plain.train(), checkpointed.train()
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
     torch.testing.assert_close(checkpointed.log_u, plain.log_u, rtol=1e-4, atol=1e-5)
-    assert torch.equal(checkpointed._log_u.visits, plain._log_u.visits)
+    assert torch.equal(checkpointed.engine.log_u.visits, plain.engine.log_u.visits)
 
 
 @pytest.mark.parametrize("peft", [True, False])
@@ -223,10 +201,10 @@ def test_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     """A disk that fills up while log_u is written leaves no checkpoint folder behind, and says so in words."""
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
 
-    def full(path):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer._log_u, "save", full)
+    monkeypatch.setattr("lowdft.training.trainer.save_table", full)
     with pytest.raises(UserError, match="No space left on device"):
         trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == []
@@ -287,7 +265,7 @@ def test_rows_reuse_their_negatives_when_they_have_fewer_than_all_visits_take(tm
     with pytest.warns(UserWarning, match="4 of 4 rows have fewer than 4 negatives"):
         trainer = make_trainer(tmp_path, rows)
     trainer.train()
-    assert trainer._log_u.visits.tolist() == [2] * 4
+    assert trainer.engine.log_u.visits.tolist() == [2] * 4
     second = Batch(torch.tensor([0]), [trainer.train_dataset[0]]).negatives([1], 2)
     assert second == [[rows[0]["negative_ids"][2], rows[0]["negative_ids"][0]]]
 

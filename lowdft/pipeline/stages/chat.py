@@ -60,8 +60,8 @@ class Chat:
 
     def __init__(self, run: Run, model):
         self.run, self.model = run, model
-        self.encoder = Encoder(run.tokenizer, None, None)
-        self.end_ids = models.end_ids(run.tokenizer, model)
+        self.encoder = Encoder(run.tokenizer, model_end_ids=models.generation_end_ids(run.source))
+        self.end_ids = self.encoder.end_ids
         self.context = models.context_length(run.source, run.recipe.model)
         self.settings, self.seed = SamplingSettings(max_new_tokens=512), 0
         self.system: str | None = run.recipe.data.system_prompt

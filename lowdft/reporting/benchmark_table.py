@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 NAMES = {
     "mmlu": "MMLU",
     "truthfulqa_mc2": "TruthfulQA (mc2)",
@@ -66,3 +68,33 @@ def print_table(result: dict) -> None:
 
 def _cell(value: float, error: float | None, sign: str = "") -> str:
     return f"{100 * value:{sign}.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+
+
+def of_study(runs: list[tuple[str, dict]]) -> str:
+    """The benchmarks of a study in Markdown: one line per name, in brackets the lead over the base.
+
+    Args:
+        runs: (name of the line, contents of the run's benchmark.json); runs of one name are repetitions.
+    """
+    grouped: dict[str, list[dict]] = {}
+    for name, result in runs:
+        grouped.setdefault(name, []).append(result)
+    first = runs[0][1]
+    tasks = list(first["tasks"])
+    header = ["", *(NAMES.get(task, task) for task in tasks), "mean"]
+    base = [_cell(first["tasks"][task]["systems"]["base"]["value"], None) for task in tasks]
+    lines = [header, ["---"] * len(header), ["base", *base, _cell(first["mean"]["base"], None)]]
+    for name, many in grouped.items():
+        cells = [_of_repetitions([one["tasks"][task]["systems"]["after"] for one in many]) for task in tasks]
+        lines.append([name, *cells, _cell(statistics.mean(one["mean"]["after"] for one in many), None)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{notes(first)}; in brackets the lead over the base.\n"
+
+
+def _of_repetitions(scores: list[dict]) -> str:
+    values = [score["value"] for score in scores]
+    spread = statistics.stdev(values) if len(values) > 1 else scores[0]["stderr"]
+    errors = [score["ahead"]["stderr"] for score in scores]
+    error = None if None in errors else statistics.mean(errors)  # of the same rows in every run
+    ahead = _cell(statistics.mean(score["ahead"]["value"] for score in scores), error, "+")
+    return f"{_cell(statistics.mean(values), spread)} ({ahead})"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -86,21 +84,24 @@ def systems(run: Run, wanted: set[str] | None = None) -> Iterator[tuple[str, nn.
                     yield "base", model
             if run.recipe.adapter and "after" in wanted:
                 yield "after", model
+            del model
     if not run.recipe.adapter and "after" in wanted:
         yield "after", models.load_base(models.Source(str(trained), None, "", True), run.recipe.model)
     for name, adapter in compared.items():
         if name in wanted:
             with loaded(run, adapter) as model:
                 yield name, model
+                del model
 
 
 @contextlib.contextmanager
 def loaded(run: Run, adapter: Path | None) -> Iterator[nn.Module]:
-    """The run's base, under an adapter if one is given; its memory is given back at the end."""
-    base = run.base()
-    yield models.load_adapter(base, adapter) if adapter else base
-    gc.collect()
-    torch.cuda.empty_cache()
+    """The run's base, under an adapter if one is given, once the memory of what was loaded before is free."""
+    models.release_memory()
+    model = run.base()
+    if adapter:
+        model = models.load_adapter(model, adapter)
+    yield model
 
 
 def greedy_answers(run: Run, model: nn.Module, prompts: list[list[int]], name: str) -> list[str]:

@@ -26,6 +26,7 @@ from lowdft.distributed import collectives, sharding
 from lowdft.errors import UserError
 from lowdft.logprobs import choose_layout
 from lowdft.models.adapters import adapter_digest, make_policy
+from lowdft.models.fused_lora import fused_lora
 from lowdft.models.reference import attach_reference, check_reference
 from lowdft.models.safeguards import guard_four_bit, switch_off_dropout
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
@@ -138,13 +139,11 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         return self.engine.passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
-        if self.args.layout is not None:
-            return
         training = model.training
         model.eval()  # dropout would tell the layouts apart
-        self.engine.passes.layout = choose_layout(model)
+        self.engine.passes.layout = choose_layout(model, self.args.layout)
         model.train(training)
-        if self.layout == "padded":
+        if self.layout == "padded" and self.args.layout is None:
             warnings.warn(
                 "this model's attention does not take packed rows: every completion becomes a row of its own, and "
                 "the prompt is computed once for each",
@@ -155,6 +154,8 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def _around_passes(self) -> Iterator[None]:
         """Only lowdft's own passes run in it: a callback finds the model as it was."""
         with contextlib.ExitStack() as stack:
+            if not self.sharded:  # sharded weights are gathered by hooks, which one function for both would pass over
+                stack.enter_context(fused_lora(self.model))
             if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
                 stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
             if self.args.offload_checkpoints and torch.is_grad_enabled():

@@ -48,12 +48,13 @@ def measure_all(run: Run) -> dict:
         product = run.base_evaluation if name == "base" else None
         if product and product.is_done():
             found[name] = read_json(product.path)
-            continue
-        found[name] = measure(run, name, model, rows, truths, kind)
-        if product:
-            product.begin()
-            write_json(product.path, found[name])
-            product.finish()
+        else:
+            found[name] = measure(run, name, model, rows, truths, kind)
+            if product:
+                product.begin()
+                write_json(product.path, found[name])
+                product.finish()
+        del model  # its memory, for the next one
     samples = []
     for i, example in enumerate(examples[:SAMPLES_KEPT]):
         negative = rows[i]["negative_ids"][0] if rows[i]["negative_ids"] else []
@@ -98,7 +99,7 @@ def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
     (Lin et al. 2022, arXiv 2109.07958).
     """
     model.eval()
-    layout = run.args.layout or choose_layout(model)
+    layout = choose_layout(model, run.args.layout)
     with_negatives, found = all(row["negative_ids"] for row in rows), []
     size = run.args.per_device_eval_batch_size
     for start in range(0, len(rows), size):

@@ -6,7 +6,6 @@ it was trained on, and bfloat16 rounds. So both are measured on held-out rows, a
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import torch
@@ -53,9 +52,9 @@ def _merge(run: Run, adapter: Path, into: str, target: Path) -> None:
         with loaded(run, adapter) as model:
             trained = predict(model, rows, MEASURED_TOKENS)
         del model
-        gc.collect()
     ways = [way for way in WAYS if way == into or (rows and run.recipe.model.load_in_4bit)]
     for way in ways:
+        models.release_memory()
         model = merged(run.source, run.recipe.model, adapter, way)
         if way == into:
             _save(run, model, target)
@@ -63,8 +62,6 @@ def _merge(run: Run, adapter: Path, into: str, target: Path) -> None:
             model.to(getattr(torch, run.recipe.model.dtype))  # measured in the arithmetic of the run
             measured[way] = _compare(trained, predict(model, rows, MEASURED_TOKENS))
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
     say(f"{target}: the merged model, bfloat16")
     if rows:
         result = {"tokens": len(trained.ids_T), "adapter": {"nll": trained.nll}, **measured}

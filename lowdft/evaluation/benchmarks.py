@@ -10,7 +10,6 @@ import copy
 import logging
 import random
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from lowdft.errors import UserError
 from lowdft.evaluation import metamath
+from lowdft.text import did_you_mean
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # those of the harness's own command
 BUILDERS = {".csv": "csv", ".parquet": "parquet"}  # else json, which also reads one object per line
@@ -71,11 +71,10 @@ def named(names: list[str]) -> list[Benchmark]:
     for name in names:
         for one in SUITES.get(name) or (known.get(name) or Benchmark(name),):
             if one.task not in known and one.task not in _index(one.task).all_tasks:
-                near = get_close_matches(one.task, [*SUITES, *known, *_index(None).all_tasks], n=3)
-                hint = f" Did you mean {' or '.join(near)}?" if near else ""
+                hint = did_you_mean(one.task, [*SUITES, *known, *_index(None).all_tasks])
                 raise UserError(
-                    f"{one.task}: lm-evaluation-harness has no task of this name.{hint} Suites are "
-                    f"{', '.join(SUITES)}; `lm_eval ls tasks` lists the tasks."
+                    f"{one.task}: lm-evaluation-harness has no task of this name.{hint} `lm_eval ls tasks` lists all; "
+                    f"suites are {', '.join(SUITES)}."
                 )
             found[one.task] = one
     return list(found.values())

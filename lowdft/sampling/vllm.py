@@ -67,9 +67,11 @@ def served_rank(adapter: str | Path) -> int:
     """The max_lora_rank that vLLM needs for an adapter.
 
     Raises:
-        UserError: the adapter trains more than LoRA weights, or its rank is too high for vLLM.
+        UserError: the adapter is none of LoRA, trains more than that, or its rank is too high for vLLM.
     """
     config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
+        raise UserError(f"{adapter}: vLLM serves plain LoRA; merge the adapter, or use another backend")
     if config.get("modules_to_save"):
         raise UserError(f"{adapter}: vLLM loads no modules_to_save; merge the adapter, or use another backend")
     rank = next((rank for rank in RANKS if rank >= config["r"]), None)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 import torch
 from transformers import GenerationConfig, TextStreamer
@@ -21,6 +20,7 @@ from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.systems import loaded, trained_folder
 from lowdft.sampling import SamplingSettings
 from lowdft.sampling.draw import generating
+from lowdft.text import did_you_mean, printable
 
 HELP = """/base, /tuned, /both   who answers from now on
 /system TEXT           the system message (without TEXT: none); begins a new conversation
@@ -90,8 +90,7 @@ class Chat:
         elif command == "/save":
             self._save(rest.strip())
         else:
-            near = get_close_matches(command, COMMANDS, n=1)
-            raise UserError(f"{command} is no command{f'; did you mean {near[0]}?' if near else ''} (/help lists them)")
+            raise UserError(f"{command} is no command.{did_you_mean(command, COMMANDS)} /help lists them.")
         return True
 
     def _choose(self, name: str) -> None:
@@ -175,7 +174,7 @@ class _Keeping(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.texts.append(text)
-        print(text, end="\n" if stream_end else "", flush=True)
+        print(printable(text), end="\n" if stream_end else "", flush=True)
 
     def end(self) -> None:
         if not self.ended:

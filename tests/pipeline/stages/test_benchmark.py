@@ -112,7 +112,7 @@ def test_another_adapter_is_another_result(tmp_path, tiny_folder, data):
 
 
 @pytest.mark.parametrize("names, words", [
-    pytest.param(["gsm8"], "gsm8: .* no task of this name. Did you mean gsm8k", marks=pytest.mark.slow),
+    pytest.param(["gsm8"], "gsm8: .* no task of this name. Did you mean 'gsm8k'", marks=pytest.mark.slow),
     (["hellaswag"], "hellaswag: its data set could not be fetched .*hf download --repo-type dataset Rowan/hellaswag"),
 ])  # fmt: skip
 def test_what_is_not_there_is_told_before_a_model_is_loaded(tmp_path, tiny_folder, data, names, words, monkeypatch):

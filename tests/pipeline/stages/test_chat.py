@@ -62,7 +62,7 @@ def test_a_seed_gives_the_same_answer_again(tmp_path, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("/bse", "/bse is no command; did you mean /base?"),
+    ("/bse", "/bse is no command. Did you mean '/base'?"),
     ("/set temprature=1", "/set temprature: wanted one of temperature"),
     ("/set top_p=much", "/set top_p=much: wanted a number"),
     ("/set top_p=2", "top_p in (0, 1]"),

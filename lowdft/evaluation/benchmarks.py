@@ -64,7 +64,7 @@ def named(names: list[str]) -> list[Benchmark]:
     """The benchmarks of suites and tasks by name, each once; a task of a suite has that suite's settings.
 
     Raises:
-        UserError: the harness has no such task; the nearest names are given.
+        UserError: the harness has no such task (the nearest name is given), or it is a tag of several.
     """
     known = {one.task: one for suite in SUITES.values() for one in suite}
     found = {}
@@ -76,6 +76,10 @@ def named(names: list[str]) -> list[Benchmark]:
                     f"{one.task}: lm-evaluation-harness has no task of this name.{hint} `lm_eval ls tasks` lists all; "
                     f"suites are {', '.join(SUITES)}."
                 )
+            entry = None if one.task in known else _index(one.task).task_index[one.task]
+            if entry and entry.kind.name == "TAG":
+                tasks = ", ".join(sorted(entry.tags))
+                raise UserError(f"{one.task}: is a name for several tasks, without a score of its own: {tasks}")
             found[one.task] = one
     return list(found.values())
 
@@ -98,7 +102,7 @@ def load(benchmark: Benchmark, data: str | dict[str, str] | None = None) -> list
     own = metamath.TASKS.get(benchmark.task)
     try:
         if own:
-            found = manager.load([{"group": f"own_{benchmark.task}", "task": [_own(own, data)]}])
+            found = manager.load([_own(own, data)])
         elif data is None:
             found = manager.load([benchmark.task])
         else:
@@ -110,7 +114,15 @@ def load(benchmark: Benchmark, data: str | dict[str, str] | None = None) -> list
         raise UserError(_no_data(benchmark.task, error)) from error
     if benchmark.task == "ifeval":
         _require_punkt()
-    return list(found["tasks"].values()) if not found["groups"] or own or data else list(found["groups"].values())[:1]
+    tasks = list(found["tasks"].values())
+    if len(tasks) == 1:
+        return tasks
+    if not found["groups"]:
+        names = ", ".join(found["tasks"])
+        raise UserError(
+            f"{benchmark.task}: is a mere tag of several tasks, without a score; name some of them: {names}"
+        )
+    return list(found["groups"].values())[:1]
 
 
 def run(model, tokenizer, benchmark: Benchmark, tasks: list, limit: int | None, batch_size: int | str) -> dict:
@@ -140,9 +152,14 @@ def run(model, tokenizer, benchmark: Benchmark, tasks: list, limit: int | None, 
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-    out = evaluator.evaluate(
-        lm, loaded, limit=limit, apply_chat_template=benchmark.chat_template, fewshot_as_multiturn=True
-    )
+    try:
+        out = evaluator.evaluate(
+            lm, loaded, limit=limit, apply_chat_template=benchmark.chat_template, fewshot_as_multiturn=True
+        )
+    except AssertionError as error:
+        if "sequence length" not in str(error):
+            raise
+        raise UserError(f"{benchmark.task}: the model's context is too short for its answers ({error})") from error
     name = next(name for name in (benchmark.task, *out["results"]) if name in out["results"])
     metrics = {k: v for k, v in out["results"][name].items() if "," in k and isinstance(v, float | int)}
     values = [key for key in metrics if "_stderr," not in key]

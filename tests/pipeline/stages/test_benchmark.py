@@ -137,6 +137,25 @@ def test_an_adapter_of_another_base(tmp_path, tiny_folder, data, capsys):
     assert "was trained on another base (someone/else@1)" in capsys.readouterr().err
 
 
+def test_metamath_on_local_rows(tmp_path, tiny_folder, data, monkeypatch):
+    pytest.importorskip("math_verify")
+    run = make_run(tmp_path, tiny_folder, {"metamath_gsm8k": data["gsm8k"]["test"]}, benchmarks=["metamath_gsm8k"])
+    with pytest.raises(UserError, match="metamath_gsm8k: the model's context is too short for its answers"):
+        benchmark.main(run)
+    monkeypatch.setitem(TASKS["metamath_gsm8k"]["generation_kwargs"], "max_gen_toks", 4)
+    found = benchmark.main(run)["tasks"]["metamath_gsm8k"]
+    assert found["rows"] == 8 and found["metric"] == "accuracy,none" and found["shots"] == 0
+    assert found["systems"]["after"]["ahead"]["paired"]
+    (samples,) = run.folder.glob("benchmarks/metamath_gsm8k/base-*.samples.jsonl")
+    assert json.loads(samples.read_text().splitlines()[0])["target"] == "$1$"
+
+
+@pytest.mark.slow
+def test_a_tag_has_no_score():
+    with pytest.raises(UserError, match="ai2_arc: is a name for several tasks.*arc_challenge, arc_easy"):
+        benchmarks.named(["ai2_arc"])
+
+
 def test_the_paper_suite_is_table_7():
     found = {one.task: (one.shots, one.metric, one.chat_template) for one in benchmarks.SUITES["paper"]}
     assert len(found) == 7 and found["arc_challenge"] == (25, "acc_norm,none", False)

@@ -115,14 +115,7 @@ def load(benchmark: Benchmark, data: str | dict[str, str] | None = None) -> list
     if benchmark.task == "ifeval":
         _require_punkt()
     tasks = list(found["tasks"].values())
-    if len(tasks) == 1:
-        return tasks
-    if not found["groups"]:
-        names = ", ".join(found["tasks"])
-        raise UserError(
-            f"{benchmark.task}: is a mere tag of several tasks, without a score; name some of them: {names}"
-        )
-    return list(found["groups"].values())[:1]
+    return tasks if len(tasks) == 1 else list(found["groups"].values())[:1]
 
 
 def run(model, tokenizer, benchmark: Benchmark, tasks: list, limit: int | None, batch_size: int | str) -> dict:

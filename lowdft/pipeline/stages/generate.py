@@ -18,7 +18,7 @@ from lowdft.data.prompting import plain_text
 from lowdft.distributed import collectives
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
-from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
+from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, VllmModel, get_sampler
 
 
 def main(run: Run) -> None:
@@ -167,7 +167,24 @@ def _wanted(run: Run, split: str) -> bool:
 def _sampler(run: Run, adapter: str | None) -> Sampler:
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    model = run.source if section.backend == "vllm" else run.base()
-    if adapter:
-        model = models.load_adapter(model, adapter)
+    if section.backend == "vllm":
+        model = _vllm_model(run, adapter)
+    else:
+        model = models.load_adapter(run.base(), adapter) if adapter else run.base()
     return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)
+
+
+def _vllm_model(run: Run, adapter: str | None) -> VllmModel:
+    section, longest = run.recipe.model, run.encoder.prompt_limit
+    if adapter:
+        models.require_adapter(adapter, "negatives.adapter")
+    return VllmModel(
+        path=run.source.path,
+        revision=run.source.revision,
+        dtype=section.dtype,
+        load_in_4bit=section.load_in_4bit,
+        max_length=longest + run.recipe.negatives.max_new_tokens if longest else None,
+        memory=run.recipe.negatives.gpu_memory_utilization,
+        adapter=adapter,
+        trust_remote_code=section.trust_remote_code,
+    )

@@ -95,7 +95,9 @@ def samples_per_part(section: NegativesSection) -> int:
     """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
     if section.backend == "vllm":
         return 8192
-    return max(2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0))
+    if section.batch_size:
+        return 2 * section.batch_size
+    return 2048 if torch.cuda.is_available() else 128
 
 
 def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from lowdft import models, objectives
 from lowdft.config.recipe import Recipe, save_recipe, training_config
 from lowdft.data import Example, Loaded, load_examples, overlap
 from lowdft.data.encode import Encoder, Truncation
-from lowdft.data.prompting import fold_system, sampling_prompt
+from lowdft.data.labels import find_labels, with_labels
+from lowdft.data.load import fingerprint
+from lowdft.data.prompting import choose_shots, fold_system, plain_text, sampling_prompt
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
+from lowdft.evaluation import answers
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.pipeline.artifact import Product
 from lowdft.training.training_set import check_adapter, negatives_least, negatives_needed
@@ -80,6 +84,10 @@ class Run:
                 )
             rows, held = rows[: -section.eval_rows], rows[-section.eval_rows :]
         rows = rows[: section.train_rows]
+        if section.labels is not None:
+            labels = find_labels(rows) if section.labels == "auto" else section.labels
+            say(f"labels: {', '.join(map(str, labels))}")
+            rows, held = with_labels(rows, labels), with_labels(held, labels)
         for warning in overlap(rows, held):
             say(f"warning: {warning}")
         return rows, held, loaded.layout
@@ -93,6 +101,7 @@ class Run:
             columns=dict(section.columns),
             prompt_style=section.prompt_style,
             system_prompt=section.system_prompt,
+            prompt_template=section.prompt_template,
             skip_invalid=section.skip_invalid,
         )
         for note in [*loaded.notes, *(f"warning: {w}" for w in loaded.warnings)]:
@@ -153,9 +162,29 @@ class Run:
                 "under aligned models, scored beforehand. Add that column, or choose another objective."
             )
 
+    @cached_property
+    def right_answer(self) -> Callable[[str, str], bool]:
+        """How an answer is checked, `check(answer, truth)`, as `evaluation.answer` says, for `negatives.keep: wrong`.
+
+        Raises:
+            UserError: the training rows' answers cannot be checked.
+        """
+        section = self.recipe.evaluation
+        truths = [truth_of(example) for example in self.examples("train")]
+        kind = answers.detect(truths) if section.answer == "auto" else section.answer
+        if kind == "none":
+            raise UserError(
+                f"negatives.keep is wrong, but evaluation.answer is {section.answer}"
+                + (", and not every row's answer is a number" if section.answer == "auto" else "")
+                + "; wanted one of number, choice, regex, math, which tells right answers from wrong ones"
+            )
+        return answers.checker(kind, section.pattern)
+
     def _check_negatives(self) -> None:
         args, rows, per_prompt = self.args, self.examples("train"), self.recipe.negatives.per_prompt
         if not self.ready_negatives():
+            if self.recipe.negatives.keep == "wrong":
+                _ = self.right_answer  # raises where answers cannot be checked
             needed = negatives_needed(args, len(rows))
             if per_prompt is not None and per_prompt < needed:
                 raise UserError(
@@ -206,8 +235,10 @@ class Run:
 
     def sampling_ids(self, example: Example) -> list[int]:
         """Ids of the prompt that this example's negatives are sampled from."""
-        section = self.recipe.negatives
-        prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template)
+        section, shots = self.recipe.negatives, []
+        if section.strategy == "few_shot":
+            shots = choose_shots(example, self.examples("train"), section.shots, section.seed)
+        prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template, shots)
         try:
             return self.encoder.prompt(prompt, example.tools)
         except UserError:
@@ -264,8 +295,6 @@ class Run:
         return models.made_from(self.source, self.recipe.model, self.tokenizer)
 
     def _made_from_data(self, split: str) -> dict:
-        from lowdft.data.load import fingerprint
-
         lengths = {"max_length": self.encoder.max_length, "max_prompt_length": self.encoder.max_prompt_length}
         return {"data": fingerprint(self.examples(split))} | lengths
 
@@ -277,6 +306,14 @@ class Run:
             for k, v in section.items()
             if k not in ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size")
         }
+        if section["strategy"] == "few_shot":
+            kept["shots_from"] = fingerprint(self.examples("train"))
+        else:
+            del kept["shots"]
+        if section["keep"] == "all":
+            del kept["keep"]
+        else:
+            kept |= {"answer": self.recipe.evaluation.answer, "pattern": self.recipe.evaluation.pattern}
         kept["adapter"] = None  # held-out negatives are always the base's, so that runs and rounds compare
         if split == "train" and section["adapter"]:
             kept["adapter"] = adapter_identity("negatives.adapter", section["adapter"])
@@ -330,6 +367,11 @@ class Run:
         if self.ready_negatives(split) or not self.negatives_wanted(split):
             return self._made_from_base | self._made_from_data(split)
         return self.negatives(split).made_from
+
+
+def truth_of(example: Example) -> str:
+    """What an answer is checked against: the row's bare answer where it has one, else its completion."""
+    return example.answer or plain_text(example.completion)
 
 
 def adapter_identity(key: str, path: str) -> str:

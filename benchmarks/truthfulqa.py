@@ -5,9 +5,10 @@
     python benchmarks/truthfulqa.py score TruthfulQA.csv runs/studies/truthfulqa
 
 Trained on are (question, best answer) alone; negatives are the model's own answers, never the file's wrong ones. MC1 is
-the share of questions whose best answer is more likely than every wrong one (`lowdft evaluate` says it as "rows won,
-summed log-prob"); MC2 is the mean share of the true answers in the probability of all. The split is drawn with a fixed
-seed. `score` keeps what it measured beside every run, and compares with the first objective, question by question.
+the share of questions whose best answer is more likely than every wrong one (`lowdft evaluate` calls it "accuracy of
+choice, summed log-prob"); MC2 is the mean share of the true answers in the probability of all. The split is drawn with
+a fixed seed. `score` keeps what it measured beside every run, and compares with the first objective, question by
+question.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from lowdft.config.recipe import load_recipe
 from lowdft.data.encode import Encoder
 from lowdft.files import read_json
 from lowdft.logprobs import Group, score
-from lowdft.study import folder_name, paired
+from lowdft.reporting.study_table import paired
+from lowdft.study import folder_name
 
 TRAINING = 317
 
@@ -75,7 +77,7 @@ def score_study(source: str, folder: str) -> None:
         cells = []
         for measure in ("mc1", "mc2"):
             means = [100 * statistics.mean(run[measure]) for run in many]
-            ahead, error = paired(*([run[measure] for run in group] for group in (many, first)))
+            ahead, error, _ = paired(*([run[measure] for run in group] for group in (many, first)))
             cells.append(f"{statistics.mean(means):.1f} ± {statistics.stdev(means) if len(means) > 1 else 0:.1f}")
             cells.append("" if many is first else f"{100 * ahead:+.1f} ± {100 * error:.1f}")
         print(f"| {name} | {' | '.join(cells)} | {len(many)} |", flush=True)

@@ -51,6 +51,7 @@ class DataSection:
     labels: Any = None  # classification: a list of texts, or auto (the completions that occur); the others: negatives
     train_rows: int | None = None
     eval_rows: int | None = None
+    tune_rows: int | None = None  # the last of the training rows, held out in the others' place (`lowdft compare`)
     skip_invalid: bool = False
 
 

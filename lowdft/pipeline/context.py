@@ -83,6 +83,8 @@ class Run:
                     f"data.eval_rows is {section.eval_rows}, but data.train has {len(rows)} rows; wanted fewer"
                 )
             rows, held = rows[: -section.eval_rows], rows[-section.eval_rows :]
+        if section.tune_rows:
+            rows, held = rows[: -section.tune_rows], rows[-section.tune_rows :]
         rows = rows[: section.train_rows]
         if section.labels is not None:
             labels = find_labels(rows) if section.labels == "auto" else section.labels

@@ -100,9 +100,9 @@ def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kin
 def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
     """Every row's log-probability (nats) of the completion; where all rows have negatives their mean, and the margin.
 
-    A row is won (1, else 0) when its completion outscores every one of its negatives, by summed (`wins`) or mean
-    (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is TruthfulQA's MC1
-    (Lin et al. 2022, arXiv 2109.07958).
+    The accuracy of choice of a row is 1 (else 0) when its completion outscores every one of its negatives, by summed
+    (`wins`) or mean (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is
+    TruthfulQA's MC1 (Lin et al. 2022, arXiv 2109.07958).
     """
     model.eval()
     layout = run.args.layout or choose_layout(model)

@@ -4,8 +4,9 @@
     lowdft compare recipes/studies/truthfulqa.yaml
     python benchmarks/truthfulqa.py score TruthfulQA.csv runs/studies/truthfulqa
 
-Trained on are (question, best answer) alone; negatives are the model's own answers, never the file's wrong ones. MC1 is
-the share of questions whose best answer is more likely than every wrong one (`lowdft evaluate` calls it "accuracy of
+Trained on are (question, best answer) alone, and negatives are the model's own answers; train-wrong.jsonl has the
+file's wrong answers as negatives (recipes/studies/truthfulqa-wrong-answers.yaml: what ready ones can do at best). MC1
+is the share of questions whose best answer is more likely than every wrong one (`lowdft evaluate` calls it "accuracy of
 choice, summed log-prob"); MC2 is the mean share of the true answers in the probability of all. The split is drawn with
 a fixed seed. `score` keeps what it measured beside every run, and compares with the first objective, question by
 question.
@@ -53,11 +54,12 @@ def question(line: dict[str, str]) -> dict:
 
 
 def write_rows(source: str, folder: str) -> None:
-    """Writes FOLDER/train.jsonl and FOLDER/test.jsonl."""
+    """Writes FOLDER/train.jsonl, FOLDER/train-wrong.jsonl and FOLDER/test.jsonl."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("train", "test"), questions(source), strict=True):
+    trained, held = questions(source)
+    for name, part in (("train", trained), ("train-wrong", trained), ("test", held)):
         rows = [{"prompt": one["prompt"], "completion": one["best"]} for one in part]
-        if name == "test":
+        if name != "train":
             rows = [row | {"negatives": one["wrong"]} for row, one in zip(rows, part, strict=True)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(folder) / f"{name}.jsonl").write_text(text, encoding="utf-8")

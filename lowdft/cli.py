@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": "measure base and adapter on the held-out rows",
     "report": "curves, tables and samples on one page",
     "export": "make the adapter publishable, with its card; --push uploads it",
+    "probe": "say in a few minutes whether negatives will help on these rows, and which objective",
     "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
     "compare": "run a study: one recipe over a grid of settings, side by side in one table",
     "inspect": "show rows as the model sees them, and a summary of the data",
@@ -112,6 +113,8 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     run = Run(recipe)
     if arguments.verb == "inspect":
         importlib.import_module("lowdft.pipeline.stages.inspect").main(run, row=arguments.row)
+    elif arguments.verb == "probe":
+        importlib.import_module("lowdft.pipeline.stages.probe").main(run, rows=arguments.rows)
     elif arguments.verb == "plan":
         importlib.import_module("lowdft.pipeline.stages.plan").main(
             run, gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
@@ -161,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--processes", type=int, metavar="N", help="how many with --launch, if not one a GPU")
         if name == "inspect":
             verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
+        if name == "probe":
+            verb.add_argument(
+                "--rows", type=int, default=128, metavar="N", help="training and held-out rows to look at"
+            )
         if name == "plan":
             verb.add_argument("--gpu", type=float, metavar="GB", help="find the largest setting for a GPU's memory")
             verb.add_argument(

@@ -26,6 +26,7 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     stop = [*section.stop, *(_shot_stop(run) if section.strategy == "few_shot" else [])]
     prompts = {e.example_id: run.sampling_ids(e) for e in examples}
     by_id = {e.example_id: e for e in examples}
+    ends = {e.example_id: run.encoder.turns.end_for(e.completion) for e in examples}
     seeds = {(e.example_id, k): seed_of(section.seed, e.example_id, k, 0) for e in examples for k in range(per_prompt)}
     samples, texts, first_right = {}, {}, set()
     pending = list(seeds)
@@ -33,8 +34,8 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
         seeds |= {key: seed_of(section.seed, *key, attempt) for key in pending}
         drawn = sampler.sample([Request(prompts[key[0]], seeds[key]) for key in pending])
         for key, sample in zip(pending, drawn, strict=True):
-            samples[key] = end_at(stop, sample, run.tokenizer)
-            texts[key] = run.tokenizer.decode(samples[key].token_ids, skip_special_tokens=True).strip()
+            samples[key] = end_at(stop, sample, run.tokenizer, ends[key[0]])
+            texts[key] = run.encoder.text(samples[key].token_ids)
         right = {key for key in pending if is_right(texts[key], by_id[key[0]])}
         first_right |= right if attempt == 0 else set()
         pending = [k for k in pending if k in right or texts[k] in ("", plain_text(by_id[k[0]].completion).strip())]
@@ -105,8 +106,8 @@ def _shot_stop(run: Run) -> list[str]:
     return shot_stop([example.completion for example in run.examples("train")])
 
 
-def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
-    """The sample as an answer that ends before the first token with which it contains one of the texts."""
+def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
+    """The sample as an answer that ends, with token `end`, before the first token that completes one of the texts."""
 
     def contains(n: int) -> bool:
         text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)
@@ -115,7 +116,7 @@ def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
     if not (stop and contains(len(sample.token_ids))):
         return sample
     first = next(n for n in range(len(sample.token_ids)) if contains(n + 1))
-    return Sample([*sample.token_ids[:first], tokenizer.eos_token_id], "stop")
+    return Sample([*sample.token_ids[:first], end], "stop")
 
 
 def seed_of(seed: int, example_id: str, k: int, attempt: int) -> int:

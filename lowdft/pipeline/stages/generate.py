@@ -12,10 +12,12 @@ from lowdft import models
 from lowdft.data import Example
 from lowdft.data.prompting import other_form, plain_text
 from lowdft.distributed import collectives
-from lowdft.pipeline.chunked_job import make_in_parts
+from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
 from lowdft.pipeline.negatives import write_negatives
 from lowdft.sampling import Sampler, SamplingSettings, get_sampler
+
+AT_ONCE = 4096  # requests given to an engine that schedules them itself
 
 
 def main(run: Run) -> None:
@@ -29,10 +31,11 @@ def main(run: Run) -> None:
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
+        requests = AT_ONCE if section.backend == "vllm" else 2 * section.batch_size
         facts = make_in_parts(
             product,
             examples,
-            part_size=max(1, 2 * section.batch_size // run.negatives_wanted(split)),
+            part_size=part_size(len(examples), requests // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
             count=count,
@@ -41,7 +44,10 @@ def main(run: Run) -> None:
         if warning := form_warning(facts):
             say(f"warning: {warning}")
     if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
-        push(run)
+        if run.push_negatives:
+            push(run)
+        else:
+            say(f"not uploaded to {run.recipe.negatives.push}: negatives.push acts with --push-negatives alone")
 
 
 def count(table: pa.Table) -> dict[str, int]:
@@ -108,4 +114,4 @@ def _sampler(run: Run, adapter: str | None) -> Sampler:
     model = run.source if section.backend == "vllm" else run.base()
     if adapter:
         model = models.load_adapter(model, adapter)
-    return get_sampler(section.backend, model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)

@@ -49,6 +49,7 @@ from lowdft.errors import UserError
 from lowdft.files import locked, read_json, replacing, write_error, write_json, write_text
 from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run, say
+from lowdft.reporting.benchmark_table import of_study
 from lowdft.reporting.study_figures import draw, label
 from lowdft.reporting.study_table import EQUAL_TIME, TUNED, best, markdown, tabulate
 from lowdft.training.metrics import reset_peak_memory
@@ -162,7 +163,8 @@ class Study:
         spread, folder = self.keys["spread"], self.folder
         table = tabulate(results, spread, self.keys["paper"])
         write_json(folder / "study.json", {"results": results, "table": table})
-        write_text(folder / "study.md", markdown(table, spread))
+        measured = [(label(one["settings"], spread), one["benchmarks"]) for one in results if one["benchmarks"]]
+        write_text(folder / "study.md", markdown(table, spread) + (f"\n{of_study(measured)}" if measured else ""))
         drawn = draw(folder, figures_of, table, spread)
         say((folder / "study.md").read_text(encoding="utf-8"))
         say(f"{folder}: {', '.join(['study.md', 'study.json', *drawn])}")
@@ -243,6 +245,17 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors 
             if stage == "train":
                 reset_peak_memory()
             importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+        if one.evaluation.benchmarks:
+            borrow_benchmarks(run.folder, study_folder)
+            importlib.import_module("lowdft.pipeline.stages.benchmark").main(run)
+
+
+def borrow_benchmarks(folder: Path, study_folder: Path) -> None:
+    """Copies the base's results from sibling runs; their names say what they were measured of."""
+    for path in study_folder.glob("*/benchmarks/*/base-*.json"):
+        target = folder / path.relative_to(path.parents[2])
+        if not target.is_file():
+            write_text(target, path.read_text(encoding="utf-8"))
 
 
 def borrow(product: Product, study_folder: Path) -> None:
@@ -274,4 +287,5 @@ def measures_of(folder: Path) -> dict:
         "base": systems["base"],
         "per_row": evaluation["per_row"]["after"],
         "curves": curves,
+        "benchmarks": read_json(folder / "benchmark.json") if (folder / "benchmark.json").is_file() else None,
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from lowdft.data.read import REMOVE, cut, nearest
+from lowdft.data.read import REMOVE, cut
 from lowdft.errors import UserError
+from lowdft.text import nearest
 
 LAYOUTS = {  # beside these: multiple choice, see `choices`
     "messages": ("messages",),

@@ -1,4 +1,4 @@
-"""How the base is asked for a negative: the paper's prompting strategies (arXiv 2502.18679, Section 5 and Table 9).
+"""How the base is asked for a negative: the paper's prompting strategies (arXiv 2502.18679, Section 5 and Figure 7).
 
 One more, `few_shot`, asks after some solved training rows, so that an answer has the completion's form.
 """

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from functools import partial
 
 import pyarrow as pa
+import torch
 
 from lowdft import models
+from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
 from lowdft.data.prompting import other_form, plain_text
 from lowdft.distributed import collectives
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
 from lowdft.pipeline.negatives import write_negatives
-from lowdft.sampling import Sampler, SamplingSettings, get_sampler
-
-AT_ONCE = 4096  # requests given to an engine that schedules them itself
+from lowdft.sampling import Sampler, SamplingSettings, VllmModel, get_sampler
 
 
 def main(run: Run) -> None:
@@ -28,26 +28,34 @@ def main(run: Run) -> None:
     sampler = None
     for split in todo:
         if sampler is None or run.recipe.negatives.adapter:
+            sampler = None  # no name keeps the last model while the next one is loaded
+            models.release_memory()
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
-        requests = AT_ONCE if section.backend == "vllm" else 2 * section.batch_size
         facts = make_in_parts(
             product,
             examples,
-            part_size=part_size(len(examples), requests // run.negatives_wanted(split)),
+            part_size=part_size(len(examples), samples_per_part(section) // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
-        if warning := form_warning(facts):
+        for warning in filter(None, (form_warning(facts), mostly_cut(facts, section.max_new_tokens))):
             say(f"warning: {warning}")
     if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
         if run.push_negatives:
             push(run)
         else:
             say(f"not uploaded to {run.recipe.negatives.push}: negatives.push acts with --push-negatives alone")
+
+
+def samples_per_part(section: NegativesSection) -> int:
+    """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
+    if section.backend == "vllm":
+        return 8192
+    return max(2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0))
 
 
 def count(table: pa.Table) -> dict[str, int]:
@@ -74,7 +82,7 @@ def count(table: pa.Table) -> dict[str, int]:
 
 
 def form_warning(facts: dict[str, int]) -> str | None:
-    """One line when most negatives are of another form than their completions, else None."""
+    """What to say when most negatives are of another form than their completions."""
     different, total = facts.get("of_another_form", 0), facts["negatives"]
     if 2 * different <= total:
         return None
@@ -82,6 +90,18 @@ def form_warning(facts: dict[str, int]) -> str | None:
         f"{different} of {total} negatives are of another form than their completion (over 3 times longer or shorter, "
         "or with line breaks where it has none): the model tells them apart by form alone, so they teach little. Try "
         "negatives.strategy: few_shot, negatives.stop, or another negatives.max_new_tokens."
+    )
+
+
+def mostly_cut(facts: dict[str, int], max_new_tokens: int) -> str | None:
+    """What to say when more than half of the negatives hit the length cap, so that they have no end token."""
+    cut, total = facts["cut_at_max_new_tokens"], facts["negatives"]
+    if 2 * cut <= total:
+        return None
+    return (
+        f"{cut} of {total} negatives were cut at negatives.max_new_tokens={max_new_tokens}, so they do not end as the "
+        "completions do, and that difference is trained. Raise it, or set negatives.stop to a text at which they end "
+        "(a base without instruction tuning rarely ends by itself)."
     )
 
 
@@ -111,7 +131,24 @@ def _wanted(run: Run, split: str) -> bool:
 def _sampler(run: Run, adapter: str | None) -> Sampler:
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    model = run.source if section.backend == "vllm" else run.base()
-    if adapter:
-        model = models.load_adapter(model, adapter)
+    if section.backend == "vllm":
+        model = _vllm_model(run, adapter)
+    else:
+        model = models.load_adapter(run.base(), adapter) if adapter else run.base()
     return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)
+
+
+def _vllm_model(run: Run, adapter: str | None) -> VllmModel:
+    section, longest = run.recipe.model, run.encoder.prompt_limit
+    if adapter:
+        models.require_adapter(adapter, "negatives.adapter")
+    return VllmModel(
+        path=run.source.path,
+        revision=run.source.revision,
+        dtype=section.dtype,
+        load_in_4bit=section.load_in_4bit,
+        max_length=longest + run.recipe.negatives.max_new_tokens if longest else None,
+        memory=run.recipe.negatives.gpu_memory_utilization,
+        adapter=adapter,
+        trust_remote_code=section.trust_remote_code,
+    )

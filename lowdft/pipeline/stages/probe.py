@@ -58,7 +58,7 @@ def probe(run: Run, rows: int, steps: int) -> dict:
     train, heldout = _choose(run, rows)
     model, encoded, texts = _prepare(run, [train, heldout])
     args, count = run.args, min(SAMPLES, max(len(row["negative_ids"]) for part in encoded for row in part))
-    passes = Passes(args.layout or choose_layout(model), args.logits_chunk_size, args.tokens_per_pass)
+    passes = Passes(choose_layout(model, args.layout), args.logits_chunk_size, args.tokens_per_pass)
     methods = _methods(run, count)
     ref_MK = measures.reference_logps(model, encoded[0], count, passes)
     before_MK = measures.summed_logps(model, encoded[1], count, passes)
@@ -145,7 +145,7 @@ def _write(run: Run, model, examples: Sequence[Example]) -> tuple[dict, dict]:
     """`SAMPLES` negatives of every example: ids and texts by example_id."""
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    sampler = get_sampler("padded", model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
     say(f"{SAMPLES} negatives for each of {len(examples)} rows")
     rows = write_negatives(run, sampler, examples, SAMPLES)
     return ({row["example_id"]: row["negative_ids"] for row in rows}, {r["example_id"]: r["negatives"] for r in rows})

@@ -119,3 +119,10 @@ def test_a_trained_copy_writes(recipe, tmp_path):
             assert main([stage, recipe, *own]) == 0
         texts.append(pq.read_table(tmp_path / name / "negatives.parquet")["negatives"].to_pylist())
     assert texts[0] != texts[1]
+
+
+def test_negatives_that_mostly_hit_the_length_cap_are_warned_of():
+    warning = generate.mostly_cut({"negatives": 512, "cut_at_max_new_tokens": 473}, 320)
+    assert warning.startswith("473 of 512 negatives were cut at negatives.max_new_tokens=320")
+    assert generate.mostly_cut({"negatives": 512, "cut_at_max_new_tokens": 256}, 320) is None
+    assert generate.mostly_cut({"negatives": 0, "cut_at_max_new_tokens": 0}, 320) is None

@@ -38,6 +38,7 @@ VERBS = {
     "benchmark": "measure base and adapter on public benchmarks (lm-evaluation-harness), in one load",
     "report": "curves, tables and samples on one page",
     "export": "make the adapter publishable, with its card; --push uploads it",
+    "probe": "say in a few minutes whether negatives will help on these rows, and which objective",
     "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
     "chat": "talk to base and adapter in the terminal, from one loaded model",
     "serve": "print the commands that serve the base and the adapter",
@@ -189,6 +190,8 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
             _walk(run_of(one), _stages(one))
+    elif arguments.verb == "probe":
+        importlib.import_module("lowdft.pipeline.stages.probe").main(run_of(recipe), rows=arguments.rows)
     elif arguments.verb == "export":
         run = run_of(recipe)
         run.check()
@@ -267,6 +270,8 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--processes", type=int, metavar="N", help="how many with --launch, if not one a GPU")
         if name == "inspect":
             verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
+        if name == "probe":
+            verb.add_argument("--rows", type=int, default=128, metavar="N", help="how many rows of each split")
         if name == "plan":
             verb.add_argument("--gpu", type=float, metavar="GB", help="find the largest setting for a GPU's memory")
             verb.add_argument(

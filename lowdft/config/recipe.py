@@ -234,6 +234,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
         "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
         "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),
+        "negatives.keep": (recipe.negatives.keep, ("all", "wrong")),
         "negatives.backend": (recipe.negatives.backend, BACKENDS),
         "evaluation.answer": (recipe.evaluation.answer, ANSWERS),
     }
@@ -248,6 +249,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
     if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
+    _check_data_section(recipe.data, path)
     if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
         raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
     at_least = {
@@ -256,6 +258,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "negatives.top_k": (n.top_k, 0),
         "negatives.max_new_tokens": (n.max_new_tokens, 1),
         "negatives.batch_size": (n.batch_size, 1),
+        "negatives.shots": (n.shots, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
         "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
@@ -268,6 +271,16 @@ def _check_values(recipe: Recipe, path: str) -> None:
     if not 0 < n.gpu_memory_utilization <= 1:
         found = n.gpu_memory_utilization
         raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")
+
+
+def _check_data_section(data: DataSection, path: str) -> None:
+    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
+        raise UserError(f"{path}: data.prompt_template is {data.prompt_template!r}; wanted a text with {{prompt}}")
+    labels = data.labels
+    if labels is None or labels == "auto":
+        return
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(labels) or len(labels) < 2:
+        raise UserError(f"{path}: data.labels is {labels!r}; wanted auto, or a list of two or more different texts")
 
 
 def _check_type(key: str, value: object, annotation: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 METRICS = {
     "accuracy": "accuracy of greedy answers",
-    "wins": "rows won, summed log-prob",
-    "wins_per_token": "rows won, log-prob a token",
+    "wins": "accuracy of choice, summed log-prob",
+    "wins_per_token": "accuracy of choice, log-prob per token",
     "margin": "margin, nats",
     "logps/positive": "log-prob of completions, nats",
     "logps/negative": "log-prob of negatives, nats",

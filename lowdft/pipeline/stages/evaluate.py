@@ -12,7 +12,7 @@ from lowdft.data.prompting import plain_text
 from lowdft.evaluation import answers
 from lowdft.files import read_json, write_json
 from lowdft.logprobs import choose_layout, score
-from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.context import Run, say, truth_of
 from lowdft.pipeline.systems import greedy_answers, systems
 from lowdft.reporting.evaluation_table import SHARES, print_table
 
@@ -40,7 +40,7 @@ def main(run: Run) -> dict | None:
 def measure_all(run: Run) -> dict:
     """The contents of evaluation.json."""
     rows, examples = run.encoded("heldout"), run.examples("heldout")
-    truths = [example.answer or plain_text(example.completion) for example in examples]
+    truths = [truth_of(example) for example in examples]
     kind = run.recipe.evaluation.answer
     kind = answers.detect(truths) if kind == "auto" else kind
     found = {}
@@ -94,9 +94,9 @@ def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kin
 def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
     """Every row's log-probability (nats) of the completion; where all rows have negatives their mean, and the margin.
 
-    A row is won (1, else 0) when its completion outscores every one of its negatives, by summed (`wins`) or mean
-    (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is TruthfulQA's MC1
-    (Lin et al. 2022, arXiv 2109.07958).
+    The accuracy of choice of a row is 1 (else 0) when its completion outscores every one of its negatives, by summed
+    (`wins`) or mean (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is
+    TruthfulQA's MC1 (Lin et al. 2022, arXiv 2109.07958).
     """
     model.eval()
     layout = choose_layout(model, run.args.layout)

@@ -19,6 +19,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
+OPTIONS = {  # of stages, by the names of their arguments
+    "generate": ("push_negatives",),
+    "report": ("beside",),
+    "export": ("push", "dry_run", "merged", "extrapolate"),
+}
 ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
@@ -81,7 +86,8 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> None:
     training_config(recipe)
     if recipe.rounds > 1 and arguments.verb == "run":
         raise UserError(ROUNDS_ALONE.format(recipe.rounds))
-    push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
+    name = getattr(arguments, "push", None) or getattr(arguments, "push_negatives", None)
+    push = ["--push", name] if name else []
     launch.become(arguments.launch, arguments.processes, [arguments.verb, arguments.recipe, *overrides, *push])
 
 
@@ -98,8 +104,6 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     _quiet()
     from lowdft.pipeline.context import Run, say
 
-    if arguments.verb in ("run", "export"):
-        recipe.export.push = arguments.push or recipe.export.push
     if arguments.verb == "run" and recipe.rounds > 1:
         if recipe.adapter is None:
             raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
@@ -107,7 +111,7 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
-            _walk(Run(one), WHOLE_WAY)
+            _walk(Run(one), WHOLE_WAY, arguments)
         return
     run = Run(recipe)
     if arguments.verb == "inspect":
@@ -116,14 +120,11 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
         importlib.import_module("lowdft.pipeline.stages.plan").main(
             run, gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
         )
-    elif arguments.verb == "export":
-        run.check()
-        importlib.import_module("lowdft.pipeline.stages.export").main(run, extrapolate=arguments.extrapolate)
     else:
-        _walk(run, WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
+        _walk(run, WHOLE_WAY if arguments.verb == "run" else (arguments.verb,), arguments)
 
 
-def _walk(run, stages: tuple[str, ...]) -> None:
+def _walk(run, stages: tuple[str, ...], arguments: argparse.Namespace) -> None:
     from lowdft.distributed import collectives
     from lowdft.models.base import whole_weights
 
@@ -132,7 +133,8 @@ def _walk(run, stages: tuple[str, ...]) -> None:
         if stage not in ON_ALL_RANKS and collectives.rank() > 0:
             return  # nothing after it needs more than one
         with contextlib.nullcontext() if stage == "train" else whole_weights():
-            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+            options = {name: getattr(arguments, name) for name in OPTIONS.get(stage, ()) if hasattr(arguments, name)}
+            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run, **options)
 
 
 def _quiet() -> None:
@@ -167,10 +169,20 @@ def _parser() -> argparse.ArgumentParser:
                 "--gpus", type=int, default=1, metavar="N", help="plan for N GPUs: ZeRO-3, or whole copies"
             )
             verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
+        if name == "generate":
+            verb.add_argument(
+                "--push", dest="push_negatives", metavar="NAME", help="upload the negatives to the Hub as a data set"
+            )
+        if name == "report":
+            verb.add_argument(
+                "--beside", action="append", default=[], metavar="RUN", help="draw another run folder's curves too"
+            )
         if name == "export":
+            verb.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card only")
+            verb.add_argument("--merged", action="store_true", help="the merged model in place of the adapter")
             verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")
         if name in ("run", "export"):
-            verb.add_argument("--push", metavar="NAME", help="upload the adapter to the Hub under this name")
+            verb.add_argument("--push", metavar="NAME", help="upload it to the Hub under this name")
     return parser
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import math
 import shutil
 import statistics
 from pathlib import Path
@@ -36,21 +35,14 @@ from lowdft.errors import UserError
 from lowdft.files import read_json, write_json, write_text
 from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run, say
-from lowdft.reporting.evaluation_table import SHARES
-from lowdft.reporting.study_figures import draw, label
+from lowdft.reporting import evaluation_table
+from lowdft.reporting.figures import draw, label
+from lowdft.reporting.metrics import SHARES
+from lowdft.reporting.metrics import STUDY as MEASURES
 from lowdft.training.metrics import reset_peak_memory
 
 STAGES = ("generate", "score", "train", "evaluate")
 KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper")
-MEASURES = {
-    "accuracy": "accuracy, %",
-    "wins": "rows won, %",
-    "margin": "margin, nats",
-    "logps/positive": "completions, nats",
-    "logps/negative": "negatives, nats",
-    "seconds": "training, s",
-    "peak_memory_gb": "peak GB",
-}
 
 
 def main(path: str, overrides: list[str]) -> None:
@@ -199,10 +191,8 @@ def tabulate(results: list[dict], spread: str, paper: dict[str, dict]) -> list[d
 
 def paired(ours: list[list[float]], theirs: list[list[float]]) -> list[float | None]:
     """[mean, standard error] of the difference on the same rows, every row's value being its mean over runs."""
-    means = [[statistics.mean(row) for row in zip(*runs, strict=True)] for runs in (ours, theirs)]
-    differences = [a - b for a, b in zip(*means, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    return [statistics.mean(differences), error]
+    means = [[statistics.mean(row) for row in zip(*runs, strict=True)] for runs in (theirs, ours)]
+    return list(evaluation_table.paired(*means))
 
 
 def markdown(table: list[dict], spread: str) -> str:

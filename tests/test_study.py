@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lowdft.cli import main
-from lowdft.reporting.study_figures import swept_key
+from lowdft.reporting.figures import swept_key
 from lowdft.study import markdown, tabulate
 
 

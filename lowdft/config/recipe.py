@@ -27,6 +27,8 @@ from lowdft.config.sections import (
 from lowdft.errors import UserError
 from lowdft.files import write_text
 
+UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that send checkpoints or metrics to the Hub
+
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
@@ -123,8 +125,13 @@ def training_config(recipe: Recipe):
                 f"training.{key} is not known.{_nearest(key, known)} See DFTConfig and transformers' TrainingArguments."
             )
         _check_type(f"training.{key}", value, str(known[key].type))
-    if recipe.training.get("hub_token"):
-        raise UserError("training.hub_token would be written into the run folder; set the variable HF_TOKEN instead")
+    for key in recipe.training:
+        if key.startswith(UPLOADS):
+            raise UserError(
+                f"training.{key} uploads while training, or needs a token in the recipe; nothing leaves without a flag "
+                "on the command line. Leave it out, set HF_TOKEN (or `hf auth login`), and run "
+                "`lowdft export RECIPE --push NAME` after training."
+            )
     settings = {
         "save_strategy": "steps",
         "save_steps": 50,
@@ -195,6 +202,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "negatives.batch_size": (n.batch_size, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
+        "evaluation.samples_every": (recipe.evaluation.samples_every, 0),
     }
     for key, (value, least) in at_least.items():
         if value < least:

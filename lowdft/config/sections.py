@@ -84,6 +84,7 @@ class EvaluationSection:
     pattern: str | None = None  # of answer regex: its first group is the answer
     max_new_tokens: int = 256
     batch_size: int = 32
+    samples_every: int = 0  # training steps between sample answers to a few held-out prompts; 0: none
     compare: dict[str, str] = field(default_factory=dict)  # name: run folder or adapter, measured beside this one
 
 

@@ -16,6 +16,7 @@ class ModelSection:
 
     name_or_path: str = "???"
     revision: str | None = None
+    license: str | None = None  # of the base, for the card; None: what the base's own card says
     hub_id: str | None = None  # what to call a local base in the exported adapter and its card
     load_in_4bit: bool = True  # NF4 with double quantization
     dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware computes it, else float32

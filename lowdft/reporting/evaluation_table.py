@@ -52,7 +52,7 @@ def benchmark_cells(benchmarks: dict[str, dict]) -> tuple[list[str], list[list[s
     """
     rows = []
     for task, found in benchmarks.items():
-        metric, base, after = _first_metric(found.get("base"), found.get("after"))
+        metric, base, after = first_metric(found.get("base"), found.get("after"))
         difference, error = found.get("difference"), found.get("stderr")
         if difference is None and None not in (base, after):
             difference = after - base
@@ -61,7 +61,8 @@ def benchmark_cells(benchmarks: dict[str, dict]) -> tuple[list[str], list[list[s
     return ["benchmark", "metric", "base, %", "after, %", "difference, points"], rows
 
 
-def _first_metric(base: object, after: object) -> tuple[str, float | None, float | None]:
+def first_metric(base: object, after: object) -> tuple[str, float | None, float | None]:
+    """The name and both values of the first metric that base and after share; bare numbers are values themselves."""
     if not isinstance(base, dict) or not isinstance(after, dict):
         return "", *(value if isinstance(value, int | float) else None for value in (base, after))
     numbers = [key for key, value in base.items() if isinstance(value, int | float) and not isinstance(value, bool)]

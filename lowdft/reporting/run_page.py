@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from lowdft import __version__, models
+from lowdft.data.prompting import plain_text
 from lowdft.errors import UserError
 from lowdft.files import read_json, write_text
 from lowdft.pipeline.context import Run
@@ -18,6 +19,7 @@ from lowdft.reporting.metrics import GLOSSARY, HINTS
 from lowdft.reporting.page import render
 
 REFRESH = 15  # seconds between two reloads of the page while training runs
+ANSWERS = 12  # steps whose sample answers are shown
 RUNS = 6  # shown in one chart at most
 
 
@@ -124,11 +126,25 @@ def _page(run: Run, runs: dict, evaluation: dict | None, warnings: list[str], ru
         charts=[chart for chart in drawn if chart],
         hints=HINTS,
         negatives=negative_facts(run),
+        answers=answers_while_training(run),
         **shown,
         recipe=masked((run.folder / "recipe.yaml").read_text(encoding="utf-8")),
         glossary=GLOSSARY,
         version=__version__,
     )
+
+
+def answers_while_training(run: Run) -> list[dict]:
+    """What samples.jsonl holds, by prompt: `prompt` and `steps`, the newest (step, answer) pairs."""
+    path = run.folder / "samples.jsonl"
+    if not path.is_file():
+        return []
+    lines = read_metrics(path)[-ANSWERS:]
+    examples = run.examples("heldout") or run.examples("train")
+    return [
+        {"prompt": plain_text(example.prompt), "steps": [(line["step"], line["answers"][i]) for line in lines]}
+        for i, example in enumerate(examples[: len(lines[0]["answers"])])
+    ]
 
 
 def _table(cells: tuple[list[str], list[list[str]]], caption: str) -> dict:

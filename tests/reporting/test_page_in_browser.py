@@ -58,7 +58,8 @@ def make_page() -> str:
     facts = {"base": "someone/tiny", "steps": 40}
     return render(title="a run", subtitle="dft", refresh=None, finished=True, progress="step 40", warnings=["Mind."],
                   evaluation=table, benchmarks=table, training=facts, runs=["dft", "sft"], charts=drawn, hints=HINTS,
-                  negatives=facts, recipe="a: 1", glossary=GLOSSARY, version="0", **shown)  # fmt: skip
+                  negatives=facts, answers=[{"prompt": "2+2?", "steps": [(3, "5")]}],
+                  recipe="a: 1", glossary=GLOSSARY, version="0", **shown)  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [1200, 500])

@@ -119,6 +119,15 @@ def test_page_is_self_contained_and_escapes_what_users_wrote(tmp_path, tiny_fold
     assert "default-src 'none'" in page  # the browser itself would stop a request
 
 
+def test_answers_while_training_are_shown(tmp_path, tiny_folder):
+    run = make_run(tmp_path, tiny_folder)
+    write_metrics(run)
+    (run.folder / "samples.jsonl").write_text('{"step": 3, "answers": ["<i>5"]}\n{"step": 6, "answers": ["4"]}\n{"st')
+    report.main(run)
+    assert "<summary>4 or 5?</summary>" in text_of(run)
+    assert "<dt>step 3</dt><dd><pre>&lt;i&gt;5</pre></dd>" in text_of(run) and "<dt>step 6</dt>" in text_of(run)
+
+
 def test_negatives_that_contribute_nothing_are_reported(tmp_path, tiny_folder, capsys):
     run = make_run(tmp_path, tiny_folder)
     write_metrics(run, weight=2e-4)

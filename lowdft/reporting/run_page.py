@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,12 +10,14 @@ from safetensors.torch import load_file
 from lowdft import __version__, models
 from lowdft.data.prompting import plain_text
 from lowdft.errors import UserError
-from lowdft.files import read_json, write_text
-from lowdft.pipeline.context import Run
+from lowdft.files import digest_of, read_json, write_text
+from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.leaks import masked
+from lowdft.pipeline.metrics_file import mend, read_lines
 from lowdft.reporting import charts, evaluation_table, findings, samples
 from lowdft.reporting.metrics import GLOSSARY, HINTS
 from lowdft.reporting.page import render
+from lowdft.training.checkpoints import newest_whole
 
 REFRESH = 15  # seconds between two reloads of the page while training runs
 ANSWERS = 12  # steps whose sample answers are shown
@@ -32,7 +33,7 @@ def write(run: Run, beside: Mapping[str, Path] | None = None, running: bool = Fa
     Raises:
         UserError: no step was logged yet, or a folder of `beside` has none.
     """
-    steps = read_metrics(run.folder / "metrics.jsonl")
+    steps = steps_of(run)
     runs = {run.folder.resolve().name: (run.folder, steps)}
     for name, folder in {**_compared(run), **(beside or {})}.items():
         runs[name] = (Path(folder), read_metrics(Path(folder) / "metrics.jsonl"))
@@ -46,16 +47,25 @@ def write(run: Run, beside: Mapping[str, Path] | None = None, running: bool = Fa
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The logged steps; a last line cut off by a kill does not count."""
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    """The logged steps of another run, or of one that may not be finished; UserError where there are none."""
+    steps = read_lines(path)
     if not steps:
         raise UserError(f"{path}: holds no step yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
     return steps
+
+
+def steps_of(run: Run) -> list[dict]:
+    """The logged steps. Those that a finished training lost are taken from its last checkpoint, as far as it has them.
+
+    Raises:
+        UserError: nothing was trained yet.
+    """
+    path = run.folder / "metrics.jsonl"
+    noted = _facts(run.training).get("metrics") if run.training.is_done() else None
+    if noted and not (path.is_file() and digest_of(path) == noted):
+        mend(path, newest_whole(run.args.output_dir), resuming=False)
+        say(f"warning: {path}: is not what training wrote (changed, cut or deleted since); curves may lack steps")
+    return read_metrics(path)
 
 
 def _compared(run: Run) -> dict[str, Path]:
@@ -139,7 +149,9 @@ def answers_while_training(run: Run) -> list[dict]:
     path = run.folder / "samples.jsonl"
     if not path.is_file():
         return []
-    lines = read_metrics(path)[-ANSWERS:]
+    lines = read_lines(path)[-ANSWERS:]
+    if not lines:
+        return []
     examples = run.examples("heldout") or run.examples("train")
     return [
         {"prompt": plain_text(example.prompt), "steps": [(line["step"], line["answers"][i]) for line in lines]}

@@ -87,7 +87,7 @@ def _sample(run: Run, i: int, example, row: dict, found: dict[str, dict]) -> dic
     weights = _weights(run, scored)
     out["negatives"] = [
         {
-            "text": run.tokenizer.decode(ids, skip_special_tokens=True),
+            "text": run.encoder.text(ids),
             **{name: logps[k] for name, (logps, _) in scored.items() if k + 1 < len(logps)},
             **({"weight": weights[k]} if weights else {}),
         }
@@ -175,13 +175,13 @@ def greedy_answers(run: Run, model, rows: list[dict], name: str) -> list[str]:
     """The greedy answer to every prompt, as text."""
     section = run.recipe.evaluation
     settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
-    sampler = get_sampler("padded", model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
     texts = []
     with tqdm(total=len(rows), desc=f"answers, {name}", unit="row") as bar:
         for start in range(0, len(rows), 4 * section.batch_size):
             part = rows[start : start + 4 * section.batch_size]
             samples = sampler.sample([Request(row["prompt_ids"], 0) for row in part])
-            texts += [run.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+            texts += [run.encoder.text(sample.token_ids) for sample in samples]
             bar.update(len(part))
     return texts
 

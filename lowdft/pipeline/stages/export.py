@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from lowdft import models
 from lowdft.errors import UserError
-from lowdft.files import read_json, replacing, write_json, write_text
+from lowdft.files import replacing, write_text
 from lowdft.pipeline import hub
 from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.publishable import clean
 from lowdft.reporting import eval_results, model_card
 
-MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path")
 RESULTS = ".eval_results/lowdft.yaml"
 
 
@@ -107,15 +107,3 @@ def extrapolated(run: Run, folder: Path, by: float) -> Path:
         scaled = {k: v * (1 + by) if "lora_B" in k else v for k, v in weights.items()}
         save_file(scaled, Path(temporary) / "adapter_model.safetensors", metadata={"format": "pt"})
     return target
-
-
-def clean(folder: Path, name: str, revision: str | None) -> None:
-    """Calls the base by its public name in every configuration file, and drops what speaks of this machine alone."""
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths inside
-    for path in folder.glob("*config.json"):
-        old = read_json(path)
-        new = {key: value for key, value in old.items() if key not in MACHINE_KEYS}
-        if path.name == "adapter_config.json":
-            new |= {"base_model_name_or_path": name, "revision": revision}
-        if new != old:
-            write_json(path, new)

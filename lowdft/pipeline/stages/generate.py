@@ -16,16 +16,18 @@ from lowdft.data import Example
 from lowdft.data.prompting import plain_text
 from lowdft.distributed import collectives
 from lowdft.pipeline import hub
-from lowdft.pipeline.chunked_job import make_in_parts
+from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
 from lowdft.reporting import markdown, model_card
 from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
 
+AT_ONCE = 4096  # requests given to an engine that schedules them itself
 
-def main(run: Run, push_negatives: str | None = None) -> None:
+
+def main(run: Run, push_data: str | None = None) -> None:
     """Writes the negatives that are wanted and not there yet, and reports how they ended.
 
-    `push_negatives`: a Hub data set to upload those of the training rows to.
+    `push_data`: a Hub data set to upload those of the training rows to.
     """
     todo = [split for split in SPLITS if _wanted(run, split)]
     if run.ready_negatives() and run.examples("train"):
@@ -36,17 +38,18 @@ def main(run: Run, push_negatives: str | None = None) -> None:
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
+        requests = AT_ONCE if section.backend == "vllm" else 2 * section.batch_size
         facts = make_in_parts(
             product,
             examples,
-            part_size=max(1, 2 * section.batch_size // run.negatives_wanted(split)),
+            part_size=part_size(len(examples), requests // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
     if not run.ready_negatives() and collectives.rank() == 0:
-        push(run, push_negatives)
+        push(run, push_data or (run.recipe.negatives.push if run.push_negatives else None))
 
 
 def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:
@@ -59,14 +62,15 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     prompts = {e.example_id: run.sampling_ids(e) for e in examples}
     seeds = {(e.example_id, k): seed_of(section.seed, e.example_id, k, 0) for e in examples for k in range(per_prompt)}
     answers = {e.example_id: plain_text(e.completion).strip() for e in examples}
+    ends = {e.example_id: run.encoder.turns.end_for(e.completion) for e in examples}
     samples = {}
     pending = list(seeds)
     for attempt in range(section.resample + 1):
         seeds |= {key: seed_of(section.seed, *key, attempt) for key in pending}
         drawn = sampler.sample([Request(prompts[key[0]], seeds[key]) for key in pending])
         for key, sample in zip(pending, drawn, strict=True):
-            sample = end_at(section.stop, sample, run.tokenizer)
-            samples[key] = (sample, run.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip())
+            sample = end_at(section.stop, sample, run.tokenizer, ends[key[0]])
+            samples[key] = (sample, run.encoder.text(sample.token_ids))
         pending = [key for key in pending if samples[key][1] in ("", answers[key[0]])]
         if not pending:
             break
@@ -87,8 +91,8 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     return rows
 
 
-def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
-    """The sample as an answer that ends before the first token with which it contains one of the texts."""
+def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
+    """The sample as an answer that ends, with token `end`, before the first token that completes one of the texts."""
 
     def contains(n: int) -> bool:
         text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)
@@ -97,7 +101,7 @@ def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
     if not (stop and contains(len(sample.token_ids))):
         return sample
     first = next(n for n in range(len(sample.token_ids)) if contains(n + 1))
-    return Sample([*sample.token_ids[:first], tokenizer.eos_token_id], "stop")
+    return Sample([*sample.token_ids[:first], end], "stop")
 
 
 def seed_of(seed: int, example_id: str, k: int, attempt: int) -> int:
@@ -157,4 +161,4 @@ def _sampler(run: Run, adapter: str | None) -> Sampler:
     model = run.source if section.backend == "vllm" else run.base()
     if adapter:
         model = models.load_adapter(model, adapter)
-    return get_sampler(section.backend, model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from lowdft.data.encode import DEFAULT_CHAT_TEMPLATE
+from lowdft.data.encode import Encoder
+from lowdft.data.turns import DEFAULT_CHAT_TEMPLATE
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
+from lowdft.text import printable
 
 SHOWN_TOKENS = 400
 
@@ -29,18 +31,18 @@ def main(run: Run, row: int = 0) -> None:
 def show_row(console: Console, run: Run, example, row: dict) -> None:
     """One row: what is prompt, what is scored, how it ends, and its negatives."""
     tokenizer, args = run.tokenizer, run.args
-    console.print(f"[bold]{escape(example.source)}[/]  example_id {example.example_id}")
+    console.print(f"[bold]{escape(example.source)}[/]  example_id {escape(example.example_id)}")
     if run.encoder.tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE:
         console.print("this tokenizer has no chat template: the zephyr format stands in")
     console.print("[dim]dim: prompt, not scored[/]  [green]green: scored[/]  [reverse]reverse: special token[/]\n")
     prompt, completion = row["prompt_ids"], row["completion_ids"]
     console.print(f"prompt, {len(prompt)} tokens, {_begins(tokenizer, prompt)}")
     console.print(_colored(tokenizer, prompt, "dim"))
-    console.print(f"\ncompletion, {len(completion)} scored tokens, {_ends(tokenizer, completion)}")
+    console.print(f"\ncompletion, {len(completion)} scored tokens, {_ends(run.encoder, completion)}")
     console.print(_colored(tokenizer, completion, "green"))
     for k, ids in enumerate(row["negative_ids"]):
         visit = k // args.negatives_per_step
-        console.print(f"\nnegative {k} (visit {visit}), {len(ids)} scored tokens, {_ends(tokenizer, ids)}")
+        console.print(f"\nnegative {k} (visit {visit}), {len(ids)} scored tokens, {_ends(run.encoder, ids)}")
         console.print(_colored(tokenizer, ids, "red"))
     if not run.ready_negatives():
         asked = run.sampling_ids(example)
@@ -67,8 +69,13 @@ def show_summary(console: Console, run: Run, rows: list[dict]) -> None:
     repeats = Counter((tuple(r["prompt_ids"]), tuple(r["completion_ids"])) for r in rows)
     equal = sum(ids == r["completion_ids"] for r in rows for ids in r["negative_ids"])
     console.print(f"rows that repeat another: {len(rows) - len(repeats)}; negatives equal to the completion: {equal}")
-    cut = run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length)
+    cut = run.encoder.cuts()
     console.print(cut or "nothing is cut to length")
+
+
+def escape(text: str) -> str:
+    """Text of the data or the tokenizer, as it is shown."""
+    return escape_markup(printable(text))
 
 
 def _negatives_at_hand(run: Run) -> bool:
@@ -90,7 +97,7 @@ def _begins(tokenizer, ids: list[int]) -> str:
     return "begins with BOS" if bos is not None and ids and ids[0] == bos else "no BOS"
 
 
-def _ends(tokenizer, ids: list[int]) -> str:
-    if ids and ids[-1] in set(tokenizer.all_special_ids) | {tokenizer.eos_token_id}:
-        return f"ends with {escape(tokenizer.decode([ids[-1]]))}"
+def _ends(encoder: Encoder, ids: list[int]) -> str:
+    if ids and ids[-1] in encoder.end_ids:
+        return f"ends with {escape(encoder.tokenizer.decode([ids[-1]]))}"
     return "no end token (cut to length)"

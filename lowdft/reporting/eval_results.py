@@ -7,7 +7,6 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from lowdft.files import read_json
 from lowdft.pipeline.context import Run
-from lowdft.reporting.evaluation_table import first_metric
 
 # lm-evaluation-harness's task -> the Hub data set that it is measured on
 DATASETS = {
@@ -24,12 +23,16 @@ DATASETS = {
 
 
 def text(run: Run) -> str | None:
-    """The YAML of the trained model's benchmarks, in percent; None where no known benchmark was measured."""
-    path = run.folder / "benchmarks.json"
+    """The YAML of the trained model's benchmarks, in percent; None where no known benchmark was measured whole."""
+    path = run.folder / "benchmark.json"
+    result = read_json(path) if path.is_file() else {"tasks": {}}
+    if result.get("limit"):
+        return None  # of a part of the rows: no result of the benchmark
     entries = []
-    for task, found in (read_json(path) if path.is_file() else {}).items():
-        metric, _, after = first_metric(found.get("base"), found.get("after"))
-        if task in DATASETS and after is not None:
-            note = f"lm-evaluation-harness, {metric or 'score'}"
-            entries.append(EvalResultEntry(DATASETS[task], task, round(100 * after, 2), notes=note))
+    for task, found in result["tasks"].items():
+        if task in DATASETS and "after" in found["systems"]:
+            shots = f", {found['shots']}-shot" if found["shots"] is not None else ""
+            note = f"{result['harness']}, {found['metric']}{shots}"
+            value = round(100 * found["systems"]["after"]["value"], 2)
+            entries.append(EvalResultEntry(DATASETS[task], task, value, notes=note))
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None

@@ -1,4 +1,4 @@
-"""`evaluation.json` and `benchmarks.json` as tables: systems side by side as columns, metrics as rows."""
+"""What `evaluation.json` says as a table: systems side by side as columns, metrics as rows."""
 
 from __future__ import annotations
 
@@ -44,40 +44,8 @@ def _difference(key: str, evaluation: dict) -> str:
     return f"{_points(mean, error)} points"
 
 
-def benchmark_cells(benchmarks: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of benchmarks.json: a task per row, its metric, base, after and their difference.
-
-    `benchmarks`: {task: {"base": {metric: value}, "after": …, "difference": value, "stderr": value}}. Of a task with
-    several metrics the first that both systems have is shown; a difference that the file lacks is computed.
-    """
-    rows = []
-    for task, found in benchmarks.items():
-        metric, base, after = first_metric(found.get("base"), found.get("after"))
-        difference, error = found.get("difference"), found.get("stderr")
-        if difference is None and None not in (base, after):
-            difference = after - base
-        told = "–" if difference is None else _points(difference, error)
-        rows.append([task, metric, *(_percent(value) for value in (base, after)), told])
-    return ["benchmark", "metric", "base, %", "after, %", "difference, points"], rows
-
-
-def first_metric(base: object, after: object) -> tuple[str, float | None, float | None]:
-    """The name and both values of the first metric that base and after share; bare numbers are values themselves."""
-    if not isinstance(base, dict) or not isinstance(after, dict):
-        return "", *(value if isinstance(value, int | float) else None for value in (base, after))
-    numbers = [key for key, value in base.items() if isinstance(value, int | float) and not isinstance(value, bool)]
-    shared = [key for key in numbers if "stderr" not in key and key in after]
-    if not shared:
-        return "", None, None
-    return shared[0].partition(",")[0], base[shared[0]], after[shared[0]]
-
-
 def _points(difference: float, error: float | None) -> str:
     return f"{100 * difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def title(evaluation: dict) -> str:

@@ -14,7 +14,7 @@ from lowdft.config.sections import NegativesSection
 from lowdft.data.prompting import SYSTEM_PROMPTS
 from lowdft.files import read_json
 from lowdft.pipeline.context import Run
-from lowdft.reporting import evaluation_table, run_page
+from lowdft.reporting import benchmark_table, evaluation_table, run_page
 from lowdft.reporting.markdown import block, code, plain, table
 
 PAPER = "2502.18679"
@@ -254,11 +254,13 @@ def _evaluation(run: Run) -> str | None:
 
 
 def _benchmarks(run: Run) -> str | None:
-    path = run.folder / "benchmarks.json"
+    path = run.folder / "benchmark.json"
     if not path.is_file():
         return None
-    header, rows = evaluation_table.benchmark_cells(read_json(path))
-    return "## Benchmarks\n\n" + table(header, [[plain(cell) for cell in row] for row in rows])
+    found = read_json(path)
+    header, rows = benchmark_table.cells(found)
+    shown = table([plain(name) for name in header], [[plain(cell) for cell in row] for row in rows])
+    return f"## Benchmarks\n\n{plain(benchmark_table.notes(found))}.\n\n{shown}"
 
 
 def _versions(run: Run) -> str:

@@ -14,7 +14,7 @@ from lowdft.files import digest_of, read_json, write_text
 from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.leaks import masked
 from lowdft.pipeline.metrics_file import mend, read_lines
-from lowdft.reporting import charts, evaluation_table, findings, samples
+from lowdft.reporting import benchmark_table, charts, evaluation_table, findings, samples
 from lowdft.reporting.metrics import GLOSSARY, HINTS
 from lowdft.reporting.page import render
 from lowdft.training.checkpoints import newest_whole
@@ -118,8 +118,9 @@ def _page(run: Run, runs: dict, evaluation: dict | None, warnings: list[str], ru
     drawn.append(charts.histogram("log_u", "Moving averages log_u", "examples", "log_u, nats", values))
     shown = samples.of(evaluation) if evaluation else {"samples": [], "filters": [], "samples_note": ""}
     benchmarks = None
-    if (run.folder / "benchmarks.json").is_file():
-        benchmarks = _table(evaluation_table.benchmark_cells(read_json(run.folder / "benchmarks.json")), "Benchmarks")
+    if (run.folder / "benchmark.json").is_file():
+        found = read_json(run.folder / "benchmark.json")
+        benchmarks = _table(benchmark_table.cells(found), f"Benchmarks. {benchmark_table.notes(found)}")
     return render(
         title=f"{run.folder.resolve().name}: {run.objective.name} on {_base(run)}",
         subtitle=f"Fine-tuned with {run.objective.name} ({run.objective.source})",

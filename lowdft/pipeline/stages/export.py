@@ -22,13 +22,13 @@ def main(
     run: Run,
     push: str | None = None,
     dry_run: bool = False,
-    merged: bool = False,
+    merged: str | None = None,
     extrapolate: float | None = None,
 ) -> None:
     """Cleans configuration files, writes README.md and evaluation results, and uploads when `push` names a place.
 
     `dry_run` writes nothing and uploads nothing: it shows the files with their sizes, the card, and what is missing.
-    `merged` takes the folder of `lowdft merge` in place of the adapter.
+    `merged`, "bf16" or "dequantized", takes the model that `lowdft merge` wrote in place of the adapter.
 
     Raises:
         UserError: nothing is trained, a file would give away a secret or a local path, or the upload failed.
@@ -38,7 +38,7 @@ def main(
         if dry_run or merged:
             raise UserError("--extrapolate makes an adapter; run it without --dry-run and --merged")
         folder = extrapolated(run, folder, extrapolate)
-    card = model_card.card(run, push, extrapolate, merged)
+    card = model_card.card(run, push, extrapolate, merged is not None)
     results = eval_results.text(run)
     if dry_run:
         show(run, folder, str(card), results, push)
@@ -77,11 +77,11 @@ def show(run: Run, folder: Path, card: str, results: str | None, push: str | Non
     say(f"the card:\n\n{card}")
 
 
-def _folder(run: Run, merged: bool) -> Path:
+def _folder(run: Run, merged: str | None) -> Path:
     if merged:
-        folder = run.folder / "merged"
+        folder = run.folder / f"merged-{merged}"
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no merged model; run `lowdft merge {run.folder}` first")
+            raise UserError(f"{folder}: no merged model; run `lowdft merge {run.folder} --into {merged}` first")
         return folder
     if not run.training.is_done():
         raise UserError(

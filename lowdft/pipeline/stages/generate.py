@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import pyarrow as pa
+import torch
 from huggingface_hub import DatasetCardData
 
 from lowdft import models
+from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
 from lowdft.data.prompting import plain_text
 from lowdft.distributed import collectives
@@ -19,9 +21,7 @@ from lowdft.pipeline import hub
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
 from lowdft.reporting import markdown, model_card
-from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
-
-AT_ONCE = 4096  # requests given to an engine that schedules them itself
+from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, VllmModel, get_sampler
 
 
 def main(run: Run, push_data: str | None = None) -> None:
@@ -35,19 +35,22 @@ def main(run: Run, push_data: str | None = None) -> None:
     sampler = None
     for split in todo:
         if sampler is None or run.recipe.negatives.adapter:
+            sampler = None  # no name keeps the last model while the next one is loaded
+            models.release_memory()
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
-        requests = AT_ONCE if section.backend == "vllm" else 2 * section.batch_size
         facts = make_in_parts(
             product,
             examples,
-            part_size=part_size(len(examples), requests // run.negatives_wanted(split)),
+            part_size=part_size(len(examples), samples_per_part(section) // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
+        if warning := mostly_cut(facts, section.max_new_tokens):
+            say(f"warning: {warning}")
     if not run.ready_negatives() and collectives.rank() == 0:
         push(run, push_data or (run.recipe.negatives.push if run.push_negatives else None))
 
@@ -91,6 +94,13 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     return rows
 
 
+def samples_per_part(section: NegativesSection) -> int:
+    """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
+    if section.backend == "vllm":
+        return 8192
+    return max(2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0))
+
+
 def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
     """The sample as an answer that ends, with token `end`, before the first token that completes one of the texts."""
 
@@ -120,6 +130,18 @@ def count(table: pa.Table) -> dict[str, int]:
         totals["repeated"] += len(row["negatives"]) - len(set(row["negatives"]))
         totals["cut_at_max_new_tokens"] += row["finish_reasons"].count("length")
     return dict(totals)
+
+
+def mostly_cut(facts: dict[str, int], max_new_tokens: int) -> str | None:
+    """What to say when more than half of the negatives hit the length cap, so that they have no end token."""
+    cut, total = facts["cut_at_max_new_tokens"], facts["negatives"]
+    if 2 * cut <= total:
+        return None
+    return (
+        f"{cut} of {total} negatives were cut at negatives.max_new_tokens={max_new_tokens}, so they do not end as the "
+        "completions do, and that difference is trained. Raise it, or set negatives.stop to a text at which they end "
+        "(a base without instruction tuning rarely ends by itself)."
+    )
 
 
 def push(run: Run, name: str | None) -> None:
@@ -158,7 +180,24 @@ def _wanted(run: Run, split: str) -> bool:
 def _sampler(run: Run, adapter: str | None) -> Sampler:
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    model = run.source if section.backend == "vllm" else run.base()
-    if adapter:
-        model = models.load_adapter(model, adapter)
+    if section.backend == "vllm":
+        model = _vllm_model(run, adapter)
+    else:
+        model = models.load_adapter(run.base(), adapter) if adapter else run.base()
     return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)
+
+
+def _vllm_model(run: Run, adapter: str | None) -> VllmModel:
+    section, longest = run.recipe.model, run.encoder.prompt_limit
+    if adapter:
+        models.require_adapter(adapter, "negatives.adapter")
+    return VllmModel(
+        path=run.source.path,
+        revision=run.source.revision,
+        dtype=section.dtype,
+        load_in_4bit=section.load_in_4bit,
+        max_length=longest + run.recipe.negatives.max_new_tokens if longest else None,
+        memory=run.recipe.negatives.gpu_memory_utilization,
+        adapter=adapter,
+        trust_remote_code=section.trust_remote_code,
+    )

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
+from helpers import write_benchmark
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -216,12 +217,13 @@ def test_licence_language_and_results_are_in_the_hubs_form(tmp_path, tiny_folder
     shutil.copytree(tiny_folder, base)
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlanguage:\n- en\n---\n")
     run = make_run(tmp_path, base)
-    found = {"gsm8k": {"base": {"exact_match,strict-match": 0.25}, "after": {"exact_match,strict-match": 0.375}}}
-    (run.folder / "benchmarks.json").write_text(json.dumps(found))
+    write_benchmark(run.folder)
     export.main(run)
     data = ModelCard.load(run.training.path / "README.md").data
     assert (data.license, data.license_name, data.language) == ("other", "tiny", ["en"])
-    assert "The base's licence is `other`" in readme(run) and "| gsm8k | exact\\_match | 25.0 | 37.5 |" in readme(run)
+    assert "The base's licence is `other`" in readme(run) and "exact\\_match | 25.00 | 37.50 | \\+12.50 |" in readme(
+        run
+    )
     [entry] = parse_eval_result_entries(yaml.safe_load((run.training.path / export.RESULTS).read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 37.5)
     assert export.RESULTS in [file.name for file in hub.select(run.training.path)[0]]
@@ -267,11 +269,11 @@ def test_a_local_path_stops_the_push_and_its_place_is_named(tmp_path, tiny_folde
 def test_a_merged_model_needs_a_merge(tmp_path, tiny_folder, pushed):
     run = make_run(tmp_path, tiny_folder)
     with pytest.raises(UserError, match="no merged model; run `lowdft merge"):
-        export.main(run, merged=True)
-    shutil.copytree(tiny_folder, run.folder / "merged")
-    export.main(run, push="me/merged", merged=True)
+        export.main(run, merged="bf16")
+    shutil.copytree(tiny_folder, run.folder / "merged-bf16")
+    export.main(run, push="me/merged", merged="bf16")
     assert "model.safetensors" in pushed[0][2] and "adapter_config.json" not in pushed[0][2]
-    text = (run.folder / "merged" / "README.md").read_text()
+    text = (run.folder / "merged-bf16" / "README.md").read_text()
     assert "A LoRA adapter merged into" in text and 'AutoModelForCausalLM.from_pretrained("me/merged"' in text
 
 

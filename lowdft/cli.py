@@ -21,6 +21,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "benchmark", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
+OPTIONS = {  # of stages, by the names of their arguments
+    "generate": ("push_data",),
+    "report": ("beside",),
+    "export": ("push", "dry_run", "merged", "extrapolate"),
+}
 ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
 READING = ("inspect", "plan", "chat", "serve")  # verbs that write no run folder
 ALONE = {  # stages with arguments of their own
@@ -130,7 +135,8 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     training_config(recipe)
     if recipe.rounds > 1 and arguments.verb == "run":
         raise UserError(ROUNDS_ALONE.format(recipe.rounds))
-    push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
+    name = getattr(arguments, "push", None) or getattr(arguments, "push_data", None)
+    push = ["--push", name] if name else []
     line = [arguments.verb, arguments.recipe, *overrides, *push, *doors.arguments()]
     return launch.launch(arguments.launch, arguments.processes, line)
 
@@ -157,8 +163,6 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from lowdft.files import locked
     from lowdft.pipeline.context import Run
 
-    if arguments.verb in ("run", "export"):
-        recipe.export.push = arguments.push or recipe.export.push
     if arguments.verb == "inspect":
         importlib.import_module("lowdft.pipeline.stages.inspect").main(Run(recipe), row=arguments.row)
     elif arguments.verb == "plan":
@@ -189,17 +193,13 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
             raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
-            _walk(run_of(one), _stages(one))
+            _walk(run_of(one), _stages(one), arguments)
     elif arguments.verb == "probe":
         importlib.import_module("lowdft.pipeline.stages.probe").main(run_of(recipe), rows=arguments.rows)
-    elif arguments.verb == "export":
-        run = run_of(recipe)
-        run.check()
-        importlib.import_module("lowdft.pipeline.stages.export").main(run, extrapolate=arguments.extrapolate)
     elif arguments.verb in ALONE:
         _alone(arguments, run_of(recipe))
     else:
-        _walk(run_of(recipe), _stages(recipe) if arguments.verb == "run" else (arguments.verb,))
+        _walk(run_of(recipe), _stages(recipe) if arguments.verb == "run" else (arguments.verb,), arguments)
 
 
 def _alone(arguments: argparse.Namespace, run) -> None:
@@ -212,7 +212,7 @@ def _stages(recipe) -> tuple[str, ...]:
     return tuple(stage for stage in WHOLE_WAY if stage != "benchmark" or recipe.evaluation.benchmarks)
 
 
-def _walk(run, stages: tuple[str, ...]) -> None:
+def _walk(run, stages: tuple[str, ...], arguments: argparse.Namespace) -> None:
     from lowdft.distributed import collectives
     from lowdft.models.base import release_memory, whole_weights
 
@@ -221,7 +221,8 @@ def _walk(run, stages: tuple[str, ...]) -> None:
         if stage not in ON_ALL_RANKS and collectives.rank() > 0:
             return  # nothing after it needs more than one
         with contextlib.nullcontext() if stage == "train" else whole_weights():
-            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+            options = {name: getattr(arguments, name) for name in OPTIONS.get(stage, ()) if hasattr(arguments, name)}
+            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run, **options)
         release_memory()
 
 
@@ -278,6 +279,10 @@ def _parser() -> argparse.ArgumentParser:
                 "--gpus", type=int, default=1, metavar="N", help="plan for N GPUs: ZeRO-3, or whole copies"
             )
             verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
+        if name == "generate":
+            verb.add_argument("--push", dest="push_data", metavar="NAME", help="upload the negatives as a Hub data set")
+        if name == "report":
+            verb.add_argument("--beside", action="append", default=[], metavar="RUN", help="draw that run folder too")
         if name == "benchmark":
             verb.add_argument("--tasks", metavar="NAMES", help="suites (paper, math) and lm-eval's tasks, with commas")
             verb.add_argument("--limit", type=int, metavar="N", help="the first N rows of every task")
@@ -286,9 +291,11 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--into", choices=("bf16", "dequantized"), default="bf16", help=into)
             verb.add_argument("--gguf", metavar="TYPE", help="also write a GGUF file: f16, bf16, q8_0, …")
         if name == "export":
+            verb.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card only")
+            verb.add_argument("--merged", choices=("bf16", "dequantized"), help="what `merge` wrote, not the adapter")
             verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")
         if name in ("run", "export"):
-            verb.add_argument("--push", metavar="NAME", help="upload the adapter to the Hub under this name")
+            verb.add_argument("--push", metavar="NAME", help="upload it to the Hub under this name")
     return parser
 
 

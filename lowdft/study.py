@@ -50,7 +50,7 @@ from lowdft.files import locked, read_json, replacing, write_error, write_json, 
 from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run, say
 from lowdft.reporting.benchmark_table import of_study
-from lowdft.reporting.study_figures import draw, label
+from lowdft.reporting.figures import draw, label
 from lowdft.reporting.study_table import EQUAL_TIME, TUNED, best, markdown, tabulate
 from lowdft.training.metrics import reset_peak_memory
 

@@ -25,6 +25,7 @@ FLOORS = {
     "lowdft.pipeline.stages": 3,
     "lowdft.pipeline": 2,
     "lowdft.evaluation": 2,
+    "lowdft.reporting.metrics": 0,
     "lowdft.reporting": 2,
     "lowdft.training.log_u": 0,
     "lowdft.training.preemption": 0,

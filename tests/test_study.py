@@ -8,7 +8,7 @@ import math
 import pytest
 
 from lowdft.cli import main
-from lowdft.reporting.study_figures import swept_key
+from lowdft.reporting.figures import swept_key
 from lowdft.reporting.study_table import EQUAL_TIME, TUNED, combined, markdown, tabulate, verdicts
 
 

@@ -28,6 +28,8 @@ from lowdft.errors import UserError
 from lowdft.files import conceal, write_text
 from lowdft.text import did_you_mean
 
+UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that send checkpoints or metrics to the Hub
+
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
@@ -184,9 +186,9 @@ def training_config(recipe: Recipe):
                 "transformers' TrainingArguments."
             )
         _check_type(f"training.{key}", value, str(known[key].type))
-    if uploads := [key for key in recipe.training if key == "push_to_hub" or key.startswith("hub_")]:
+    if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
-            f"training.{uploads[0]} is refused: checkpoints are not uploaded. `lowdft export RECIPE --push NAME` "
+            f"training.{uploads[0]} is refused: nothing is uploaded while training. `lowdft export RECIPE --push NAME` "
             "uploads the trained adapter; the Hub's token is the variable HF_TOKEN."
         )
     settings = {
@@ -261,6 +263,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "negatives.shots": (n.shots, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
+        "evaluation.samples_every": (recipe.evaluation.samples_every, 0),
         "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
     }
     for key, (value, least) in at_least.items():

@@ -16,6 +16,7 @@ class ModelSection:
 
     name_or_path: str = "???"
     revision: str | None = None
+    license: str | None = None  # of the base, for the card; None: what the base's own card says
     hub_id: str | None = None  # what to call a local base in the exported adapter and its card
     load_in_4bit: bool = True  # NF4 with double quantization
     dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware computes it, else float32
@@ -96,6 +97,7 @@ class EvaluationSection:
     pattern: str | None = None  # of answer regex: its first group is the answer
     max_new_tokens: int = 256
     batch_size: int = 32
+    samples_every: int = 0  # training steps between sample answers to a few held-out prompts; 0: none
     compare: dict[str, str] = field(default_factory=dict)  # name: run folder or adapter, measured beside this one
     benchmarks: list[str] = field(default_factory=list)  # suites (paper, math), alpaca_eval, or lm-eval's tasks
     benchmark_limit: int | None = None  # rows per task; None: all

@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 
-from lowdft.reporting.evaluation_table import SHARES
-from lowdft.reporting.study_figures import label
+from lowdft.reporting.figures import label
+from lowdft.reporting.metrics import SHARES
+from lowdft.reporting.metrics import STUDY as MEASURES
 
-MEASURES = {
-    "accuracy": "accuracy, %",
-    "wins": "accuracy of choice, summed, %",
-    "wins_per_token": "accuracy of choice, per token, %",
-    "margin": "margin, nats",
-    "logps/positive": "completions, nats",
-    "logps/negative": "negatives, nats",
-    "seconds": "training, s",
-    "peak_memory_gb": "peak GB",
-}
 JUDGED_BY = ("accuracy", "wins", "logps/positive")  # the first that is there decides which learning rate is best
 TUNED, EQUAL_TIME = "sft, tuned", "sft, equal time"  # lines that `compare` adds to every grid
 

@@ -8,20 +8,26 @@ from functools import partial
 
 import pyarrow as pa
 import torch
+from huggingface_hub import DatasetCardData
 
 from lowdft import models
 from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
 from lowdft.data.prompting import other_form, plain_text
 from lowdft.distributed import collectives
+from lowdft.pipeline import hub
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
 from lowdft.pipeline.negatives import write_negatives
+from lowdft.reporting import markdown, model_card
 from lowdft.sampling import Sampler, SamplingSettings, VllmModel, get_sampler
 
 
-def main(run: Run) -> None:
-    """Writes the negatives that are wanted and not there yet; tells how they ended."""
+def main(run: Run, push_data: str | None = None) -> None:
+    """Writes the negatives that are wanted and not there yet, and reports how they ended.
+
+    `push_data`: a Hub data set to upload those of the training rows to.
+    """
     todo = [split for split in SPLITS if _wanted(run, split)]
     if run.ready_negatives() and run.examples("train"):
         say("negatives: the rows bring their own")
@@ -44,11 +50,8 @@ def main(run: Run) -> None:
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
         for warning in filter(None, (form_warning(facts), mostly_cut(facts, section.max_new_tokens))):
             say(f"warning: {warning}")
-    if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
-        if run.push_negatives:
-            push(run)
-        else:
-            say(f"not uploaded to {run.recipe.negatives.push}: negatives.push acts with --push-negatives alone")
+    if not run.ready_negatives() and collectives.rank() == 0:
+        push(run, push_data or (run.recipe.negatives.push if run.push_negatives else None))
 
 
 def samples_per_part(section: NegativesSection) -> int:
@@ -107,13 +110,23 @@ def mostly_cut(facts: dict[str, int], max_new_tokens: int) -> str | None:
     )
 
 
-def push(run: Run) -> None:
-    """Uploads the training negatives as a Hub data set, private unless `negatives.private` says otherwise."""
-    from datasets import Dataset
+def push(run: Run, name: str | None) -> None:
+    """Uploads the training negatives as a Hub data set, private unless `negatives.private` says otherwise.
 
+    Nothing is uploaded without a name from the command line; `negatives.push` alone prints the command.
+    """
     section = run.recipe.negatives
-    Dataset.from_parquet(str(run.negatives("train").path)).push_to_hub(section.push, private=section.private)
-    say(f"pushed the negatives to {section.push}")
+    if name is None:
+        if section.push:
+            say(f"nothing was uploaded; to upload the negatives: lowdft generate {run.folder} --push {section.push}")
+        return
+    card = DatasetCardData(tags=["lowdft", "dft", "negatives"], task_categories=["text-generation"])
+    base = models.public_name(run.source, run.recipe.model)
+    words = f"Negatives written by {markdown.code(base)}: {model_card.sampling_words(section)}."
+    readme = f"---\n{card.to_yaml()}\n---\n\n# {markdown.plain(name)}\n\n{words}\n"
+    files = [hub.Upload("data/train.parquet", run.negatives("train").path), hub.Upload("README.md", readme.encode())]
+    say(f"uploading to {name}:\n{hub.listing(files)}")
+    say(f"pushed to {hub.push(files, name, section.private, 'dataset')}, and compared with what arrived")
 
 
 def _part(run: Run, sampler: Sampler, per_prompt: int, examples: Sequence[Example]) -> list[dict]:

@@ -48,7 +48,8 @@ def main(run: Run) -> None:
     if checkpoint:
         say(f"resuming from {checkpoint}")
     lines = MetricsFile(metrics)
-    trainer = DFTTrainer(model, run.args, rows, processing_class=run.tokenizer, callbacks=[lines])
+    held_out = run.encoded("heldout") if run.args.eval_strategy != "no" else None
+    trainer = DFTTrainer(model, run.args, rows, held_out, processing_class=run.tokenizer, callbacks=[lines])
     trainer.trust_checkpoint = run.trust_checkpoint
     if not run.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     0: done; 1: a user's mistake (told on standard error); 2: a wrong command; 130: Ctrl-C; 143: SIGTERM. After the last
     two the same command goes on.
     """
+    # before torch loads: CUDA's allocator then grows blocks instead of fragmenting (8-10% of an H100's memory)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     parser = _parser()
     arguments = parser.parse_args(argv)
     overrides = list(arguments.overrides)
@@ -184,7 +187,7 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
 
 def _walk(run, stages: tuple[str, ...]) -> None:
     from lowdft.distributed import collectives
-    from lowdft.models.base import whole_weights
+    from lowdft.models.base import release_memory, whole_weights
 
     run.check()
     for stage in stages:
@@ -192,6 +195,7 @@ def _walk(run, stages: tuple[str, ...]) -> None:
             return  # nothing after it needs more than one
         with contextlib.nullcontext() if stage == "train" else whole_weights():
             importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+        release_memory()
 
 
 class Lines(logging.Handler):

@@ -77,7 +77,7 @@ def test_arrows_point_down(module):
 def test_objectives_and_engine_import_torch_alone(module):
     outside = {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names) - {"torch", "lowdft"}
     assert outside == ({"transformers"} if module == REGISTERS else set())
-    assert all(name.startswith(PURE) for name in imports(module) if name.startswith("lowdft"))
+    assert all(name.startswith((*PURE, "lowdft.errors")) for name in imports(module) if name.startswith("lowdft"))
 
 
 @pytest.mark.parametrize("extra, home", OPTIONAL.items())

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -27,6 +26,7 @@ from lowdft.config.sections import (
 )
 from lowdft.errors import UserError
 from lowdft.files import conceal, write_text
+from lowdft.text import did_you_mean
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -38,6 +38,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         UserError: with the recipe's key, what was found and what was wanted.
     """
     given = _given(path, overrides)
+    _gather_adapter_options(given)
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
     try:
@@ -52,6 +53,16 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
     return recipe
+
+
+def _gather_adapter_options(given) -> None:
+    """Moves the fields of peft's configuration that stand in `adapter` to `adapter.options`."""
+    section = given.get("adapter")
+    if OmegaConf.is_dict(section):
+        known = {f.name for f in dataclasses.fields(AdapterSection)}
+        options = {key: section.pop(key) for key in list(section) if key not in known}
+        if options:
+            section.options = OmegaConf.merge(section.get("options") or {}, options)
 
 
 def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
@@ -149,12 +160,16 @@ def training_config(recipe: Recipe):
     import torch
 
     from lowdft.config.training import DFTConfig
+    from lowdft.models.adapters import adapter_config
 
+    if recipe.adapter:
+        adapter_config(recipe.adapter, recipe.model.load_in_4bit)
     known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
     for key, value in recipe.training.items():
         if key not in known:
             raise UserError(
-                f"training.{key} is not known.{_nearest(key, known)} See DFTConfig and transformers' TrainingArguments."
+                f"training.{key} is not known.{did_you_mean(key, known)} See DFTConfig and "
+                "transformers' TrainingArguments."
             )
         _check_type(f"training.{key}", value, str(known[key].type))
     if uploads := [key for key in recipe.training if key == "push_to_hub" or key.startswith("hub_")]:
@@ -194,7 +209,7 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
     }
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{_nearest(str(key), known)}")
+            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{did_you_mean(str(key), known)}")
         if section is Recipe and key in sections:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")
@@ -212,9 +227,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            near = get_close_matches(str(value), allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{path}: {key} is {value!r}; wanted one of {', '.join(allowed)}.{hint}")
+            raise UserError(f"{path}: {key} is {value!r}.{did_you_mean(str(value), allowed)}")
     taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
     if taken:
         raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")
@@ -237,7 +250,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
     }
     for key, (value, least) in at_least.items():
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
     if not 0 < n.top_p <= 1:
         raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
@@ -251,8 +264,3 @@ def _check_type(key: str, value: object, annotation: str) -> None:
         fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
         if not fits:
             raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")
-
-
-def _nearest(key: str, known) -> str:
-    near = get_close_matches(key, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(list(known)[:12])}, …"

@@ -1,7 +1,8 @@
 """The log-probability engine: prompt groups -> rows, mask, positions; hidden states -> log-probabilities."""
 
 from lowdft.logprobs.attention import packed_attention
-from lowdft.logprobs.engine import CompletionLogps, bare, choose_layout, layers_in, score
+from lowdft.logprobs.check import choose_layout
+from lowdft.logprobs.engine import CompletionLogps, bare, layers_in, score
 from lowdft.logprobs.head import Head, proposal_logps, token_logps, truncate
 from lowdft.logprobs.rows import Group, lay_out
 

@@ -6,6 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lowdft import compat
 from lowdft.errors import UserError
 
 
@@ -46,7 +47,7 @@ def train_in_float32(model: nn.Module) -> int:
 
 
 def guard_four_bit(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit layers for inference, and checks a gradient through one of them.
+    """Keeps bitsandbytes from repacking 4-bit layers for inference, undoes it, and checks a gradient through one.
 
     On CPUs with AVX512-BF16 one forward pass without gradient in eval mode repacks a layer, and from then on gradients
     through it are silently wrong.
@@ -57,8 +58,16 @@ def guard_four_bit(model: nn.Module) -> None:
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
+        _unpack(layer)
     if layers:
         _check_gradient(layers[0])
+
+
+def _unpack(layer: nn.Module) -> None:
+    """A layer that was repacked for inference, as it was before."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        layer.weight.data, layer.weight.quant_state = compat.unpacked_four_bit(layer.weight.data, state)
 
 
 def _check_gradient(layer: nn.Module) -> None:
@@ -68,8 +77,6 @@ def _check_gradient(layer: nn.Module) -> None:
     if state is None or layer.weight.device.type == "meta" or layer.weight.data.is_floating_point():
         return  # not quantized yet, or in parts on several ranks
     advice = "Load the model again, and hand it over before it runs."
-    if getattr(state, "packing_format_for_cpu", False):
-        raise UserError(f"the model's 4-bit layers were repacked for inference; their gradients are wrong. {advice}")
     dtype = layer.compute_dtype or torch.float32
     generator = torch.Generator().manual_seed(0)
     draw = lambda size: torch.randn(4, size, generator=generator).to(layer.weight.device, dtype)  # noqa: E731

@@ -19,7 +19,7 @@ from pathlib import Path
 from lowdft import models
 from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
-from lowdft.models.adapters import adapter_digest
+from lowdft.models.adapters import adapter_digest, adapter_identity
 from lowdft.models.reference import REFERENCE_NEEDS
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -209,7 +209,7 @@ def _reference_model(run) -> str:
 def _adapter(section: AdapterSection | None) -> dict:
     if section is None:
         return {"adapter": None}
-    return {f"adapter.{k}": _plain(v) for k, v in dataclasses.asdict(section).items()}
+    return {f"adapter.{k}": _plain(v) for k, v in adapter_identity(section).items()}
 
 
 def _plain(value: object) -> object:

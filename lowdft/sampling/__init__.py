@@ -12,14 +12,16 @@ from lowdft.sampling.vllm import VllmSampler
 __all__ = ["Request", "Sample", "Sampler", "SamplingSettings", "get_sampler"]
 
 
-def get_sampler(backend: str, model, end_ids: Sequence[int], settings: SamplingSettings, batch_size: int) -> Sampler:
+def get_sampler(
+    backend: str, model, end_ids: Sequence[int], settings: SamplingSettings, batch_size: int | None
+) -> Sampler:
     """The sampler of a backend.
 
     Args:
         backend: "padded" or "continuous" (transformers), or "vllm".
         model: a transformers model, under an adapter or not, left as it was found; for vllm a `lowdft.models.Source`.
         end_ids: every token that ends an answer, one or more.
-        batch_size: samples at work at once.
+        batch_size: samples at work at once; None: as many as fit (`draw.fitting`).
 
     Raises:
         UserError: vLLM is asked for and not installed.

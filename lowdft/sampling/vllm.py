@@ -12,7 +12,7 @@ class VllmSampler:
     """vLLM, offline. Its samples follow its own random numbers, seeded a request, and its own arithmetic: they
     differ from those of the other backends. Not run in this project's tests."""
 
-    def __init__(self, source, end_ids: list[int], settings: SamplingSettings, batch_size: int):
+    def __init__(self, source, end_ids: list[int], settings: SamplingSettings, batch_size: int | None):
         try:
             import vllm
         except ImportError as error:
@@ -21,7 +21,7 @@ class VllmSampler:
                 "or set negatives.backend=padded"
             ) from error
         self.vllm, self.end_ids, self.settings = vllm, end_ids, settings
-        self.engine = vllm.LLM(model=source.path, revision=source.revision, max_num_seqs=batch_size)
+        self.engine = vllm.LLM(model=source.path, revision=source.revision, max_num_seqs=batch_size or 256)
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """See `Sampler`."""

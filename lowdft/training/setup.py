@@ -47,13 +47,10 @@ def choose_precision(model: nn.Module, args: DFTConfig, sharded: bool) -> torch.
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def layout_of(model: nn.Module) -> str:
-    """ "packed" where the model's attention takes it, else "padded", with a warning."""
-    training = model.training
-    model.eval()  # dropout would tell the layouts apart
-    layout = choose_layout(model)
-    model.train(training)
-    if layout == "padded":
+def layout_of(model: nn.Module, wanted: str | None) -> str:
+    """The layout that was asked for, or "packed" where the model's attention takes it, else "padded" with a warning."""
+    layout = choose_layout(model, wanted)
+    if layout == "padded" and wanted is None:
         warnings.warn(
             "this model's attention does not take packed rows: every completion becomes a row of its own, and the "
             "prompt is computed once for each",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from pathlib import Path
 
@@ -55,12 +54,13 @@ def measure_all(run: Run) -> dict:
         product = run.base_evaluation if name == "base" else None
         if product and product.is_done():
             found[name] = read_json(product.path)
-            continue
-        found[name] = measure(run, name, model, rows, truths, kind)
-        if product:
-            product.begin()
-            write_json(product.path, found[name])
-            product.finish()
+        else:
+            found[name] = measure(run, name, model, rows, truths, kind)
+            if product:
+                product.begin()
+                write_json(product.path, found[name])
+                product.finish()
+        del model  # its memory, for the next one
     samples = []
     for i, example in enumerate(examples[:SAMPLES_KEPT]):
         negative = rows[i]["negative_ids"][0] if rows[i]["negative_ids"] else []
@@ -105,7 +105,7 @@ def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
     (Lin et al. 2022, arXiv 2109.07958).
     """
     model.eval()
-    layout = run.args.layout or choose_layout(model)
+    layout = choose_layout(model, run.args.layout)
     with_negatives, found = all(row["negative_ids"] for row in rows), []
     size = run.args.per_device_eval_batch_size
     for start in range(0, len(rows), size):
@@ -153,21 +153,25 @@ def _systems(run: Run):
             yield "base", model
         if run.recipe.adapter:
             yield "after", model
+        del model
     if not run.recipe.adapter:
         with _whole_model(run, trained) as model:
             yield "after", model
+            del model
     for name, path in run.recipe.evaluation.compare.items():
         adapter = Path(path) / "adapter" if (Path(path) / "adapter").is_dir() else Path(path)
         with _loaded(run, adapter) as model:
             yield name, model
+            del model
 
 
 @contextlib.contextmanager
 def _loaded(run: Run, adapter: Path | None):
-    base = run.base()
-    yield models.load_adapter(base, adapter) if adapter else base
-    gc.collect()
-    torch.cuda.empty_cache()
+    models.release_memory()
+    model = run.base()
+    if adapter:
+        model = models.load_adapter(model, adapter)
+    yield model
 
 
 @contextlib.contextmanager

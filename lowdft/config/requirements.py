@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lowdft.config.sections import NegativesSection
 from lowdft.config.training import DFTConfig
 from lowdft.data.encoded import EncodedRows
 from lowdft.errors import UserError
@@ -146,6 +147,31 @@ def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str
             "that many per prompt. Raise the first, or lower the second."
         )
     return _reuse(n if per_prompt < negatives_used(args, n) else 0, args, n)
+
+
+def check_proposal(negatives: NegativesSection, args: DFTConfig, objective: Objective, ready: bool) -> None:
+    """Raises UserError when `reference_prompt: proposal` asks for the density of negatives that were not sampled so.
+
+    Args:
+        ready: the rows bring their own negatives.
+    """
+    if args.reference_prompt != "proposal" or not objective.uses_reference:
+        return
+    unlike = {
+        "the rows bring their own negatives": ready,
+        "negatives.stop ends them early": bool(negatives.stop),
+        "negatives.resample replaces some of them": negatives.resample > 0,
+        "negatives.temperature 0 draws nothing": negatives.temperature == 0,
+        "negatives.adapter wrote them, which is not training.reference_model": (
+            negatives.adapter is not None and negatives.adapter != args.reference_adapter
+        ),
+    }
+    found = [reason for reason, holds in unlike.items() if holds]
+    if found:
+        raise UserError(
+            "training.reference_prompt: proposal is the density of the sampler that wrote the negatives, which cannot "
+            f"be had here: {'; '.join(found)}. Set training.reference_prompt: training or sampling, or change that."
+        )
 
 
 def check_adapter(args: DFTConfig, objective: Objective, has_adapter: bool, all_scored: bool = False) -> None:

@@ -23,8 +23,16 @@ from lowdft.models.adapters import adapter_digest, adapter_identity
 from lowdft.models.reference import REFERENCE_NEEDS
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-# of negatives: where they come from and go to, and how many are drawn at once
-NOT_OF_SAMPLES = ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size", "adapter")
+NOT_OF_SAMPLES = (  # of negatives: where they come from and go to, and how many are drawn at once
+    "source",
+    "push",
+    "private",
+    "per_prompt",
+    "eval_per_prompt",
+    "batch_size",
+    "gpu_memory_utilization",
+    "adapter",
+)
 TRAINING = (
     "log_u_init",
     "negatives_per_step",

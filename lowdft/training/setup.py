@@ -47,8 +47,12 @@ def choose_precision(model: nn.Module, args: DFTConfig, sharded: bool) -> torch.
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def layout_of(model: nn.Module, wanted: str | None) -> str:
-    """The layout that was asked for, or "packed" where the model's attention takes it, else "padded" with a warning."""
+def layout_of(model: nn.Module, wanted: str | None = None) -> str:
+    """ "packed" where the model's attention takes it, else "padded", with a warning; checked against its own logits.
+
+    Args:
+        wanted: the one layout that the settings name.
+    """
     layout = choose_layout(model, wanted)
     if layout == "padded" and wanted is None:
         warnings.warn(

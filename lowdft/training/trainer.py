@@ -130,15 +130,16 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         return self.engine.passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
+        """In the weights' own precision, in which the model's own logits are what scores are checked against."""
         self.engine.passes.layout = layout_of(model, self.args.layout)
 
     @contextlib.contextmanager
     def _around_passes(self) -> Iterator[None]:
         """Only lowdft's own passes run in it: a callback finds the model as it was."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(layers_in(self._layers_in))
             if not self.sharded:  # sharded weights are gathered by hooks, which one function for both would pass over
                 stack.enter_context(fused_lora(self.model))
+            stack.enter_context(layers_in(self._layers_in))
             if self._layers_in or self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
                 stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
             if self.args.offload_checkpoints and torch.is_grad_enabled():

@@ -70,6 +70,7 @@ class Run:
     def _requirements(self) -> list[str]:
         args, rows, has_adapter = self.args, self.examples("train"), self.recipe.adapter is not None
         notes = requirements.check_steps(args, len(rows))
+        requirements.check_evaluations(args, len(self.examples("heldout")))
         if args.reference_adapter and not has_adapter:
             raise UserError(
                 "training.reference_model: adapter:… trains a copy of it; with `adapter: null` there is none"

@@ -7,8 +7,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from lowdft import __version__
 from lowdft.config.sections import DataSection
 from lowdft.data.arrow import map_table, write_table
@@ -17,6 +15,7 @@ from lowdft.data.examples import SCHEMA, Examples, record_batches
 from lowdft.data.labels import find_labels, with_labels
 from lowdft.data.load import Loaded, load_examples, overlap
 from lowdft.errors import UserError
+from lowdft.files import digest_of
 
 SPLITS = ("train", "heldout")
 log = logging.getLogger("lowdft")
@@ -99,11 +98,7 @@ def _digest(section: DataSection, source: str, split: str, revision: str | None)
     path = Path(source).expanduser()
     try:
         if path.is_file():
-            digest = xxhash.xxh3_128()
-            with open(path, "rb") as file:
-                while part := file.read(1 << 24):
-                    digest.update(part)
-            return digest.hexdigest()
+            return digest_of(path)
         if source.startswith("toy:"):
             return source
         import datasets

@@ -43,13 +43,12 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(schema, given))
+        merged = OmegaConf.merge(schema, given)
+        recipe, resolved = OmegaConf.to_object(merged), OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
-    recipe.interpolations = dict(
-        _interpolations(OmegaConf.to_container(given), OmegaConf.to_container(given, resolve=True))
-    )
+    recipe.interpolations = dict(_interpolations(OmegaConf.to_container(given), resolved))
     _check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
@@ -68,7 +67,10 @@ def _gather_adapter_options(given) -> None:
 
 def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
     """The folder that a recipe or a study writes, found without checking anything else."""
-    return _given(path, overrides).get("output_dir")
+    try:
+        return _given(path, overrides).get("output_dir")
+    except OmegaConfBaseException:  # which `load_recipe` will tell
+        return None
 
 
 def _given(path: str | Path, overrides: list[str]):

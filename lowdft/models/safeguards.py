@@ -9,8 +9,6 @@ from torch import nn
 from lowdft import compat
 from lowdft.errors import UserError
 
-HALF = (torch.bfloat16, torch.float16)
-
 
 def switch_off_dropout(model: nn.Module) -> float:
     """Switches off the base's own dropout, as TRL's DPO does; an adapter's stays. Returns the largest that was on.
@@ -23,10 +21,9 @@ def switch_off_dropout(model: nn.Module) -> float:
     for module in model.modules():
         if id(module) in of_adapters or isinstance(module, BaseTunerLayer):
             continue
-        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
-        for name in list(names):
-            value = getattr(module, name)
-            if (name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
+        is_dropout = "Dropout" in type(module).__name__
+        for name, value in list(vars(module).items()):
+            if (is_dropout and name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
                 largest = max(largest, value)
                 setattr(module, name, 0.0)
     return largest
@@ -36,6 +33,17 @@ def _own(layer: BaseTunerLayer) -> list[nn.Module]:
     """The adapter's modules in a layer, without the base's layer that it wraps."""
     base = {id(module) for module in layer.get_base_layer().modules()}
     return [module for module in layer.modules() if id(module) not in base]
+
+
+def train_in_float32(model: nn.Module) -> int:
+    """Makes float32 weights of trained ones in bfloat16, where an update below a 256th of a weight is lost.
+
+    Returns how many numbers that are. Their layers should compute in bfloat16 as before (`logprobs.layers_in`).
+    """
+    lifted = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    for parameter in lifted:
+        parameter.data = parameter.data.float()
+    return sum(parameter.numel() for parameter in lifted)
 
 
 def guard_four_bit(model: nn.Module) -> None:

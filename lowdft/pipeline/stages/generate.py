@@ -43,6 +43,8 @@ def main(run: Run) -> None:
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
+        if warning := mostly_cut(facts, section.max_new_tokens):
+            say(f"warning: {warning}")
     if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
         if run.push_negatives:
             push(run)
@@ -93,7 +95,9 @@ def samples_per_part(section: NegativesSection) -> int:
     """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
     if section.backend == "vllm":
         return 8192
-    return max(2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0))
+    if section.batch_size:
+        return 2 * section.batch_size
+    return 2048 if torch.cuda.is_available() else 128
 
 
 def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
@@ -125,6 +129,18 @@ def count(table: pa.Table) -> dict[str, int]:
         totals["repeated"] += len(row["negatives"]) - len(set(row["negatives"]))
         totals["cut_at_max_new_tokens"] += row["finish_reasons"].count("length")
     return dict(totals)
+
+
+def mostly_cut(facts: dict[str, int], max_new_tokens: int) -> str | None:
+    """What to say when more than half of the negatives hit the length cap, so that they have no end token."""
+    cut, total = facts["cut_at_max_new_tokens"], facts["negatives"]
+    if 2 * cut <= total:
+        return None
+    return (
+        f"{cut} of {total} negatives were cut at negatives.max_new_tokens={max_new_tokens}, so they do not end as the "
+        "completions do, and that difference is trained. Raise it, or set negatives.stop to a text at which they end "
+        "(a base without instruction tuning rarely ends by itself)."
+    )
 
 
 def push(run: Run) -> None:

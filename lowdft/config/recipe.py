@@ -36,7 +36,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
     """
-    given = _read(Path(path))
+    given = _read(find_recipe(path))
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
@@ -61,6 +61,21 @@ def computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file: the path itself, or the name of one that comes with lowdft, as in `lowdft run quickstart`."""
+    path = Path(path)
+    if path.suffix or path.exists():
+        return path
+    package = Path(__file__).parents[1]
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+    shipped = {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+    if str(path) not in shipped:
+        near = get_close_matches(str(path), shipped, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{path}: there is no such file, and no recipe of this name comes with lowdft.{hint}")
+    return shipped[str(path)]
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):

@@ -34,8 +34,8 @@ def recipe_sections() -> dict[str, type]:
 
     found: dict[str, type] = {"": sections.Recipe}
     for name, hint in typing.get_type_hints(sections.Recipe).items():
-        of_section = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
-        found |= {name: part for part in of_section}
+        found |= dict.fromkeys([name], next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None))
+    found = {name: section for name, section in found.items() if section is not None}
     return found | {"training": DFTConfig}
 
 
@@ -118,3 +118,49 @@ def _type(hint: object) -> dict:
     if hint is dict or origin is dict:
         return {"type": "object"}
     return {}
+
+
+def as_markdown() -> str:
+    """The docs' page of all keys. Of `training`, those that lowdft adds to transformers' TrainingArguments."""
+    from transformers import TrainingArguments
+
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    out = ["# Recipe reference", "", "Generated from the code. Required keys have no default.", ""]
+    out += [
+        "A recipe may say `extends: other.yaml` and only what differs. Any key can be overridden on the command line:"
+    ]
+    out += ["`training.tau=0.5`. Unknown keys are reported with the nearest known name.", ""]
+    for name, section in recipe_sections().items():
+        text = inspect.cleandoc(section.__doc__ or "").split("\n\n")[0]
+        out += [f"## {f'`{name}`' if name else 'Top level'}", "", " ".join(text.split()), ""]
+        out += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in keys(section):
+            if name == "training" and key.name in inherited:
+                continue
+            default = "" if key.required else f"`{key.default}`"
+            if dataclasses.is_dataclass(key.default) or (not name and key.name in recipe_sections()):
+                default = "the section below"
+            cells = [f"`{key.name}`", f"`{_name(key.hint)}`", default, key.meaning]
+            out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        out.append("")
+    out += ["All other fields of `training` are those of `transformers.TrainingArguments`.", ""]
+    return "\n".join(out)
+
+
+def _name(hint: object) -> str:
+    """A type as people write it."""
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_name(part) for part in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+if __name__ == "__main__":  # python -m lowdft.config.reference: writes the generated files of the repository
+    from lowdft.files import write_json, write_text
+
+    write_text("docs/recipe-reference.md", as_markdown())
+    write_json("recipes/recipe.schema.json", recipe_schema())
+    write_json("recipes/study.schema.json", study_schema())

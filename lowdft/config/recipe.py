@@ -79,7 +79,7 @@ def _given(path: str | Path, overrides: list[str]):
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
-    given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(Path(path))
+    given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(find_recipe(path))
     return OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
 
 
@@ -98,6 +98,20 @@ def _of_run_folder(folder: Path):
             f"{folder}: is a folder without recipe.yaml, so not a run folder. Give a recipe or a run folder."
         )
     return OmegaConf.merge(_read(folder / "recipe.yaml"), {"output_dir": str(folder)})
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file: the path itself, or the name of one that comes with lowdft, as in `lowdft run quickstart`."""
+    path = Path(path)
+    if path.suffix or path.exists():
+        return path
+    package = Path(__file__).parents[1]
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+    shipped = {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+    if str(path) not in shipped:
+        hint = did_you_mean(str(path), shipped)
+        raise UserError(f"{path}: there is no such file, and no recipe of this name comes with lowdft.{hint}")
+    return shipped[str(path)]
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):

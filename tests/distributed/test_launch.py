@@ -16,8 +16,9 @@ from accelerate.commands.config import load_config_from_file
 from helpers import ROOT
 from safetensors.torch import load_file
 
-from lowdft.cli import LAUNCHERS, main
+from lowdft.cli import main
 from lowdft.distributed import launch
+from lowdft.verbs import LAUNCHERS
 
 ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(9)]
 

@@ -74,11 +74,11 @@ def proposal_logps(
     side with rounding, which differs between the batches of sampling and of scoring.
     """
     out = []
-    for hidden, target_S in zip(hidden_SD.split(chunk_size), target_S.split(chunk_size), strict=True):
-        scaled, place_S1 = head.logits(hidden) / temperature, target_S[:, None]
-        drawn_S1 = scaled.gather(1, place_S1)
-        kept = truncate(scaled, top_p, top_k).scatter(1, place_S1, drawn_S1)
-        out.append(drawn_S1[:, 0] - kept.logsumexp(1))
+    for hidden, target in zip(hidden_SD.split(chunk_size), target_S[:, None].split(chunk_size), strict=True):
+        scaled = head.logits(hidden) / temperature
+        drawn = scaled.gather(1, target)
+        kept = truncate(scaled, top_p, top_k).scatter(1, target, drawn)
+        out.append(drawn[:, 0] - kept.logsumexp(1))
     return torch.cat(out)
 
 

@@ -6,7 +6,7 @@ Every check runs before a model is loaded, and reports all rows that fail it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,11 @@ class RowFacts:
 
 
 def check_datasets(
-    train_rows: EncodedRows, eval_rows: EncodedRows | None, objective: Objective, args: DFTConfig, has_adapter: bool
+    train_rows: EncodedRows,
+    eval_sets: Sequence[EncodedRows],
+    objective: Objective,
+    args: DFTConfig,
+    has_adapter: bool,
 ) -> list[str]:
     """Everything that `DFTTrainer` requires of its data sets and of the model it is given; returns notes for people.
 
@@ -65,7 +69,7 @@ def check_datasets(
     """
     if args.reference_adapter and has_adapter:
         raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
-    facts = [RowFacts.of(rows, objective) for rows in (train_rows, eval_rows) if rows is not None]
+    facts = [RowFacts.of(rows, objective) for rows in (train_rows, *eval_sets)]
     notes = [note for i, one in enumerate(facts) for note in check_rows(one, objective, args, training=i == 0)]
     all_scored = all(one.has_reference_N.all() for one in facts)
     if args.reference_prompt == "proposal" and not all_scored:

@@ -88,6 +88,8 @@ class StepMetrics:
         if computed:
             out["padding"] = 1 - needed / computed
         out["peak_memory_gb"] = peak_memory_gb()
+        if torch.cuda.is_available():
+            out["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         self._sums, self._since = Sums(), time.perf_counter()
         return out
 

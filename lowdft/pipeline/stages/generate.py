@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from functools import partial
 
 import pyarrow as pa
+import torch
 
 from lowdft import models
+from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
 from lowdft.data.prompting import plain_text
 from lowdft.distributed import collectives
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
-from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
-
-AT_ONCE = 4096  # requests given to an engine that schedules them itself
+from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, VllmModel, get_sampler
 
 
 def main(run: Run) -> None:
@@ -29,14 +29,15 @@ def main(run: Run) -> None:
     sampler = None
     for split in todo:
         if sampler is None or run.recipe.negatives.adapter:
+            sampler = None  # no name keeps the last model while the next one is loaded
+            models.release_memory()
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
-        requests = AT_ONCE if section.backend == "vllm" else 2 * section.batch_size
         facts = make_in_parts(
             product,
             examples,
-            part_size=part_size(len(examples), requests // run.negatives_wanted(split)),
+            part_size=part_size(len(examples), samples_per_part(section) // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
             count=count,
@@ -88,6 +89,15 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
             }
         )
     return rows
+
+
+def samples_per_part(section: NegativesSection) -> int:
+    """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
+    if section.backend == "vllm":
+        return 8192
+    if section.batch_size:
+        return 2 * section.batch_size
+    return 2048 if torch.cuda.is_available() else 128
 
 
 def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
@@ -159,7 +169,24 @@ def _wanted(run: Run, split: str) -> bool:
 def _sampler(run: Run, adapter: str | None) -> Sampler:
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    model = run.source if section.backend == "vllm" else run.base()
-    if adapter:
-        model = models.load_adapter(model, adapter)
+    if section.backend == "vllm":
+        model = _vllm_model(run, adapter)
+    else:
+        model = models.load_adapter(run.base(), adapter) if adapter else run.base()
     return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)
+
+
+def _vllm_model(run: Run, adapter: str | None) -> VllmModel:
+    section, longest = run.recipe.model, run.encoder.prompt_limit
+    if adapter:
+        models.require_adapter(adapter, "negatives.adapter")
+    return VllmModel(
+        path=run.source.path,
+        revision=run.source.revision,
+        dtype=section.dtype,
+        load_in_4bit=section.load_in_4bit,
+        max_length=longest + run.recipe.negatives.max_new_tokens if longest else None,
+        memory=run.recipe.negatives.gpu_memory_utilization,
+        adapter=adapter,
+        trust_remote_code=section.trust_remote_code,
+    )

@@ -27,7 +27,7 @@ def main(run: Run) -> None:
     if run.args.reference_adapter:
         model = models.load_adapter(model, run.args.reference_adapter)
     args, section = run.args, run.recipe.negatives
-    passes = Passes(args.layout or choose_layout(model), args.logits_chunk_size, args.tokens_per_pass)
+    passes = Passes(choose_layout(model, args.layout), args.logits_chunk_size, args.tokens_per_pass)
     if args.reference_prompt == "proposal":
         sampler = {"temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
         passes.head_logps = partial(proposal_logps, chunk_size=args.logits_chunk_size, **sampler)

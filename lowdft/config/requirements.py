@@ -76,6 +76,12 @@ def check_datasets(
         raise UserError(
             "training.reference_prompt: proposal requires rows with ref_negative_logps; run `lowdft score` first"
         )
+    asked = all(rows.has("sampling_prompt_ids").all() for rows in (train_rows, eval_rows) if rows is not None)
+    if args.reference_prompt == "sampling" and objective.uses_reference and not (all_scored or asked):
+        raise UserError(
+            "training.reference_prompt: sampling requires the prompt that the negatives were sampled from in every "
+            "row: sampling_prompt (text or messages) or sampling_prompt_ids. Add it, or set reference_prompt: training."
+        )
     check_adapter(args, objective, has_adapter or args.reference_adapter is not None, all_scored)
     return notes
 

@@ -165,7 +165,7 @@ class Encoder:
         return "; ".join(said) or None
 
     def row(self, row: dict) -> dict:
-        """One dataset row of text (`prompt`, `completion`, optional `negatives`, `tools`) as one of ids.
+        """One dataset row of text (`prompt`, `completion`, optional `negatives`, `tools`, `sampling_prompt`) as ids.
 
         A row that already has `prompt_ids`, `completion_ids` (and `negative_ids`) keeps them; both are cut to length.
         Reference log-probabilities that the row brings are dropped when what they score was cut.
@@ -187,6 +187,8 @@ class Encoder:
             "negative_ids": [self.fit(prompt_ids, ids, "negatives") for ids in negative_ids],
         }
         kept = {key: row[key] for key in KEPT if row.get(key) is not None}
+        if "prompt_ids" not in row and row.get("sampling_prompt") is not None:
+            kept["sampling_prompt_ids"] = self.prompt(row["sampling_prompt"], tools, thinking)
         prompt_cut = prompt_ids != given
         if "sampling_prompt_ids" in kept:
             asked = list(kept["sampling_prompt_ids"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from helpers import make_tokenizer
 
 from lowdft import DFTConfig, objectives
-from lowdft.config.requirements import check_proposal
+from lowdft.config.requirements import check_datasets, check_proposal
 from lowdft.config.sections import NegativesSection
+from lowdft.data.encode import Encoder
+from lowdft.data.prepare import encode_rows
 from lowdft.errors import UserError
 
 
@@ -34,3 +37,17 @@ def test_a_proposal_is_that_of_the_sampler(tmp_path, negatives, training, ready,
     else:
         with pytest.raises(UserError, match=f"reference_prompt: proposal.*{said}.*training or sampling"):
             check_proposal(section, args, objective, ready)
+
+
+def test_a_sampling_prompt_is_in_the_rows_or_refused(tmp_path):
+    """Without it the training prompt would silently stand in."""
+    tokenizer, objective = make_tokenizer(), objectives.get("dft")
+    args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, reference_prompt="sampling", num_train_epochs=1)
+    row = {"prompt": "2+2=", "completion": "4", "negatives": ["5", "6"]}
+    with pytest.raises(UserError, match="reference_prompt: sampling requires.*sampling_prompt"):
+        check_datasets(encode_rows([row], Encoder(tokenizer)), None, objective, args, has_adapter=True)
+    rows = encode_rows([row | {"sampling_prompt": "Be wrong. 2+2="}], Encoder(tokenizer))
+    check_datasets(rows, None, objective, args, has_adapter=True)
+    assert tokenizer.decode(rows[0]["sampling_prompt_ids"]) == "Be wrong. 2+2="
+    scored = encode_rows([row | {"ref_negative_logps": [-1.0, -2.0]}], Encoder(tokenizer))
+    check_datasets(scored, None, objective, args, has_adapter=True)

@@ -12,13 +12,12 @@ import signal
 import sys
 import warnings
 
-from lowdft import __version__
 from lowdft.errors import UserError
 from lowdft.text import printable
 from lowdft.training.preemption import Stopped, on_sigterm, stop
+from lowdft.verbs import LAUNCHERS, ON_ALL_RANKS, WHOLE_WAY, make_parser
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-WHOLE_WAY = ("generate", "score", "train", "evaluate", "benchmark", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
 OPTIONS = {  # of stages, by the names of their arguments
@@ -34,22 +33,6 @@ ALONE = {  # stages with arguments of their own
     "serve": lambda given: {},
     "merge": lambda given: {"into": given.into, "gguf": given.gguf},
 }
-VERBS = {
-    "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
-    "generate": "let the base write negatives for every prompt",
-    "score": "score the negatives under the frozen base, once",
-    "train": "train the adapter, or go on from the last checkpoint",
-    "evaluate": "measure base and adapter on the held-out rows",
-    "benchmark": "measure base and adapter on public benchmarks (lm-evaluation-harness), in one load",
-    "report": "curves, tables and samples on one page",
-    "export": "make the adapter publishable, with its card; --push uploads it",
-    "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
-    "chat": "talk to base and adapter in the terminal, from one loaded model",
-    "serve": "print the commands that serve the base and the adapter",
-    "merge": "write the base with the adapter merged into it; --gguf converts it for llama.cpp and Ollama",
-    "compare": "run a study: one recipe over a grid of settings, side by side in one table",
-    "inspect": "show rows as the model sees them, and a summary of the data",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,8 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     # before torch loads: CUDA's allocator then grows blocks instead of fragmenting (8-10% of an H100's memory)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
+    if arguments.verb in ("init", "doctor"):
+        return _start(arguments)
     overrides = list(arguments.overrides)
     if arguments.skip_invalid:
         overrides.append("data.skip_invalid=true")
@@ -85,6 +69,19 @@ def main(argv: list[str] | None = None) -> int:
             print(f"lowdft: {printable(words)}", file=sys.stderr)
             return 1
         raise
+    return 0
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    """The verbs that come before there is a recipe."""
+    stage = importlib.import_module(f"lowdft.start.{arguments.verb}")
+    if arguments.verb == "doctor":
+        return stage.main()
+    try:
+        stage.main(arguments.model, arguments.data, arguments.output, arguments.gpu)
+    except UserError as error:
+        print(f"lowdft: {printable(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -193,6 +190,8 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
             _walk(run_of(one), _stages(one), arguments)
+    elif arguments.verb == "probe":
+        importlib.import_module("lowdft.pipeline.stages.probe").main(run_of(recipe), rows=arguments.rows)
     elif arguments.verb in ALONE:
         _alone(arguments, run_of(recipe))
     else:
@@ -247,51 +246,6 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(message)}", file=sys.stderr)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lowdft", description="Discriminative Fine-Tuning on one ordinary GPU.")
-    parser.add_argument("--version", action="version", version=f"lowdft {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, what in VERBS.items():
-        verb = verbs.add_parser(name, help=what, description=what)
-        verb.add_argument("recipe", help="a YAML recipe (compare: a study), or a run folder")
-        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
-        verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
-        verb.add_argument("--trust-remote-code", action="store_true", help="allow model.trust_remote_code")
-        if name in ("run", "train"):
-            verb.add_argument("--trust-checkpoint", action="store_true", help="resume even if that may run its code")
-        if name in ("run", "generate"):
-            verb.add_argument("--push-negatives", action="store_true", help="upload them to negatives.push")
-        if name in ("run", *ON_ALL_RANKS):
-            verb.add_argument("--launch", choices=LAUNCHERS, help="run on all GPUs: whole copies (ddp) or sharded")
-            verb.add_argument("--processes", type=int, metavar="N", help="how many with --launch, if not one a GPU")
-        if name == "inspect":
-            verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
-        if name == "plan":
-            verb.add_argument("--gpu", type=float, metavar="GB", help="find the largest setting for a GPU's memory")
-            verb.add_argument(
-                "--gpus", type=int, default=1, metavar="N", help="plan for N GPUs: ZeRO-3, or whole copies"
-            )
-            verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
-        if name == "generate":
-            verb.add_argument("--push", dest="push_data", metavar="NAME", help="upload the negatives as a Hub data set")
-        if name == "report":
-            verb.add_argument("--beside", action="append", default=[], metavar="RUN", help="draw that run folder too")
-        if name == "benchmark":
-            verb.add_argument("--tasks", metavar="NAMES", help="suites (paper, math) and lm-eval's tasks, with commas")
-            verb.add_argument("--limit", type=int, metavar="N", help="the first N rows of every task")
-        if name == "merge":
-            into = "which weights to merge into: the base's own in bfloat16, or what its 4-bit form stands for"
-            verb.add_argument("--into", choices=("bf16", "dequantized"), default="bf16", help=into)
-            verb.add_argument("--gguf", metavar="TYPE", help="also write a GGUF file: f16, bf16, q8_0, …")
-        if name == "export":
-            verb.add_argument("--dry-run", action="store_true", help="show the files, their sizes and the card only")
-            verb.add_argument("--merged", choices=("bf16", "dequantized"), help="what `merge` wrote, not the adapter")
-            verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")
-        if name in ("run", "export"):
-            verb.add_argument("--push", metavar="NAME", help="upload it to the Hub under this name")
-    return parser
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _given(path: str | Path, overrides: list[str]):
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
-    given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(Path(path))
+    given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(find_recipe(path))
     return OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
 
 
@@ -98,6 +98,20 @@ def _of_run_folder(folder: Path):
             f"{folder}: is a folder without recipe.yaml, so not a run folder. Give a recipe or a run folder."
         )
     return OmegaConf.merge(_read(folder / "recipe.yaml"), {"output_dir": str(folder)})
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file: the path itself, or the name of one that comes with lowdft, as in `lowdft run quickstart`."""
+    path = Path(path)
+    if path.suffix or path.exists():
+        return path
+    package = Path(__file__).parents[1]
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+    shipped = {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+    if str(path) not in shipped:
+        hint = did_you_mean(str(path), shipped)
+        raise UserError(f"{path}: there is no such file, and no recipe of this name comes with lowdft.{hint}")
+    return shipped[str(path)]
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):
@@ -236,6 +250,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
         "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
         "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),
+        "negatives.keep": (recipe.negatives.keep, ("all", "wrong")),
         "negatives.backend": (recipe.negatives.backend, BACKENDS),
         "evaluation.answer": (recipe.evaluation.answer, ANSWERS),
     }
@@ -250,6 +265,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
     if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
+    _check_data_section(recipe.data, path)
     if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
         raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
     at_least = {
@@ -258,6 +274,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "negatives.top_k": (n.top_k, 0),
         "negatives.max_new_tokens": (n.max_new_tokens, 1),
         "negatives.batch_size": (n.batch_size, 1),
+        "negatives.shots": (n.shots, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
         "evaluation.samples_every": (recipe.evaluation.samples_every, 0),
@@ -271,6 +288,16 @@ def _check_values(recipe: Recipe, path: str) -> None:
     if not 0 < n.gpu_memory_utilization <= 1:
         found = n.gpu_memory_utilization
         raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")
+
+
+def _check_data_section(data: DataSection, path: str) -> None:
+    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
+        raise UserError(f"{path}: data.prompt_template is {data.prompt_template!r}; wanted a text with {{prompt}}")
+    labels = data.labels
+    if labels is None or labels == "auto":
+        return
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(labels) or len(labels) < 2:
+        raise UserError(f"{path}: data.labels is {labels!r}; wanted auto, or a list of two or more different texts")
 
 
 def _check_type(key: str, value: object, annotation: str) -> None:

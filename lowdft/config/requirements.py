@@ -128,6 +128,15 @@ def check_steps(args: DFTConfig, n: int) -> list[str]:
     return [f"{n} rows are fewer than one step of {per_step}; every epoch is one smaller step"]
 
 
+def check_evaluations(args: DFTConfig, held_out: int) -> None:
+    """Raises UserError when a recipe evaluates while it trains, without rows for that."""
+    if args.eval_strategy != "no" and not held_out:
+        raise UserError(
+            f"training.eval_strategy is {args.eval_strategy.value}, but no rows are held out. Set data.eval or "
+            "data.eval_rows, or leave eval_strategy out: held-out rows are evaluated after the training anyway."
+        )
+
+
 def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str]:
     """Whether `negatives.per_prompt` generated negatives are enough for n prompts; returns notes for people."""
     if per_prompt is None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 # of held-out rows: key of evaluation.json -> what a table calls it, in the table's order
 EVALUATION = {
     "accuracy": "accuracy of greedy answers",
-    "wins": "rows won, summed log-prob",
-    "wins_per_token": "rows won, log-prob per token",
+    "wins": "accuracy of choice, summed log-prob",
+    "wins_per_token": "accuracy of choice, log-prob per token",
     "margin": "margin, nats",
     "logps/positive": "log-prob of completions, nats",
     "logps/negative": "log-prob of negatives, nats",
@@ -19,7 +19,8 @@ SHARES = ("accuracy", "wins", "wins_per_token")  # between 0 and 1, shown as per
 # the columns of a study's table
 STUDY = {
     "accuracy": "accuracy, %",
-    "wins": "rows won, %",
+    "wins": "accuracy of choice, summed, %",
+    "wins_per_token": "accuracy of choice, per token, %",
     "margin": "margin, nats",
     "logps/positive": "completions, nats",
     "logps/negative": "negatives, nats",

@@ -130,8 +130,8 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         return self.engine.passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
-        with self._around_passes():
-            self.engine.passes.layout = layout_of(model, self.args.layout)
+        """In the weights' own precision, in which the model's own logits are what scores are checked against."""
+        self.engine.passes.layout = layout_of(model, self.args.layout)
 
     @contextlib.contextmanager
     def _around_passes(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from helpers import lora, make_llama, make_rows
@@ -41,7 +42,18 @@ def test_a_wrong_gradient_is_found(four_bit, monkeypatch):
         guard_four_bit(four_bit)
 
 
-def test_repacked_layers_are_refused(four_bit):
-    layers(four_bit)[0].weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(UserError, match="repacked for inference"):
-        guard_four_bit(four_bit)
+def test_repacked_layers_are_unpacked():
+    """A layer as a forward pass without gradient leaves it on CPUs with AVX512-BF16: its weight is what it was."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    before, weight = dequantized(layer), layer.weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    assert weight.quant_state.packing_format_for_cpu
+    guard_four_bit(torch.nn.Sequential(layer))
+    assert torch.equal(dequantized(layer), before)
+
+
+def dequantized(layer: torch.nn.Module) -> torch.Tensor:
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

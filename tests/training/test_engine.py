@@ -8,6 +8,7 @@ from helpers import losses, make_llama, make_rows, make_trainer
 from transformers import TrainerCallback
 
 from lowdft import objectives
+from lowdft.cli import main
 from lowdft.data.batch import collate
 from lowdft.errors import UserError
 from lowdft.training.engine import StepEngine
@@ -145,6 +146,15 @@ def test_evaluation_that_is_not_finite_stops(tmp_path):
         trainer.model.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(UserError, match="are not finite"):
         trainer.evaluate()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_command_that_is_not_finite_fails(recipe, tmp_path, capsys):
+    """Exit status 1 and a sentence; no adapter is written, and what follows training does not run."""
+    assert main(["run", recipe, "training.learning_rate=1e30", "training.warmup_steps=0"]) == 1
+    err = capsys.readouterr().err
+    assert "finite" in err and "example_id" in err and "Traceback" not in err
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "evaluation.json").exists()
 
 
 # ---- what else sees the model ---------------------------------------------------------------------------------------

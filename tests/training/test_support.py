@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import lora, losses, make_llama, make_rows, make_trainer
@@ -9,6 +11,7 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from lowdft import DFTConfig, DFTTrainer
+from lowdft.cli import main
 from lowdft.errors import UserError
 
 
@@ -132,3 +135,14 @@ def test_full_parameters_in_bfloat16_are_trained_in_float32(tmp_path):
     assert dtypes == {torch.bfloat16}
     assert moved > 0.5 * sum(p.numel() for p in start)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_recipe_evaluates_while_it_trains(recipe, tmp_path, capsys):
+    """On its held-out rows; without such rows it is refused before anything is loaded."""
+    every = ["training.objective=sft", "training.eval_strategy=steps", "training.eval_steps=2"]
+    assert main(["run", recipe, *every, "data.eval_rows=0"]) == 1
+    assert "training.eval_strategy is steps, but no rows are held out" in capsys.readouterr().err
+    assert main(["run", recipe, *every]) == 0
+    state = max((tmp_path / "run" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+    found = [line for line in json.loads(state.read_text())["log_history"] if "eval_loss" in line]
+    assert found and all(line["eval_logps/positive"] < 0 for line in found)

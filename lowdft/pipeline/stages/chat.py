@@ -17,7 +17,7 @@ from lowdft.errors import UserError
 from lowdft.files import write_json
 from lowdft.models.reference import reference_on
 from lowdft.pipeline.context import Run, say
-from lowdft.pipeline.systems import loaded, trained_folder
+from lowdft.pipeline.systems import systems
 from lowdft.sampling import SamplingSettings
 from lowdft.sampling.draw import generating
 from lowdft.text import did_you_mean, printable
@@ -37,19 +37,15 @@ def main(run: Run) -> None:
     Raises:
         UserError: nothing is trained, or on another base.
     """
-    folder = trained_folder(run)
-    if run.recipe.adapter is None:
-        run.recipe.model.name_or_path, folder = str(folder), None
-        run.__dict__.pop("source", None)
-    with loaded(run, folder) as model:
-        chat = Chat(run, model)
-        say(f"{', '.join(chat.conversations)} loaded; {chat.speakers[0]} answers. /help lists the commands.")
-        for line in _lines():
-            try:
-                if not chat.take(line.strip()):
-                    return
-            except UserError as error:  # a mistake in a command ends nothing
-                say(str(error))
+    _, model = next(systems(run, {"after"}))
+    chat = Chat(run, model)
+    say(f"{', '.join(chat.conversations)} loaded; {chat.speakers[0]} answers. /help lists the commands.")
+    for line in _lines():
+        try:
+            if not chat.take(line.strip()):
+                return
+        except UserError as error:  # a mistake in a command ends nothing
+            say(str(error))
 
 
 class Chat:

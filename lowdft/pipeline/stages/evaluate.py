@@ -13,7 +13,7 @@ from lowdft.evaluation import answers
 from lowdft.files import read_json, write_json
 from lowdft.logprobs import choose_layout, score
 from lowdft.objectives import Scores
-from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.context import Run, say, truth_of
 from lowdft.pipeline.systems import greedy_answers, systems
 from lowdft.reporting.evaluation_table import print_table
 from lowdft.reporting.metrics import SHARES
@@ -42,7 +42,7 @@ def main(run: Run) -> dict | None:
 def measure_all(run: Run) -> dict:
     """The contents of evaluation.json."""
     rows, examples = run.encoded("heldout"), run.examples("heldout")
-    truths = [example.answer or plain_text(example.completion) for example in examples]
+    truths = [truth_of(example) for example in examples]
     kind = run.recipe.evaluation.answer
     kind = answers.detect(truths) if kind == "auto" else kind
     found = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -15,13 +13,14 @@ from huggingface_hub import DatasetCardData
 from lowdft import models
 from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
-from lowdft.data.prompting import plain_text
+from lowdft.data.prompting import other_form, plain_text
 from lowdft.distributed import collectives
 from lowdft.pipeline import hub
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
+from lowdft.pipeline.negatives import write_negatives
 from lowdft.reporting import markdown, model_card
-from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, VllmModel, get_sampler
+from lowdft.sampling import Sampler, SamplingSettings, VllmModel, get_sampler
 
 
 def main(run: Run, push_data: str | None = None) -> None:
@@ -49,87 +48,54 @@ def main(run: Run, push_data: str | None = None) -> None:
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
-        if warning := mostly_cut(facts, section.max_new_tokens):
+        for warning in filter(None, (form_warning(facts), mostly_cut(facts, section.max_new_tokens))):
             say(f"warning: {warning}")
     if not run.ready_negatives() and collectives.rank() == 0:
         push(run, push_data or (run.recipe.negatives.push if run.push_negatives else None))
-
-
-def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:
-    """One row an example: its id, text and `per_prompt` negatives with ids, finish reasons and seeds.
-
-    A sample's seed depends on the recipe's seed, the example's id and the sample's number alone. Up to
-    `negatives.resample` times, a negative that is empty or equals the completion is replaced under a new seed.
-    """
-    section = run.recipe.negatives
-    prompts = {e.example_id: run.sampling_ids(e) for e in examples}
-    seeds = {(e.example_id, k): seed_of(section.seed, e.example_id, k, 0) for e in examples for k in range(per_prompt)}
-    answers = {e.example_id: plain_text(e.completion).strip() for e in examples}
-    ends = {e.example_id: run.encoder.turns.end_for(e.completion) for e in examples}
-    samples = {}
-    pending = list(seeds)
-    for attempt in range(section.resample + 1):
-        seeds |= {key: seed_of(section.seed, *key, attempt) for key in pending}
-        drawn = sampler.sample([Request(prompts[key[0]], seeds[key]) for key in pending])
-        for key, sample in zip(pending, drawn, strict=True):
-            sample = end_at(section.stop, sample, run.tokenizer, ends[key[0]])
-            samples[key] = (sample, run.encoder.text(sample.token_ids))
-        pending = [key for key in pending if samples[key][1] in ("", answers[key[0]])]
-        if not pending:
-            break
-    rows = []
-    for example in examples:
-        keys = [(example.example_id, k) for k in range(per_prompt)]
-        rows.append(
-            {
-                "example_id": example.example_id,
-                "prompt": example.prompt,
-                "completion": example.completion,
-                "negatives": [samples[key][1] for key in keys],
-                "negative_ids": [list(samples[key][0].token_ids) for key in keys],
-                "finish_reasons": [samples[key][0].finish_reason for key in keys],
-                "seeds": [seeds[key] for key in keys],
-            }
-        )
-    return rows
 
 
 def samples_per_part(section: NegativesSection) -> int:
     """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
     if section.backend == "vllm":
         return 8192
-    return max(2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0))
-
-
-def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
-    """The sample as an answer that ends, with token `end`, before the first token that completes one of the texts."""
-
-    def contains(n: int) -> bool:
-        text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)
-        return any(one in text for one in stop)
-
-    if not (stop and contains(len(sample.token_ids))):
-        return sample
-    first = next(n for n in range(len(sample.token_ids)) if contains(n + 1))
-    return Sample([*sample.token_ids[:first], end], "stop")
-
-
-def seed_of(seed: int, example_id: str, k: int, attempt: int) -> int:
-    """A 63-bit seed for one sample, the same on every machine."""
-    key = json.dumps([seed, example_id, k, attempt]).encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+    if section.batch_size:
+        return 2 * section.batch_size
+    return 2048 if torch.cuda.is_available() else 128
 
 
 def count(table: pa.Table) -> dict[str, int]:
-    """How many negatives there are, are empty, equal the completion, repeat one another, or hit the length cap."""
+    """How many negatives there are, are empty, equal the completion, repeat one another, or hit the length cap.
+
+    With `negatives.keep: wrong` also how many answers were right at first, and how many of them a wrong answer of the
+    same row (`wrong_ones_used_again`) or another row's completion (`completions_of_other_rows`) replaces.
+    """
     totals = Counter(negatives=0, empty=0, equal_to_the_completion=0, repeated=0, cut_at_max_new_tokens=0)
-    for row in table.select(["completion", "negatives", "finish_reasons"]).to_pylist():
+    kept_wrong = "right_at_first" in table.column_names
+    columns = ["completion", "negatives", "finish_reasons"]
+    for row in table.select(columns + (["right_at_first", "replaced", "stand_ins"] if kept_wrong else [])).to_pylist():
         totals["negatives"] += len(row["negatives"])
         totals["empty"] += row["negatives"].count("")
         totals["equal_to_the_completion"] += row["negatives"].count(plain_text(row["completion"]).strip())
         totals["repeated"] += len(row["negatives"]) - len(set(row["negatives"]))
         totals["cut_at_max_new_tokens"] += row["finish_reasons"].count("length")
+        totals["of_another_form"] += sum(other_form(plain_text(row["completion"]), n) for n in row["negatives"] if n)
+        if kept_wrong:
+            totals["right_at_first"] += row["right_at_first"]
+            totals["wrong_ones_used_again"] += row["replaced"] - row["stand_ins"]
+            totals["completions_of_other_rows"] += row["stand_ins"]
     return dict(totals)
+
+
+def form_warning(facts: dict[str, int]) -> str | None:
+    """What to say when most negatives are of another form than their completions."""
+    different, total = facts.get("of_another_form", 0), facts["negatives"]
+    if 2 * different <= total:
+        return None
+    return (
+        f"{different} of {total} negatives are of another form than their completion (over 3 times longer or shorter, "
+        "or with line breaks where it has none): the model tells them apart by form alone, so they teach little. Try "
+        "negatives.strategy: few_shot, negatives.stop, or another negatives.max_new_tokens."
+    )
 
 
 def mostly_cut(facts: dict[str, int], max_new_tokens: int) -> str | None:

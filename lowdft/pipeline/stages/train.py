@@ -49,7 +49,9 @@ def main(run: Run) -> None:
     if checkpoint:
         say(f"resuming from {checkpoint}")
     lines = MetricsFile(metrics)
-    trainer = DFTTrainer(model, run.args, rows, processing_class=run.tokenizer, callbacks=[lines, LivePage(run)])
+    held_out = run.encoded("heldout") if run.args.eval_strategy != "no" else None
+    callbacks = [lines, LivePage(run)]
+    trainer = DFTTrainer(model, run.args, rows, held_out, processing_class=run.tokenizer, callbacks=callbacks)
     trainer.trust_checkpoint = run.trust_checkpoint
     watch(run, trainer, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)

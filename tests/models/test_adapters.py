@@ -1,0 +1,68 @@
+"""The adapter section: every field of peft's configuration, several types, and refusals before a model is loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_llama
+from peft import LoraConfig, PromptTuningConfig
+
+from lowdft.config.sections import AdapterSection
+from lowdft.errors import UserError
+from lowdft.logprobs import Group, score
+from lowdft.models.adapters import adapter_config, adapter_identity, add_adapter, check_config
+
+SOME = [Group([5, 6], [[7, 8], [9]])]
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "oft", "loha", "lokr", "vera", "shira"])
+def test_scores_under_every_type_are_those_of_the_model_itself(kind):
+    """A fresh adapter changes nothing; moved, its log-probabilities are those of peft's own forward pass."""
+    options = {"oft": {"oft_block_size": 8}, "vera": {"d_initial": 0.1}}.get(kind, {})
+    section = AdapterSection(type=kind, r=2, target_modules=["q_proj", "o_proj"], options=options)
+    before = score(make_llama(), SOME).logps_C
+    model = add_adapter(make_llama(), section, seed=0).eval()
+    torch.testing.assert_close(score(model, SOME).logps_C, before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+        logps = model(torch.tensor([[5, 6, 7, 8]])).logits.log_softmax(-1)[0]
+    wanted = logps[1, 7] + logps[2, 8]
+    found = score(model, SOME).logps_C
+    assert found[0].item() == pytest.approx(wanted.item(), abs=1e-4) and (found - before).abs().max() > 1e-4
+
+
+def test_every_field_of_peft_may_stand_in_the_section():
+    config = adapter_config(AdapterSection(alpha=8, options={"use_rslora": True, "layers_to_transform": [1]}))
+    assert (config.r, config.lora_alpha, config.use_rslora, config.layers_to_transform) == (16, 8, True, [1])
+
+
+@pytest.mark.parametrize(
+    "section, in_4bit, words",
+    [
+        (AdapterSection(type="prompt_tuning"), False, "prompt tuning adds tokens"),
+        (AdapterSection(type="lorra"), False, "Did you mean 'lora'"),
+        (AdapterSection(options={"use_rslorra": True}), False, "adapter.use_rslorra is not a field.*'use_rslora'"),
+        (AdapterSection(target_modules=["lm_head"]), False, "adapter.target_modules has lm_head"),
+        (AdapterSection(options={"modules_to_save": ["lm_head"]}), False, "adapter.modules_to_save has lm_head"),
+        (AdapterSection(options={"init_lora_weights": "pissa"}), False, "pissa changes the base's weights"),
+        (AdapterSection(type="ia3", dropout=0.1), False, "ia3 has none"),
+        (AdapterSection(type="loha"), True, "set model.load_in_4bit: false"),
+    ],
+)
+def test_what_cannot_work_is_refused(section, in_4bit, words):
+    with pytest.raises(UserError, match=words):
+        adapter_config(section, in_4bit)
+
+
+def test_a_configuration_given_in_python_is_checked_too():
+    with pytest.raises(UserError, match="PROMPT_TUNING adds tokens"):
+        check_config(PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    check_config(LoraConfig(target_modules="all-linear"))
+
+
+def test_spelling_out_a_default_names_the_same_adapter():
+    plain, spelled = AdapterSection(), AdapterSection(options={"use_rslora": False, "bias": "none"})
+    assert adapter_identity(plain) == adapter_identity(spelled)
+    assert adapter_identity(plain) != adapter_identity(AdapterSection(options={"use_dora": True}))

@@ -221,9 +221,8 @@ def test_licence_language_and_results_are_in_the_hubs_form(tmp_path, tiny_folder
     export.main(run)
     data = ModelCard.load(run.training.path / "README.md").data
     assert (data.license, data.license_name, data.language) == ("other", "tiny", ["en"])
-    assert "The base's licence is `other`" in readme(run) and "exact\\_match | 25.00 | 37.50 | \\+12.50 |" in readme(
-        run
-    )
+    assert "The base's licence is `other`" in readme(run)
+    assert "exact\\_match | 25.00 | 37.50 | \\+12.50 |" in readme(run)
     [entry] = parse_eval_result_entries(yaml.safe_load((run.training.path / export.RESULTS).read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 37.5)
     assert export.RESULTS in [file.name for file in hub.select(run.training.path)[0]]

@@ -31,9 +31,7 @@ def product(tmp_path) -> Product:
 def test_changed_content_is_an_error(product, content, words):
     weights = product.path / "weights"
     weights.unlink() if content is None else weights.write_bytes(content)
-    with pytest.raises(
-        UserError, match=f"{words}.*changed, cut or damaged.*delete .*adapter and adapter.man"
-    ):
+    with pytest.raises(UserError, match=f"{words}.*changed, cut or damaged.*delete .*adapter and adapter.man"):
         product.is_done()
 
 

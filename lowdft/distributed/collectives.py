@@ -5,7 +5,7 @@ All functions are no-ops with one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,27 @@ def updates_from_all(
     return index.long(), values.float(), visits.long()
 
 
+def total(values: Sequence[int], device: torch.device) -> list[int]:
+    """The sums of every rank's numbers."""
+    if world_size() == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(found)
+    return found.tolist()
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of every rank's numbers."""
+    if world_size() == 1:
+        return int(value)
+    found = torch.tensor(int(value), dtype=torch.int64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Is `flag` true on any rank?"""
-    if world_size() == 1:
-        return flag
-    found = torch.tensor([flag], dtype=torch.int32, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+    return bool(largest(flag, device))
 
 
 def wait() -> None:
@@ -82,24 +96,3 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat /= world_size()
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
-
-
-def repeated(index_by_micro_batch: list[Tensor], visits: Tensor) -> list[list[bool]]:
-    """For every example of this rank's step: is it one that a sampler repeats to give all ranks equally many?
-
-    An example is repeated when this epoch has visited it already (it is ahead of the least visited), or when it stands
-    earlier in this step, in the order of micro-batches and ranks. Each example is then used once an epoch, as by one
-    process.
-    """
-    mine = [index.tolist() for index in index_by_micro_batch]
-    everyone = from_all(mine)
-    behind, seen = int(visits.min()), set()
-    out = [[False] * len(index) for index in mine]
-    for step in range(max(map(len, everyone))):
-        for owner, batches in enumerate(everyone):
-            for place, i in enumerate(batches[step] if step < len(batches) else []):
-                again = i in seen or int(visits[i]) > behind
-                seen.add(i)
-                if owner == rank():
-                    out[step][place] = again
-    return out

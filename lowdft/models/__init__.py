@@ -6,11 +6,14 @@ from lowdft.models.base import (
     configuration,
     context_length,
     end_ids,
+    generation_end_ids,
     load_base,
     load_tokenizer,
     locate,
     made_from,
     public_name,
+    release_memory,
+    set_up_cuda,
     whole_weights,
 )
 
@@ -20,6 +23,7 @@ __all__ = [
     "configuration",
     "context_length",
     "end_ids",
+    "generation_end_ids",
     "load_adapter",
     "load_base",
     "load_tokenizer",
@@ -27,6 +31,8 @@ __all__ = [
     "made_from",
     "make_policy",
     "public_name",
+    "release_memory",
     "require_adapter",
+    "set_up_cuda",
     "whole_weights",
 ]

@@ -1,12 +1,9 @@
-"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called.
-
-The trap on CPUs with AVX512-BF16: one no-grad forward in eval mode makes bitsandbytes repack a 4-bit layer for
-inference, and from then on gradients through it are silently wrong. `load_base` switches that off on every layer.
-"""
+"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,13 +11,23 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from lowdft.compat import without_deepspeed
 from lowdft.config.sections import ModelSection
+from lowdft.data.turns import Turns
 from lowdft.distributed.sharding import is_fsdp
 from lowdft.errors import UserError
 from lowdft.models.gguf import package_file, unpack_gguf
+from lowdft.models.safeguards import guard_four_bit
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
     Raises:
         UserError: a 4-bit base under ZeRO-3.
     """
+    set_up_cuda()
     in_parts = is_deepspeed_zero3_enabled()
     if in_parts and section.load_in_4bit:
         raise UserError("model.load_in_4bit with ZeRO-3 is not supported; use --launch fsdp (FSDP-QLoRA), zero2 or ddp")
@@ -105,21 +113,33 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
         device_map=None if in_parts else {"": device},
         **quantization,
     )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    guard_four_bit(model)
     return model
+
+
+def set_up_cuda() -> None:
+    """On a GPU: no cuDNN attention, and bfloat16 products that add up in float32.
+
+    cuDNN makes a plan for every new shape (some 30 ms), has had NaN gradients with masks, and breaks checkpointing
+    (pytorch#196678, NeMo-RL#1676).
+    """
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def release_memory() -> None:
+    """Gives back the memory of models that no name is left of; 4-bit ones are in cycles until a collection."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
     """While this lasts models are whole, and generate without waiting for other ranks, also under ZeRO-3's launcher."""
-    config = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
+    with without_deepspeed():
         yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def context_length(source: Source, section: ModelSection) -> int | None:
@@ -178,8 +198,26 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def generation_end_ids(model) -> list[int]:
+    """`eos_token_id` of the generation settings, for a loaded model or, without its weights, for a `Source`.
+
+    As in transformers the model's configuration stands in where there are no generation settings.
+    """
+    if isinstance(model, Source):
+        try:
+            found = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+        except OSError:
+            config = PretrainedConfig.get_config_dict(model.path, revision=model.revision)[0]
+            found = config.get("eos_token_id") or config.get("text_config", {}).get("eos_token_id")
+    else:
+        found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+
+
 def end_ids(tokenizer, model) -> list[int]:
-    """Every token that ends an answer: the tokenizer's end token and those of the model's generation settings."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *configured} - {None})
+    """Every token that ends an answer: those of the tokenizer, of the generation settings and of the chat template.
+
+    Args:
+        model: a loaded model, or a `Source`.
+    """
+    return Turns(tokenizer, generation_end_ids(model)).end_ids

@@ -6,13 +6,17 @@ was made with other settings or its content is no longer what was written.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowdft import __version__
 from lowdft.errors import UserError
 from lowdft.files import checksum_of, concealed, contents_of, damage_in, read_json, write_json
+
+VERSION = "version."  # begins the keys of `made_from` that may differ
 
 
 @dataclass
@@ -43,7 +47,9 @@ class Product:
         found = self._read()
         old, new = found["made_from"], _as_written(self.made_from)
         differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        if differing:
+        if versions := [k for k in differing if k.startswith(VERSION)]:
+            _warn("; ".join(f"{k.removeprefix(VERSION)} {old.get(k)} -> {new.get(k)}" for k in versions))
+        if differing := [k for k in differing if k not in versions]:
             told = "; ".join(f"{k} was {_short(old.get(k))}, is now {_short(new.get(k))}" for k in differing)
             raise UserError(
                 f"{self.path}: was made with other settings ({told}). Use them again, choose another output_dir, or "
@@ -93,6 +99,13 @@ class Product:
 def _as_written(value: dict) -> dict:
     """A dict as it is read back from a file, without the text of the environment that a recipe refers to."""
     return json.loads(concealed(json.dumps(value, ensure_ascii=False)))
+
+
+@functools.lru_cache
+def _warn(changed: str) -> None:
+    """Once per process and change."""
+    text = "warning: packages changed since this run folder was begun (%s): numbers may differ by rounding"
+    logging.getLogger("lowdft").info(text, changed)
 
 
 def _short(value: object) -> str:

@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,14 @@ from lowdft.distributed import collectives
 from lowdft.files import remove, replacing
 from lowdft.pipeline.artifact import Product
 
+MOST_PARTS = 300
+ROWS_IN_MEMORY = 1000  # of the joined file, when it is written and read again
+
+
+def part_size(items: int, at_once: int) -> int:
+    """Items per part: as many as the work takes `at_once`, or more where that would make over 300 files."""
+    return max(1, at_once, -(-items // MOST_PARTS))
+
 
 def make_in_parts(
     product: Product,
@@ -27,7 +36,7 @@ def make_in_parts(
     what: str,
     count: Callable[[pa.Table], dict] = lambda table: {},
 ) -> dict:
-    """Turns items into one row each and stores them as `product` (a parquet file); goes on from the parts at hand.
+    """Turns items into one row each and stores them as `product` (a parquet file); resumes from the parts at hand.
 
     Of several ranks each makes its share of the parts, and the first puts them together.
 
@@ -36,7 +45,7 @@ def make_in_parts(
         part_size: items of a part; it may be another one after an interruption.
         work: rows of one part, in order.
         what: for the progress bar, which shows the first rank's share, its rate and the time left.
-        count: facts about the whole table that are worth noting in the manifest; they are returned.
+        count: numbers about a piece of the table; their sums over all pieces are noted in the manifest and returned.
     """
     folder, began = product.path.with_suffix(".parts"), time.perf_counter()
     if collectives.rank() == 0:
@@ -51,15 +60,15 @@ def make_in_parts(
     collectives.wait()
     if collectives.rank() == 0:
         if not product.path.is_file():
-            table = pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive")
-            with replacing(product.path) as temporary:
-                pq.write_table(table, temporary)
+            _join(_at_hand(folder), product.path)
         remove(folder)
     collectives.wait()
-    facts = count(pq.read_table(product.path))
+    facts: Counter[str] = Counter()
+    for batch in pq.ParquetFile(product.path).iter_batches(ROWS_IN_MEMORY):
+        facts.update(count(pa.Table.from_batches([batch])))
     if collectives.rank() == 0:
         product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
-    return facts
+    return dict(facts)
 
 
 def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: Callable, what: str) -> None:
@@ -96,6 +105,15 @@ def _at_hand(folder: Path) -> list[Path]:
             warnings.warn(f"{path}: is damaged (cut or changed since it was written) and is made again", stacklevel=4)
             remove(path)
     return whole
+
+
+def _join(parts: list[Path], path: Path) -> None:
+    """One file from the parts, one part in memory at a time. A column may be null in one part and typed in another."""
+    schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as out:
+        for part in parts:
+            same = pa.concat_tables([schema.empty_table(), pq.read_table(part)], promote_options="permissive")
+            out.write_table(same, row_group_size=ROWS_IN_MEMORY)
 
 
 def _hash(content: bytes) -> str:

@@ -99,7 +99,7 @@ def test_page_tells_what_was_trained_and_measured(tmp_path, tiny_folder):
 def test_page_is_self_contained_and_escapes_what_users_wrote(tmp_path, tiny_folder):
     run = make_run(tmp_path, tiny_folder)
     write_metrics(run)
-    page = report.page(run, report.read_metrics(run.folder / "metrics.jsonl"), EVALUATION)
+    page = report.page(run, report.read_metrics(run, finished=False), EVALUATION)
     assert "&lt;script&gt;9" in page and "&lt;b&gt;10&lt;/b&gt;" in page and "9 &lt; 10 &amp; so?" in page
     assert "<h3>r&lt;1&gt;</h3>" in page and "<dt>after</dt><dd><pre><i>empty</i></pre></dd>" in page
     assert not re.search(r"<script|<link|<img|@import|src=|url\(http", page)
@@ -141,7 +141,7 @@ def test_picture_has_both_curves_and_units(tmp_path, tiny_folder):
     report.main(run)
     png = (run.folder / "logps.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (1152, 672)
-    [axes] = report.logps_figure(report.read_metrics(run.folder / "metrics.jsonl")).axes
+    [axes] = report.logps_figure(report.read_metrics(run, finished=False)).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "log-probability (nats)")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["completions (positives)", "negatives"]
     raw = axes.lines[0]

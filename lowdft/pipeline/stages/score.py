@@ -37,7 +37,7 @@ def main(run: Run) -> None:
         part_size=part_size(len(rows), 4 * args.per_device_train_batch_size),
         work=lambda part: score_rows(run, model, part, passes),
         what="reference",
-        count=lambda table: {"negatives": run.negatives_content},
+        noted={"negatives": run.negatives_content},
     )
     say(f"{product.path}: {len(rows)} rows scored")
 

@@ -182,10 +182,10 @@ def common(options, prompts: int) -> dict:
 
 
 def lowdft_steps(options, name, model, tokenizer, rows, count, prompts) -> list[float]:
-    """lowdft's trainer; nothing is left out of the backward pass."""
+    """lowdft's trainer."""
     from lowdft import DFTConfig, DFTTrainer
 
-    settings = dict(objective=name.split()[0], reference="online", negatives_per_step=count, skip_negligible=0.0)
+    settings = dict(objective=name.split()[0], reference="online", negatives_per_step=count)
     args = DFTConfig(max_prompt_length=None, **settings, **common(options, prompts))
     return timed(DFTTrainer(model, args, rows, peft_config=lora()))
 

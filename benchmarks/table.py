@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from lowdft.data.encoded import EncodedRows
 from lowdft.distributed import collectives
 from lowdft.training.log_u import LogU
 from lowdft.training.metrics import finite_mean
-from lowdft.training.training_set import fingerprint
 
 
 def seconds(work, times: int = 7) -> float:
@@ -60,26 +60,19 @@ def table(n: int, prompts: int) -> dict[str, float]:
 
 
 def rows(count: int) -> dict[str, float]:
-    """Bytes a row and seconds for a fingerprint, of rows like UltraFeedback's (400 + 300 tokens, four negatives)."""
-    import tracemalloc
-
-    from lowdft import DFTConfig
-
-    tracemalloc.start()
+    """Bytes per row and seconds for a fingerprint, of rows like UltraFeedback's (400 + 300 tokens, four negatives)."""
     random = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> list[int]:
         return torch.randint(1000, 32000, (length,), generator=random).tolist()
 
-    made = [
+    made = EncodedRows.from_rows(
         {"example_id": str(i), "prompt_ids": ids(400), "completion_ids": ids(300),
          "negative_ids": [ids(300) for _ in range(4)], "ref_negative_logps": [-float(i)] * 4}
         for i in range(count)
-    ]  # fmt: skip
-    size = tracemalloc.get_traced_memory()[0] / count
-    tracemalloc.stop()
-    args = DFTConfig(output_dir="unused", use_cpu=True)
-    return {"bytes a row": size, "s a row for the fingerprint": seconds(lambda: fingerprint(made, args), 3) / count}
+    )  # fmt: skip
+    size = made.table.nbytes / count
+    return {"bytes per row": size, "s per row for the fingerprint": seconds(made.fingerprint, 3) / count}
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

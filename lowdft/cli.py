@@ -8,18 +8,21 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 
 from lowdft import __version__
 from lowdft.errors import UserError
+from lowdft.text import printable
 from lowdft.training.preemption import Stopped, on_sigterm, stop
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
 ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
+READING = ("inspect", "plan")  # verbs that write no run folder
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
     "generate": "let the base write negatives for every prompt",
@@ -50,59 +53,122 @@ def main(argv: list[str] | None = None) -> int:
         overrides.append("data.skip_invalid=true")
     try:
         with on_sigterm(lambda: stop("stopped by SIGTERM; the same command goes on from here")):
+            if arguments.verb not in READING:
+                _check_free(arguments, overrides)
             if getattr(arguments, "launch", None) or getattr(arguments, "processes", None):
-                _launch(arguments, overrides)
+                return _launch(arguments, overrides)
+            _as_a_rank()
             _call(arguments, overrides)
     except Stopped as stopped:
         return stopped.code
-    except UserError as error:
-        print(f"lowdft: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        print(
-            f"lowdft: {error.filename or 'a file'}: could not be written ({error.strerror}). What was finished is "
-            "kept; free some space and run the same command again.",
-            file=sys.stderr,
-        )
-        return 1
     except KeyboardInterrupt:
-        print("\nlowdft: stopped; the same command goes on from here", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nlowdft: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        if words := _words(error):
+            print(f"lowdft: {printable(words)}", file=sys.stderr)
+            return 1
+        raise
     return 0
 
 
-def _launch(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    """Checks the recipe once, then becomes the launcher of the same command."""
+def _words(error: Exception) -> str | None:
+    """What to tell people about an error, or None when a traceback is the best that can be shown."""
+    if isinstance(error, UserError):
+        return str(error)
+    from lowdft.files import write_error
+
+    failed = write_error(None, error)
+    numbered = not isinstance(error, OSError) or error.errno in DISK_ERRORS
+    return str(failed) if failed and numbered else None
+
+
+def _check_free(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Says within a second that another process holds the run folder; what is imported later takes longer."""
+    from lowdft.config.recipe import output_dir_of
+    from lowdft.files import check_free
+
+    if folder := output_dir_of(arguments.recipe, [] if arguments.verb == "compare" else overrides):
+        check_free(folder)
+
+
+def _as_a_rank() -> None:
+    """One of several processes ends with its launcher, and takes Ctrl-C once: terminal and launcher both send it."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    from lowdft.distributed.launch import die_with_launcher
+
+    def interrupt(*_) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    die_with_launcher()
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Checks the recipe once, then runs the same command on several processes."""
     from lowdft.config.recipe import load_recipe, training_config
     from lowdft.distributed import launch
 
     if arguments.launch is None:
         raise UserError(f"--processes goes with --launch, one of {', '.join(LAUNCHERS)}")
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe, doors = load_recipe(arguments.recipe, overrides), _doors(arguments)
+    doors.check(recipe)
     training_config(recipe)
     if recipe.rounds > 1 and arguments.verb == "run":
         raise UserError(ROUNDS_ALONE.format(recipe.rounds))
     push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
-    launch.become(arguments.launch, arguments.processes, [arguments.verb, arguments.recipe, *overrides, *push])
+    line = [arguments.verb, arguments.recipe, *overrides, *push, *doors.arguments()]
+    return launch.launch(arguments.launch, arguments.processes, line)
+
+
+def _doors(arguments: argparse.Namespace):
+    from lowdft.config.doors import Doors
+
+    return Doors(**{name: getattr(arguments, name, False) for name in Doors.__dataclass_fields__})
 
 
 def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    doors = _doors(arguments)
     if arguments.verb == "compare":
         _quiet()
         from lowdft import study
 
-        study.main(arguments.recipe, overrides)
+        study.main(arguments.recipe, overrides, doors)
         return
-    from lowdft.config.recipe import load_recipe, rounds_of
+    from lowdft.config.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, overrides)
+    doors.check(recipe)
     _quiet()
-    from lowdft.pipeline.context import Run, say
+    from lowdft.files import locked
+    from lowdft.pipeline.context import Run
 
     if arguments.verb in ("run", "export"):
         recipe.export.push = arguments.push or recipe.export.push
+    if arguments.verb == "inspect":
+        importlib.import_module("lowdft.pipeline.stages.inspect").main(Run(recipe), row=arguments.row)
+    elif arguments.verb == "plan":
+        importlib.import_module("lowdft.pipeline.stages.plan").main(
+            Run(recipe), gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
+        )
+    else:
+        with locked(recipe.output_dir):
+            _write(arguments, recipe, doors)
+
+
+def _write(arguments: argparse.Namespace, recipe, doors) -> None:
+    """The verbs that write the run folder, which this process holds."""
+    from lowdft.config.recipe import rounds_of
+    from lowdft.pipeline.context import Run, say
+
+    def run_of(one) -> Run:
+        run = Run(one)
+        run.trust_checkpoint, run.push_negatives = doors.trust_checkpoint, doors.push_negatives
+        return run
+
     if arguments.verb == "run" and recipe.rounds > 1:
         if recipe.adapter is None:
             raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
@@ -110,20 +176,13 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
-            _walk(Run(one), WHOLE_WAY)
-        return
-    run = Run(recipe)
-    if arguments.verb == "inspect":
-        importlib.import_module("lowdft.pipeline.stages.inspect").main(run, row=arguments.row)
-    elif arguments.verb == "plan":
-        importlib.import_module("lowdft.pipeline.stages.plan").main(
-            run, gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
-        )
+            _walk(run_of(one), WHOLE_WAY)
     elif arguments.verb == "export":
+        run = run_of(recipe)
         run.check()
         importlib.import_module("lowdft.pipeline.stages.export").main(run, extrapolate=arguments.extrapolate)
     else:
-        _walk(run, WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
+        _walk(run_of(recipe), WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
 
 
 def _walk(run, stages: tuple[str, ...]) -> None:
@@ -139,8 +198,22 @@ def _walk(run, stages: tuple[str, ...]) -> None:
         release_memory()
 
 
+class Lines(logging.Handler):
+    """Prints lowdft's log as plain lines on standard output; of several ranks the first speaks."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one line."""
+        from lowdft.distributed import collectives
+
+        if collectives.rank() == 0:
+            print(printable(self.format(record)), flush=True)
+
+
 def _quiet() -> None:
     """Leaves the terminal to lowdft's own lines and progress: the libraries' loading bars and notices stay off."""
+    log = logging.getLogger("lowdft")
+    log.setLevel(logging.INFO)
+    log.handlers, log.propagate = [Lines()], False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
@@ -148,7 +221,7 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", help="a YAML recipe (compare: a study), see recipes/")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
         verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
+        verb.add_argument("--trust-remote-code", action="store_true", help="allow model.trust_remote_code")
+        if name in ("run", "train"):
+            verb.add_argument("--trust-checkpoint", action="store_true", help="resume even if that may run its code")
+        if name in ("run", "generate"):
+            verb.add_argument("--push-negatives", action="store_true", help="upload them to negatives.push")
         if name in ("run", *ON_ALL_RANKS):
             verb.add_argument("--launch", choices=LAUNCHERS, help="run on all GPUs: whole copies (ddp) or sharded")
             verb.add_argument("--processes", type=int, metavar="N", help="how many with --launch, if not one a GPU")

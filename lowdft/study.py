@@ -27,13 +27,16 @@ import json
 import math
 import shutil
 import statistics
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from lowdft.config.doors import CLOSED, Doors
 from lowdft.config.recipe import load_recipe
 from lowdft.errors import UserError
-from lowdft.files import read_json, write_json, write_text
+from lowdft.files import locked, read_json, replacing, write_error, write_json, write_text
 from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run, say
 from lowdft.reporting.evaluation_table import SHARES
@@ -53,13 +56,18 @@ MEASURES = {
 }
 
 
-def main(path: str, overrides: list[str]) -> None:
+def main(path: str, overrides: list[str], doors: Doors = CLOSED) -> None:
     """Runs what is not yet run, and writes the comparison; one failing run does not stop the others.
 
     Raises:
         UserError: the study's file is wrong, or a run failed (told at the end, when the others are done).
     """
     study = read_study(Path(path))
+    with locked(study["output_dir"]):
+        _run_all(study, overrides, doors)
+
+
+def _run_all(study: dict, overrides: list[str], doors: Doors) -> None:
     folder, failed, results = Path(study["output_dir"]), [], []
     runs = combinations(study)
     for number, (chosen, settings) in enumerate(runs, 1):
@@ -67,9 +75,12 @@ def main(path: str, overrides: list[str]) -> None:
         say(f"[{number}/{len(runs)}] {name}")
         settings = settings | {"output_dir": str(folder / name)}
         try:
-            run_one(study["recipe"], as_overrides(settings) + overrides, folder)
-        except UserError as error:
-            say(f"failed: {error}")
+            run_one(study["recipe"], as_overrides(settings) + overrides, folder, doors)
+        except Exception as error:
+            known = isinstance(error, UserError) or write_error(None, error)
+            say(f"failed: {error if known else f'{type(error).__name__}: {error}'}")
+            if not known:
+                write_text(folder / name / "error.txt", traceback.format_exc())
             failed.append(name)
             continue
         results.append({"settings": chosen, **measures_of(folder / name)})
@@ -135,28 +146,35 @@ def as_overrides(settings: dict) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def run_one(recipe: str, overrides: list[str], study_folder: Path) -> None:
-    """Walks one run up to its evaluation, with what sibling runs made from the very same things."""
-    run = Run(load_recipe(recipe, overrides))
-    run.check()
-    for product in (run.negatives("train"), run.negatives("heldout"), run.reference, run.base_evaluation):
-        borrow(product, study_folder)
-    for stage in STAGES:
-        if stage == "train":
-            reset_peak_memory()
-        importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors = CLOSED) -> None:
+    """Runs one combination up to its evaluation, with what sibling runs made from the very same things."""
+    one = load_recipe(recipe, overrides)
+    doors.check(one)
+    with locked(one.output_dir):
+        run = Run(one)
+        run.trust_checkpoint = doors.trust_checkpoint
+        run.check()
+        for product in (run.negatives("train"), run.negatives("heldout"), run.reference, run.base_evaluation):
+            borrow(product, study_folder)
+        for stage in STAGES:
+            if stage == "train":
+                reset_peak_memory()
+            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
 
 
 def borrow(product: Product, study_folder: Path) -> None:
-    """Copies a finished product of a sibling run whose manifest matches, where this run has none."""
+    """Copies a finished, undamaged product of a sibling run whose manifest matches, where this run has none."""
     if product.manifest.is_file():
         return
     for manifest in sorted(study_folder.glob(f"*/{product.manifest.name}")):
-        found = read_json(manifest)
-        if found["done"] and found["made_from"] == product.made_from:
-            shutil.copyfile(manifest.with_name(product.path.name), product.path)
-            shutil.copyfile(manifest, product.manifest)
-            return
+        theirs = Product(manifest.with_name(product.path.name), product.made_from)
+        with suppress(UserError):  # made from other things, or damaged
+            if theirs.is_done():
+                product.begin()  # so that an interrupted copy is made again
+                with replacing(product.path) as temporary:
+                    shutil.copyfile(theirs.path, temporary)
+                product.finish(**theirs.facts())
+                return
 
 
 def measures_of(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
 VOCABULARY = 97
+ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]  # of the `recipe` fixture
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -112,3 +114,14 @@ class Preempt(TrainerCallback):
     def on_substep_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             signal.raise_signal(signal.SIGTERM)
+
+
+def folder(recipe: str) -> Path:
+    """The run folder of the `recipe` fixture."""
+    return Path(recipe).parent / "run"
+
+
+def metrics(recipe: str, keys=("step", "loss", "log_u/mean")) -> list[dict]:
+    """Some keys of every line of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder(recipe) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in keys} for line in lines]

@@ -38,6 +38,7 @@ FLOORS = {
     "lowdft.logprobs": 0,
     "lowdft.errors": 0,
     "lowdft.files": 0,
+    "lowdft.text": 0,
     "lowdft": 1,
 }
 PURE = ("lowdft.objectives", "lowdft.logprobs")  # import torch alone; and one registers with transformers

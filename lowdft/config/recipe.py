@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,7 +26,7 @@ from lowdft.config.sections import (
     Recipe,
 )
 from lowdft.errors import UserError
-from lowdft.files import write_text
+from lowdft.files import conceal, write_text
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -36,11 +37,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
     """
-    given = _read(Path(path))
-    bad = [item for item in overrides if "=" not in item]
-    if bad:
-        raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
-    given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    given = _given(path, overrides)
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
     try:
@@ -48,10 +45,25 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     except OmegaConfBaseException as error:
         missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
+    recipe.interpolations = dict(
+        _interpolations(OmegaConf.to_container(given), OmegaConf.to_container(given, resolve=True))
+    )
     _check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
     return recipe
+
+
+def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
+    """The folder that a recipe or a study writes, found without checking anything else."""
+    return _given(path, overrides).get("output_dir")
+
+
+def _given(path: str | Path, overrides: list[str]):
+    bad = [item for item in overrides if "=" not in item]
+    if bad:
+        raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
+    return OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist(list(overrides)))
 
 
 def computes_bfloat16() -> bool:
@@ -101,9 +113,31 @@ def rounds_of(recipe: Recipe) -> Iterator[Recipe]:
         yield one
 
 
+def _interpolations(written: dict, resolved: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, tuple]]:
+    """(path of a key, (its text with ${…}, its value)) of every value that refers to another or to the environment.
+
+    What stands in the environment is kept out of every text file that is written from now on.
+    """
+    for key, text in written.items():
+        value, here = resolved[key], (*path, key)
+        if isinstance(text, dict):
+            yield from _interpolations(text, value, here)
+        elif "${" in str(text):
+            yield here, (text, value)
+            for name in re.findall(r"\$\{\s*oc\.env:\s*(\w+)", str(text)):
+                conceal(os.environ.get(name, ""), f"${{oc.env:{name}}}")
+
+
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes the resolved recipe, defaults included, as YAML."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe))))
+    """Writes the recipe as YAML, defaults included. What refers to the environment (`${oc.env:KEY}`) stays so."""
+    values = dataclasses.asdict(recipe)
+    for keys, (text, value) in getattr(recipe, "interpolations", {}).items():
+        section = values
+        for key in keys[:-1]:
+            section = section[key]
+        if section[keys[-1]] == value:
+            section[keys[-1]] = text
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 def training_config(recipe: Recipe):
@@ -123,8 +157,11 @@ def training_config(recipe: Recipe):
                 f"training.{key} is not known.{_nearest(key, known)} See DFTConfig and transformers' TrainingArguments."
             )
         _check_type(f"training.{key}", value, str(known[key].type))
-    if recipe.training.get("hub_token"):
-        raise UserError("training.hub_token would be written into the run folder; set the variable HF_TOKEN instead")
+    if uploads := [key for key in recipe.training if key == "push_to_hub" or key.startswith("hub_")]:
+        raise UserError(
+            f"training.{uploads[0]} is refused: checkpoints are not uploaded. `lowdft export RECIPE --push NAME` "
+            "uploads the trained adapter; the Hub's token is the variable HF_TOKEN."
+        )
     settings = {
         "save_strategy": "steps",
         "save_steps": 50,
@@ -178,6 +215,9 @@ def _check_values(recipe: Recipe, path: str) -> None:
             near = get_close_matches(str(value), allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{path}: {key} is {value!r}; wanted one of {', '.join(allowed)}.{hint}")
+    taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
+    if taken:
+        raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")
     n = recipe.negatives
     if "" in n.stop:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")

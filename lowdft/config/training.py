@@ -9,7 +9,12 @@ from transformers import TrainingArguments
 from lowdft import objectives
 
 REFERENCES = ("precomputed", "online")
-NEGATIVES_SCORED = ("whole", "from_difference", "at_difference")
+UNSUPPORTED = {  # fields of transformers that its own step would read, and what they must be
+    "label_smoothing_factor": 0.0,
+    "torch_compile": False,
+    "use_liger_kernel": False,
+    "neftune_noise_alpha": 0.0,
+}
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
 
@@ -23,9 +28,6 @@ class DFTConfig(TrainingArguments):
         gamma: step of the moving average in (0, 1]; None takes the objective's default.
         log_u_init: first value of every example's log_u: a number (the paper: 0) or "first_batch".
         negatives_per_step: B, the negatives of a prompt that one visit uses; every visit uses the next B.
-        negatives_scored: which tokens of a negative count: the "whole" (the paper), those "from_difference", the first
-            token that differs from the completion (what they share is not pushed up and down at once), or that one
-            token alone, "at_difference" (nor is what follows, which often is of the same form).
         objective_args: hyper-parameters of the objective beside tau and gamma, by name.
         reference: "precomputed" (the dataset's `ref_negative_logps`, else scored by the initial weights before the
             first step) or "online" (the base with the adapter off, each step).
@@ -39,9 +41,6 @@ class DFTConfig(TrainingArguments):
         tokens_per_pass: tokens that one forward pass computes at most. A micro-batch (per_device_train_batch_size
             prompts) takes as many passes as it needs; a longer group of completions is scored and backpropagated in
             pieces. Memory depends on it, results do not.
-        skip_negligible: share of a micro-batch's pull that may be left out of the backward pass when that saves time
-            (`passes.negligible`, whose r was measured at 4 at most: a relative error of the gradient of 2e-4); 0:
-            everything is backpropagated.
         logits_chunk_size: tokens whose logits exist at once.
         offload_checkpoints: keep what gradient checkpointing saves in CPU memory rather than on the GPU: slower, exact.
         freeze_half: train a random half of the adapted modules, balanced over their types, chosen by `seed` ("Half
@@ -53,7 +52,6 @@ class DFTConfig(TrainingArguments):
     gamma: float | None = None
     log_u_init: float | str = 0.0
     negatives_per_step: int = 2
-    negatives_scored: str = "whole"
     objective_args: dict = field(default_factory=dict)
     reference: str = "precomputed"
     reference_model: str = "base"
@@ -62,7 +60,6 @@ class DFTConfig(TrainingArguments):
     max_prompt_length: int | None = 512
     layout: str | None = None
     tokens_per_pass: int = 8192
-    skip_negligible: float = 5e-5
     logits_chunk_size: int = 256
     offload_checkpoints: bool = False
     freeze_half: bool = False
@@ -75,6 +72,7 @@ class DFTConfig(TrainingArguments):
     logging_first_step: bool = True
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
+    logging_nan_inf_filter: bool = False
 
     def __post_init__(self):
         chosen = objectives.get(self.objective)
@@ -87,12 +85,6 @@ class DFTConfig(TrainingArguments):
         _require(self.tau is None or self.tau > 0, "tau", self.tau, "a number above 0")
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
         _require(self.negatives_per_step >= 1, "negatives_per_step", self.negatives_per_step, "1 or more")
-        _require(
-            self.negatives_scored in NEGATIVES_SCORED,
-            "negatives_scored",
-            self.negatives_scored,
-            " or ".join(NEGATIVES_SCORED),
-        )
         _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
         kind, _, path = self.reference_model.partition(":")
         known = self.reference_model == "base" or (kind == "adapter" and path)
@@ -104,7 +96,6 @@ class DFTConfig(TrainingArguments):
             ", ".join(REFERENCE_PROMPTS),
         )
         _require(self.tokens_per_pass >= 1, "tokens_per_pass", self.tokens_per_pass, "1 or more")
-        _require(0 <= self.skip_negligible < 1, "skip_negligible", self.skip_negligible, "a number in [0, 1)")
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
@@ -122,6 +113,10 @@ class DFTConfig(TrainingArguments):
         if chosen.uses_mismatched:
             batch = self.per_device_train_batch_size
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
+        for name, off in UNSUPPORTED.items():
+            _require(
+                getattr(self, name) in (off, None), name, getattr(self, name), f"{off} (lowdft does not support it)"
+            )
         _require(
             self.gradient_checkpointing or not self.offload_checkpoints,
             "offload_checkpoints",
@@ -136,6 +131,11 @@ class DFTConfig(TrainingArguments):
     def reference_adapter(self) -> str | None:
         """The path in `reference_model: adapter:PATH`."""
         return None if self.reference_model == "base" else self.reference_model.removeprefix("adapter:")
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one optimizer step, over all micro-batches and processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def hyperparameters(self) -> dict:
         """What the objective is called with: its defaults under `objective_args`, and tau and gamma if it has them."""

@@ -1,4 +1,4 @@
-"""Encoded rows as a dataset, and the micro-batches that training takes from it."""
+"""The micro-batches that training takes from `EncodedRows`."""
 
 from __future__ import annotations
 
@@ -57,29 +57,11 @@ class Batch:
 
 
 def group_of(
-    row: dict,
-    negatives: Sequence[Sequence[int]],
-    prompt: str = "prompt_ids",
-    completion: bool = True,
-    negatives_scored: str = "whole",
+    row: dict, negatives: Sequence[Sequence[int]], prompt: str = "prompt_ids", completion: bool = True
 ) -> Group:
-    """A row's group: negatives first, the completion last (or left out, for the reference).
-
-    `negatives_scored` is that of `DFTConfig`; what stands behind a negative's last scored token is not even read.
-    """
-    good = row["completion_ids"]
-    shared = [0 if negatives_scored == "whole" else shared_prefix(negative, good) for negative in negatives]
-    if negatives_scored == "at_difference":
-        negatives = [negative[: first + 1] for negative, first in zip(negatives, shared, strict=True)]
-    if completion:
-        negatives, shared = [*negatives, good], [*shared, 0]
-    return Group(row.get(prompt, row["prompt_ids"]), negatives, shared)
-
-
-def shared_prefix(negative: Sequence[int], completion: Sequence[int]) -> int:
-    """How many leading tokens two completions share; the negative's last token never counts as shared."""
-    pairs = zip(negative[:-1], completion, strict=False)
-    return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(negative) - 1, len(completion)))
+    """A row's group: negatives first, the completion last (or left out, for the reference)."""
+    completions = [*negatives, row["completion_ids"]] if completion else negatives
+    return Group(row.get(prompt, row["prompt_ids"]), completions)
 
 
 def visit_range(visit: int, count: int, pool: int) -> list[int]:
@@ -87,20 +69,7 @@ def visit_range(visit: int, count: int, pool: int) -> list[int]:
     return [(visit * count + j) % pool for j in range(count)]
 
 
-class EncodedDataset(torch.utils.data.Dataset):
-    """Encoded rows; an item is (position, row)."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[int, dict]:
-        return i, self.rows[i]
-
-
 def collate(items: list[tuple[int, dict]]) -> dict:
-    """A data loader's items as {"batch": Batch, "index": [M]}."""
+    """Positions and rows (`EncodedRows.__getitems__`) as {"batch": Batch, "index": [M]}."""
     index = torch.tensor([i for i, _ in items])
     return {"index": index, "batch": Batch(index, [row for _, row in items])}

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lowdft.errors import UserError
+from lowdft.text import printable
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # of the text ones also with .gz
 REMOVE = "Remove the row, or pass --skip-invalid."
@@ -49,7 +50,7 @@ class Record:
 def cut(value: object, length: int = 80) -> str:
     """Any value as short text for a message, never a whole row."""
     text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    text = printable(" ".join(text.encode("utf-8", "backslashreplace").decode().split()))
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

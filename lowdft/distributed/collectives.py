@@ -5,7 +5,7 @@ All functions are no-ops with one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,27 @@ def updates_from_all(
     return index.long(), values.float(), visits.long()
 
 
+def total(values: Sequence[int], device: torch.device) -> list[int]:
+    """The sums of every rank's numbers."""
+    if world_size() == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(found)
+    return found.tolist()
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of every rank's numbers."""
+    if world_size() == 1:
+        return int(value)
+    found = torch.tensor(int(value), dtype=torch.int64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Is `flag` true on any rank?"""
-    if world_size() == 1:
-        return flag
-    found = torch.tensor([flag], dtype=torch.int32, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+    return bool(largest(flag, device))
 
 
 def wait() -> None:

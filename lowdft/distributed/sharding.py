@@ -13,6 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 
+DEEPSPEED_GLOBALS: frozenset[str] = frozenset()
 LIBRARIES = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP"}
 
 
@@ -69,6 +71,32 @@ def check_checkpoint(folder: Path, accelerator: Accelerator) -> None:
             f"{folder}: was saved by a training with {names[0]}, this one is with {names[1]}, which cannot read its "
             "optimizer. Launch it as before, or train from the start in another output_dir."
         )
+
+
+def check_pickles(folder: Path, trusted: bool) -> None:
+    """Refuses a checkpoint that would run code when DeepSpeed, or torch's distributed checkpoint, unpickles it.
+
+    All other files of a checkpoint are read with torch.load(weights_only=True), which runs none.
+
+    Raises:
+        UserError: a file names something else than tensors and what DeepSpeed itself puts there.
+    """
+    if trusted:
+        return
+    for path in sorted([*folder.glob("*/**/*.pt"), *folder.glob("**/.metadata")]):
+        if reason := _runs_code(path):
+            raise UserError(
+                f"{path}: may run code when it is loaded ({reason}). If you know where this checkpoint comes from, add "
+                "--trust-checkpoint (in Python: trainer.trust_checkpoint = True); else train from the start."
+            )
+
+
+def _runs_code(path: Path) -> str | None:
+    try:
+        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - DEEPSPEED_GLOBALS
+    except Exception:  # not torch's own format, whose contents can be listed without running them
+        return "it is a plain pickle"
+    return f"it names {', '.join(sorted(found))}" if found else None
 
 
 def fit_checkpoint(folder: Path, accelerator: Accelerator) -> None:

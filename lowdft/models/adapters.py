@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import random
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
-from lowdft.models.base import keep_4bit_trainable, set_up_cuda
+from lowdft.models.base import set_up_cuda
 
 REFERENCE = "reference"  # the name of a frozen second adapter, where the reference is base + adapter
 
@@ -23,7 +26,6 @@ def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn
     set_up_cuda()
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    model = keep_4bit_trainable(model)
     if args.reference_adapter:
         model = start_from_adapter(model, args.reference_adapter)
     if peft_config is not None:
@@ -80,6 +82,21 @@ def load_adapter(base, path: str | Path):
     """
     require_adapter(path)
     return PeftModel.from_pretrained(base, str(path))
+
+
+def adapter_digest(path: str | Path, key: str = "training.reference_model") -> str:
+    """Names a trained adapter by its content; UserError when none stands at `path`, `key` being what named it."""
+    weights = require_adapter(path, key)
+    files = [weights, weights.with_name("adapter_config.json")]
+    return _digest(*files, *(file.stat().st_mtime_ns for file in files))
+
+
+@functools.lru_cache
+def _digest(weights: Path, config: Path, *changed: int) -> str:
+    said = json.loads(config.read_text(encoding="utf-8"))
+    said = {k: v for k, v in said.items() if k not in ("base_model_name_or_path", "inference_mode", "peft_version")}
+    digest = hashlib.sha256(weights.read_bytes() + json.dumps(said, sort_keys=True).encode())
+    return "adapter " + digest.hexdigest()[:16]
 
 
 def require_adapter(path: str | Path, key: str = "adapter") -> Path:

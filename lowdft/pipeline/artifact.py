@@ -1,16 +1,23 @@
-"""The run folder: every step's product stands in it beside a manifest of what it was made from.
+"""The run folder: every stage's product stands in it beside a manifest of what it was made from and what it holds.
 
-A step is skipped when its product matches, goes on where it was interrupted, and refuses a mismatch in words.
+A stage is skipped when its product matches, resumes where it was interrupted, and stops with the differences when it
+was made with other settings or its content is no longer what was written.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowdft import __version__
 from lowdft.errors import UserError
-from lowdft.files import read_json, write_json
+from lowdft.files import concealed, contents_of, damage_in, read_json, write_json
+
+VERSION = "version."  # begins the keys of `made_from` that may differ
 
 
 @dataclass
@@ -25,10 +32,11 @@ class Product:
         return self.path.with_name(self.path.name + ".manifest.json")
 
     def is_done(self) -> bool:
-        """True when the finished product is there and matches; False when it is absent or unfinished.
+        """True when the finished product is there, matches and is whole; False when it is absent or unfinished.
 
         Raises:
-            UserError: it was made from something else; every difference is named.
+            UserError: it was made from something else (every difference is named), or its content is not what was
+                written.
         """
         if not self.manifest.is_file():
             if self.path.exists():
@@ -37,28 +45,72 @@ class Product:
                     "or choose another output_dir."
                 )
             return False
-        found = read_json(self.manifest)
-        old = found["made_from"]
-        differing = [k for k in {**old, **self.made_from} if old.get(k) != self.made_from.get(k)]
-        if differing:
-            told = "; ".join(f"{k} was {_short(old.get(k))}, is now {_short(self.made_from.get(k))}" for k in differing)
+        found = self._read()
+        old, new = found["made_from"], _as_written(self.made_from)
+        differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        if versions := [k for k in differing if k.startswith(VERSION)]:
+            _warn("; ".join(f"{k.removeprefix(VERSION)} {old.get(k)} -> {new.get(k)}" for k in versions))
+        if differing := [k for k in differing if k not in versions]:
+            told = "; ".join(f"{k} was {_short(old.get(k))}, is now {_short(new.get(k))}" for k in differing)
             raise UserError(
                 f"{self.path}: was made with other settings ({told}). Use them again, choose another output_dir, or "
                 f"delete {self.path.name} and {self.manifest.name} to make it anew."
             )
-        return found["done"] and self.path.exists()
+        if not (found["done"] and self.path.exists()):
+            return False
+        if damage := damage_in(self.path, found.get("contents", {})):
+            raise UserError(
+                f"{damage}: it was changed, cut or damaged after it was made. Restore it, or delete {self.path} and "
+                f"{self.manifest.name} to make it anew."
+            )
+        return True
 
     def begin(self) -> None:
-        """Notes what is being made, so that an interrupted step can go on or refuse."""
-        write_json(self.manifest, {"done": False, "lowdft": __version__, "made_from": self.made_from})
+        """Notes what is being made, so that an interrupted stage can resume or stop."""
+        self._write({"done": False})
 
     def finish(self, **facts) -> None:
-        """Notes that the product is whole, with facts worth keeping (counts, seconds)."""
-        write_json(self.manifest, {"done": True, "lowdft": __version__, "made_from": self.made_from, "facts": facts})
+        """Notes that the product is whole, what it holds, and facts worth keeping (counts, seconds)."""
+        self._write({"done": True, "facts": facts, "contents": contents_of(self.path)})
 
     def facts(self) -> dict:
         """What `finish` noted."""
-        return read_json(self.manifest).get("facts", {})
+        return self._read().get("facts", {})
+
+    def content(self) -> str | None:
+        """A hash of all that the finished product holds; None when it is not finished."""
+        contents = self._read().get("contents") if self.manifest.is_file() else None
+        return contents and _checksum(contents)
+
+    def _write(self, value: dict) -> None:
+        value = _as_written({"lowdft": __version__, "made_from": self.made_from, **value})
+        write_json(self.manifest, value | {"checksum": _checksum(value)})
+
+    def _read(self) -> dict:
+        found = read_json(self.manifest)
+        checksum = found.pop("checksum", None)
+        if checksum not in (None, _checksum(found)) or not {"done", "made_from"} <= found.keys():
+            raise UserError(
+                f"{self.manifest}: was changed or damaged, so nobody knows what {self.path.name} was made from. "
+                f"Restore it, or delete it and {self.path.name} to make both anew."
+            )
+        return found
+
+
+def _checksum(value: dict) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _as_written(value: dict) -> dict:
+    """A dict as it is read back from a file, without the text of the environment that a recipe refers to."""
+    return json.loads(concealed(json.dumps(value, ensure_ascii=False)))
+
+
+@functools.lru_cache
+def _warn(changed: str) -> None:
+    """Once per process and change."""
+    text = "warning: packages changed since this run folder was begun (%s): numbers may differ by rounding"
+    logging.getLogger("lowdft").info(text, changed)
 
 
 def _short(value: object) -> str:

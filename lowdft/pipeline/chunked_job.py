@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import shutil
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,8 +16,16 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from lowdft.distributed import collectives
-from lowdft.files import replacing
+from lowdft.files import remove, replacing
 from lowdft.pipeline.artifact import Product
+
+MOST_PARTS = 300
+ROWS_IN_MEMORY = 1000  # of the joined file, when it is written and read again
+
+
+def part_size(items: int, at_once: int) -> int:
+    """Items per part: as many as the work takes `at_once`, or more where that would make over 300 files."""
+    return max(1, at_once, -(-items // MOST_PARTS))
 
 
 def make_in_parts(
@@ -26,7 +36,7 @@ def make_in_parts(
     what: str,
     count: Callable[[pa.Table], dict] = lambda table: {},
 ) -> dict:
-    """Turns items into one row each and stores them as `product` (a parquet file); goes on from the parts at hand.
+    """Turns items into one row each and stores them as `product` (a parquet file); resumes from the parts at hand.
 
     Of several ranks each makes its share of the parts, and the first puts them together.
 
@@ -35,12 +45,12 @@ def make_in_parts(
         part_size: items of a part; it may be another one after an interruption.
         work: rows of one part, in order.
         what: for the progress bar, which shows the first rank's share, its rate and the time left.
-        count: facts about the whole table that are worth noting in the manifest; they are returned.
+        count: numbers about a piece of the table; their sums over all pieces are noted in the manifest and returned.
     """
     folder, began = product.path.with_suffix(".parts"), time.perf_counter()
     if collectives.rank() == 0:
         if not product.manifest.is_file():  # nobody knows what older parts were made from
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         product.begin()
     missing = []
     if collectives.rank() == 0 and not product.path.is_file():
@@ -50,21 +60,27 @@ def make_in_parts(
     collectives.wait()
     if collectives.rank() == 0:
         if not product.path.is_file():
-            _write(pa.concat_tables(map(pq.read_table, _at_hand(folder)), promote_options="permissive"), product.path)
-        shutil.rmtree(folder, ignore_errors=True)
+            _join(_at_hand(folder), product.path)
+        remove(folder)
     collectives.wait()
-    facts = count(pq.read_table(product.path))
+    facts: Counter[str] = Counter()
+    for batch in pq.ParquetFile(product.path).iter_batches(ROWS_IN_MEMORY):
+        facts.update(count(pa.Table.from_batches([batch])))
     if collectives.rank() == 0:
         product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
-    return facts
+    return dict(facts)
 
 
 def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: Callable, what: str) -> None:
-    """Writes the missing parts. A file is named by its first item and has one row an item."""
+    """Writes the missing parts. A file has one row an item, and is named by its first item and its own hash."""
     total = sum(end - start for start, end in missing)
     with tqdm(total=total, desc=what, unit="row", file=sys.stderr, disable=collectives.rank() > 0) as bar:
         for start, end in missing:
-            _write(pa.Table.from_pylist(work(items[start:end])), folder / f"from-{start:09d}.parquet")
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(work(items[start:end])), sink)
+            content = sink.getvalue().to_pybytes()
+            with replacing(folder / f"from-{start:09d}-{_hash(content)}.parquet") as temporary:
+                temporary.write_bytes(content)
             bar.update(end - start)
 
 
@@ -72,7 +88,7 @@ def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
     """(first item, one after the last) of every part to make: what lies between the parts at hand."""
     missing, position = [], 0
     for path in [*_at_hand(folder), None]:
-        start = int(path.stem.removeprefix("from-")) if path else count
+        start = int(path.stem.split("-")[1]) if path else count
         cuts = [*range(position, start, part_size), start]
         missing += itertools.pairwise(cuts)
         position = start + (pq.read_metadata(path).num_rows if path else 0)
@@ -80,9 +96,25 @@ def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
 
 
 def _at_hand(folder: Path) -> list[Path]:
-    return sorted(folder.glob("from-*.parquet"))
+    """The parts that are there, in order; a damaged one is removed, to be made again."""
+    whole = []
+    for path in sorted(folder.glob("from-*.parquet")):
+        if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
+            whole.append(path)
+        else:
+            warnings.warn(f"{path}: is damaged (cut or changed since it was written) and is made again", stacklevel=4)
+            remove(path)
+    return whole
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+def _join(parts: list[Path], path: Path) -> None:
+    """One file from the parts, one part in memory at a time. A column may be null in one part and typed in another."""
+    schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as out:
+        for part in parts:
+            same = pa.concat_tables([schema.empty_table(), pq.read_table(part)], promote_options="permissive")
+            out.write_table(same, row_group_size=ROWS_IN_MEMORY)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -23,7 +23,6 @@ from transformers import GenerationConfig
 
 from lowdft.errors import UserError
 from lowdft.logprobs import truncate
-from lowdft.models import keep_4bit_trainable
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterato
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],
     )
-    keep_4bit_trainable(model).eval()
+    model.eval()
     try:
         with torch.no_grad():
             yield plain

@@ -1,10 +1,14 @@
-"""A transformers Trainer whose checkpoints are whole or not there."""
+"""A transformers Trainer whose checkpoints are whole or not there, and can be told from damaged ones.
+
+A checkpoint lists its files with their sizes and hashes in `manifest.json`, which is written last. On resume the newest
+one that still holds what it lists is used.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
+import warnings
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
@@ -12,8 +16,23 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
-from lowdft.files import WRITE_ERRORS, flush_to_disk, reason
+from lowdft.files import (
+    contents_of,
+    damage_in,
+    flush,
+    make_folder,
+    read_json,
+    remove,
+    sync_folder,
+    write_error,
+    write_json,
+)
+from lowdft.training.heartbeat import Heartbeat
 from lowdft.training.preemption import on_sigterm, stop
+
+MANIFEST = "manifest.json"
+LINES_KEPT = 200  # log lines in a checkpoint, so that its size is the same at every step
+UNNEEDED = "training_args.bin"  # a pickle that nothing here reads
 
 
 class Notice(TrainerCallback):
@@ -41,9 +60,85 @@ class Notice(TrainerCallback):
         control.should_log |= control.should_save
 
 
+# ---- which one to resume from --------------------------------------------------------------------------------------
+
+
+def newest_whole(folder: str | Path) -> str | None:
+    """The newest undamaged checkpoint of `folder`, by the first rank's word for all; None when there is no checkpoint.
+
+    Damaged ones are named in a warning and set aside as `checkpoint-N.damaged`.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
+    found: tuple[str | None, str | None] = (None, None)
+    if collectives.rank() == 0:
+        found = _newest_whole(Path(folder))
+    checkpoint, error = collectives.from_all(found)[0]
+    if error:
+        raise UserError(error)
+    return checkpoint
+
+
+def _newest_whole(folder: Path) -> tuple[str | None, str | None]:
+    every = sorted(folder.glob("checkpoint-*[0-9]"), key=step_of, reverse=True) if folder.is_dir() else []
+    damages = []
+    for checkpoint in every:
+        damage = damage_of(checkpoint)
+        if damage is None:
+            for path in every[: len(damages)]:
+                _set_aside(path)
+            for text in damages:
+                warnings.warn(f"{text}. {checkpoint.name} is whole and is used instead.", stacklevel=4)
+            return str(checkpoint), None
+        damages.append(damage)
+    if not damages:
+        return None, None
+    return None, f"{'; '.join(damages)}. No whole checkpoint is left: delete {folder} to train from the start."
+
+
+def damage_of(checkpoint: str | Path) -> str | None:
+    """Why training cannot resume from a checkpoint exactly; None when it is as it was written."""
+    path = Path(checkpoint) / MANIFEST
+    if not path.is_file():
+        return f"{path} is missing (it was deleted, or the checkpoint is another program's)"
+    try:
+        noted = read_json(path)
+    except UserError:
+        return f"{path} is damaged"
+    files = noted.get("files")
+    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 for v in files.values()):
+        return f"{path} is damaged"
+    if not any("optim" in name for name in files):
+        return f"{checkpoint} has no optimizer state (training.save_only_model leaves it out)"
+    return damage_in(checkpoint, files)
+
+
+def require_whole(checkpoint: str | Path) -> None:
+    """Raises UserError, on every rank, when a checkpoint is damaged."""
+    damage = collectives.from_all(damage_of(checkpoint) if collectives.rank() == 0 else None)[0]
+    if damage:
+        raise UserError(f"{damage}. Resume from another checkpoint, or train from the start.")
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(str(checkpoint).rsplit("-", 1)[1])
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(checkpoint.name + ".damaged")
+    remove(aside)
+    os.replace(checkpoint, aside)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
 class WholeCheckpoints(Trainer):
     """Writes a checkpoint beside its place and renames it, so that no half one is ever resumed from."""
 
+    trust_checkpoint = False  # resume also from one whose pickles may run code
     _writing_in: Path | None = None
 
     def train(self, *args, **kwargs):
@@ -52,13 +147,15 @@ class WholeCheckpoints(Trainer):
         Raises:
             Stopped: SIGTERM came (on any rank), and all that was done is saved.
         """
-        notice = Notice()
+        notice, heartbeat = Notice(), Heartbeat()
         self.add_callback(notice)
+        self.add_callback(heartbeat)
         try:
-            with on_sigterm(notice.give):
+            with on_sigterm(notice.give), heartbeat:
                 out = super().train(*args, **kwargs)
         finally:
             self.remove_callback(notice)
+            self.remove_callback(heartbeat)
         if notice.taken:
             done = f"step {self.state.global_step} of {self.state.max_steps}"
             stop(
@@ -70,36 +167,35 @@ class WholeCheckpoints(Trainer):
         return out
 
     def save_beside(self, folder: Path) -> None:
-        """Adds what a subclass needs to go on exactly to the checkpoint in `folder`."""
+        """Adds what a subclass needs to resume exactly to the checkpoint in `folder`."""
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         partial, first = run_dir / ".partial", self.args.should_save
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        lines = self.state.log_history
         try:
+            if first:
+                remove(partial)
+                make_folder(partial)
+            self.accelerator.wait_for_everyone()
             self._writing_in = partial
+            self.state.log_history = lines[-LINES_KEPT:]
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every rank adds the state of its random numbers
             if first:
                 self.save_beside(partial / name)
-                flush_to_disk(partial / name)
-                if (run_dir / name).exists():  # deleting it in its place could leave a half one there
-                    os.replace(run_dir / name, partial / "old")
-                os.replace(partial / name, run_dir / name)
+                self._name(partial / name, run_dir / name)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
-        except (*WRITE_ERRORS, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            raise UserError(
-                f"{run_dir / name}: the checkpoint could not be written ({reason(error)}). Earlier "
-                "checkpoints are whole; free some space and run the same command again to go on from the last one."
-            ) from error
+        except Exception as error:
+            if failure := write_error(run_dir / name, error):
+                raise failure from error
+            raise
         finally:
-            self._writing_in = None
+            self._writing_in, self.state.log_history = None, lines
             if first:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
         self.accelerator.wait_for_everyone()
         if first:
             rotate_checkpoints(
@@ -107,6 +203,19 @@ class WholeCheckpoints(Trainer):
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def _name(self, written: Path, checkpoint: Path) -> None:
+        """Gives a checkpoint its place, once it and the log lines up to it are on the disk itself."""
+        remove(written / UNNEEDED)
+        write_json(written / MANIFEST, {"files": contents_of(written)})
+        flush(written)
+        for callback in self.callback_handler.callbacks:
+            getattr(callback, "flush", lambda: None)()
+        if checkpoint.exists():  # deleting it in its place could leave a half one there
+            os.replace(checkpoint, written.with_name("old"))
+        os.replace(written, checkpoint)
+        sync_folder(checkpoint.parent)
+        remove(checkpoint.with_name(checkpoint.name + ".damaged"))
 
     def _get_output_dir(self, trial) -> str:
         return str(self._writing_in) if self._writing_in else super()._get_output_dir(trial)

@@ -1,12 +1,13 @@
 """The moving average of every training example, as a logarithm, and how often each example was visited.
 
-One float and one count an example (arXiv 2502.18679, Algorithm 1), in the dataset's order. The visit count says which
+One float and one count per example (arXiv 2502.18679, Algorithm 1), in the dataset's order. The visit count says which
 negatives a prompt gets next, so that it always gets the next B, however the data was ordered or interrupted.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,15 +25,12 @@ class LogU:
     Args:
         n: examples in the training set.
         init: the first value (the paper: 0), or "first_batch" to start each example at its own first mean.
-        fingerprint: what the table belongs to (data, objective, tau, gamma, B); a table saved under another one is
-            refused by `load`.
     """
 
-    def __init__(self, n: int, init: float | str = 0.0, fingerprint: dict | None = None):
+    def __init__(self, n: int, init: float | str = 0.0):
         start = float("nan") if init == "first_batch" else float(init)
         self.values = torch.full((n,), start, dtype=torch.float32)
         self.visits = torch.zeros(n, dtype=torch.int64)
-        self.fingerprint = fingerprint or {}
 
     def update(self, index_M: Tensor, log_u_M: Tensor | None) -> None:
         """Counts one visit of each of M examples and, when given, stores their new averages.
@@ -47,28 +45,50 @@ class LogU:
             self.values[index_M] = log_u_M.detach().to("cpu", torch.float32)
         self.visits[index_M] += 1
 
-    def save(self, path: str | Path) -> None:
-        """Writes the table to one safetensors file, atomically, with its fingerprint."""
-        tensors = {"values": self.values, "visits": self.visits}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": json.dumps(self.fingerprint, sort_keys=True)})
+    def state_dict(self) -> dict[str, Tensor]:
+        """Both columns."""
+        return {"values": self.values, "visits": self.visits}
 
-    def load(self, path: str | Path) -> None:
-        """Takes over a saved table.
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over both columns."""
+        self.values, self.visits = state["values"], state["visits"]
 
-        Raises:
-            UserError: the file is missing, or was made with another fingerprint; says which part differs.
-        """
-        if not Path(path).is_file():
-            raise UserError(f"{path}: is not there, so this checkpoint cannot go on exactly. Train from the start.")
-        with safe_open(path, framework="pt") as file:
-            saved = json.loads(file.metadata()["fingerprint"])
-            differing = sorted(
-                k for k in saved.keys() | self.fingerprint.keys() if saved.get(k) != self.fingerprint.get(k)
-            )
-            if differing:
-                found = "; ".join(f"{k} was {saved.get(k)}, is now {self.fingerprint.get(k)}" for k in differing)
-                raise UserError(
-                    f"{path}: belongs to another run ({found}). Use the old settings, or another output_dir."
-                )
-            self.values, self.visits = file.get_tensor("values"), file.get_tensor("visits")
+
+def table_identity(rows, args, reference: str) -> dict:
+    """What a `log_u` table belongs to: the ids of all rows, and the settings that its values depend on.
+
+    Args:
+        rows: the training set, `EncodedRows`.
+        args: its `DFTConfig`.
+        reference: names the reference model by its content.
+    """
+    names = ("objective", "tau", "gamma", "negatives_per_step", "log_u_init", "reference", "reference_prompt")
+    settings = {name: getattr(args, name) for name in (*names, "objective_args", "prompts_per_step")}
+    return {"data": rows.fingerprint(), "reference_model": reference} | settings
+
+
+def save_table(path: str | Path, tensors: Mapping[str, Tensor], fingerprint: dict) -> None:
+    """Writes a training's state to one safetensors file, atomically.
+
+    Args:
+        fingerprint: what it belongs to (data, objective, tau, gamma, B); `load_table` accepts no other.
+    """
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={"fingerprint": json.dumps(fingerprint, sort_keys=True)})
+
+
+def load_table(path: str | Path, fingerprint: dict) -> dict[str, Tensor]:
+    """What `save_table` wrote.
+
+    Raises:
+        UserError: the file is missing, or was written with another fingerprint; lists the settings that differ.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: is missing, so this checkpoint cannot be resumed exactly. Train from the start.")
+    with safe_open(path, framework="pt") as file:
+        saved = json.loads(file.metadata()["fingerprint"])
+        differing = sorted(k for k in saved.keys() | fingerprint.keys() if saved.get(k) != fingerprint.get(k))
+        if differing:
+            found = "; ".join(f"{k} was {saved.get(k)}, is now {fingerprint.get(k)}" for k in differing)
+            raise UserError(f"{path}: belongs to another run ({found}). Use the old settings, or another output_dir.")
+        return {name: file.get_tensor(name) for name in file.keys()}

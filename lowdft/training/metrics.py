@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,32 +16,40 @@ from torch import Tensor
 
 from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
+from lowdft.errors import UserError
 from lowdft.objectives import Losses, Objective, Scores
 from lowdft.training.token_budget import Scored
+
+
+@dataclass
+class Sums:
+    """What was added up since the last log line: values by name, prompts, tokens; tokens of passes and of need."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    prompts: int = 0
+    tokens: int = 0
+    computed: int = 0
+    needed: int = 0
 
 
 class StepMetrics:
     """Collects the micro-batches between two log lines; `flush` gives means over their prompts and starts anew."""
 
     def __init__(self):
-        self._sums: dict[str, float] = {}
-        self._prompts = 0
-        self._tokens = 0
-        self._computed, self._needed = 0, 0
-        self._since = time.perf_counter()
+        self._sums, self._since = Sums(), time.perf_counter()
 
     def add(
         self, scores: Scores, losses: Losses, objective: Objective, batch: Batch, scored: Scored | None = None
     ) -> None:
         """Adds one micro-batch. The objective says on which score the margin is taken, and if tokens are weighed."""
         positive_M, lengths_M = scores.policy_logps_M.detach(), scores.completion_tokens_M
-        self._prompts += len(batch)
-        self._tokens += int(lengths_M.sum()) + sum(len(row["prompt_ids"]) for row in batch.rows)
+        self._sums.prompts += len(batch)
+        self._sums.tokens += int(lengths_M.sum()) + sum(len(row["prompt_ids"]) for row in batch.rows)
         self._add("surrogate", losses.surrogate_M.detach())
         self._add("logps/positive" + ("_weighted" if objective.token_weight else ""), positive_M)
         if scores.policy_negative_logps_MB is not None:
             negative_MB, tokens_MB = scores.policy_negative_logps_MB.detach(), scores.negative_tokens_MB
-            self._tokens += int(tokens_MB.sum())
+            self._sums.tokens += int(tokens_MB.sum())
             self._add("logps/negative", negative_MB.mean(1))
             margin_M = (
                 positive_M / lengths_M - (negative_MB / tokens_MB).mean(1)
@@ -55,37 +64,69 @@ class StepMetrics:
             self._add("weights/mean", omega_MB.mean(1))
             squares_M = omega_MB.square().sum(1).clamp_min(torch.finfo(omega_MB.dtype).tiny)
             self._add("weights/ess", omega_MB.sum(1).square() / squares_M)
-            if scored is not None:
-                self._add("weights/skipped", scored.skipped_MB.double().mean(1))
         if scored is not None:
-            self._computed += scored.computed
-            self._needed += scored.needed
+            self._sums.computed += scored.computed
+            self._sums.needed += scored.needed
 
     def gap(self, scores: Scores) -> None:
-        """|policy - reference| a sequence, on the negatives of the first optimizer step, where both are one model."""
+        """|policy - reference| per sequence, on the negatives of the first optimizer step, where both are one model."""
         if scores.ref_negative_logps_MB is not None:
             difference_MB = scores.policy_negative_logps_MB - scores.ref_negative_logps_MB
             self._add("reference/gap", difference_MB.abs().mean(1))
 
     def flush(self, log_u: Tensor | None) -> dict[str, float]:
         """The means over all ranks, their speed and this one's peak memory since the last flush."""
-        every = collectives.from_all((self._sums, self._prompts, self._tokens, self._computed, self._needed))
-        sums, prompts, tokens, computed, needed = zip(*every, strict=True)
-        names = dict.fromkeys(name for one in sums for name in one)
-        out = {name: sum(one.get(name, 0.0) for one in sums) / max(1, sum(prompts)) for name in names}
+        every = collectives.from_all(self._sums)
+        prompts, tokens, computed, needed = (
+            sum(getattr(sums, name) for sums in every) for name in ("prompts", "tokens", "computed", "needed")
+        )
+        names = dict.fromkeys(name for sums in every for name in sums.values)
+        out = {name: sum(sums.values.get(name, 0.0) for sums in every) / max(1, prompts) for name in names}
         if log_u is not None and not math.isnan(mean := finite_mean(log_u)):
             out["log_u/mean"] = mean
-        out["tokens_per_second"] = sum(tokens) / max(1e-9, time.perf_counter() - self._since)
-        if sum(computed):
-            out["padding"] = 1 - sum(needed) / sum(computed)
+        out["tokens_per_second"] = tokens / max(1e-9, time.perf_counter() - self._since)
+        if computed:
+            out["padding"] = 1 - needed / computed
         out["peak_memory_gb"] = peak_memory_gb()
         if torch.cuda.is_available():
             out["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        self.__init__()
+        self._sums, self._since = Sums(), time.perf_counter()
         return out
 
     def _add(self, name: str, values_M: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + values_M.sum().item()
+        self._sums.values[name] = self._sums.values.get(name, 0.0) + values_M.sum().item()
+
+
+GAP = {torch.float32: 0.02}  # nats a scored token that rounding may make of the gap; of other types 0.1
+
+
+def check_gap(scores: Scores, batch: Batch, dtype: torch.dtype) -> None:
+    """Stops before the first optimizer step when the reference is not the model that training starts from.
+
+    Both then score the same negatives, so they differ by rounding alone; otherwise the reference was scored on other
+    negatives, by another base or at other settings. Call it where policy and reference start as one model and score the
+    same prompts.
+
+    Args:
+        scores: policy and reference log-probabilities of the negatives, [M, B].
+        batch: of M prompts, to name the worst.
+        dtype: of the model's arithmetic.
+
+    Raises:
+        UserError: the gap is more than rounding.
+    """
+    if scores.ref_negative_logps_MB is None:
+        return
+    difference_MB = scores.policy_negative_logps_MB.detach() - scores.ref_negative_logps_MB
+    gap_M = difference_MB.abs().sum(1) / scores.negative_tokens_MB.sum(1)
+    worst = int(gap_M.argmax())
+    if not gap_M[worst] <= GAP.get(dtype, 0.1):
+        raise UserError(
+            f"the reference log-probabilities are not those of the model that training starts from: row "
+            f"{batch.rows[worst].get('example_id')} differs by {gap_M[worst]:.3g} nats per token of its negatives. "
+            "They were scored on other negatives, by another base or with other settings; score them again (in a run "
+            "folder: delete reference.parquet and its manifest)."
+        )
 
 
 def finite_mean(values: Tensor) -> float:

@@ -13,7 +13,8 @@ class Stopped(SystemExit):
     """SIGTERM ended the work; what was finished is kept, and the same command goes on from there.
 
     Exit status 143, which is 128 + SIGTERM: what a scheduler sees of a process that this signal killed, so that a rule
-    to requeue such jobs holds. (Of its workers torchrun makes 1 of any status but 0.)
+    to requeue such jobs holds. (`--launch` gives it as its own; of its workers
+    torchrun makes 1 of any status but 0.)
     """
 
     def __init__(self):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lowdft.config.training import DFTConfig
 from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
 from lowdft.logprobs import Group
@@ -22,12 +21,12 @@ def prepare(
     visits_M: Tensor,
     count: int,
     objective: Objective,
-    args: DFTConfig,
+    reference_prompt: str,
     passes: Passes,
 ) -> dict[str, Tensor]:
-    """Fields of `Scores` by name, a row a prompt, without gradient; only those that the objective uses.
+    """Fields of `Scores` by name, one row per prompt, without gradient; only those that the objective uses.
 
-    (`log_u_M` and `mismatched_gain_M`, which belong to the training and to the step, are the trainer's to add.)
+    (`log_u_M` and `mismatched_gain_M`, which belong to the training and to the step, are the engine's to add.)
 
     The reference comes from the rows where they bring it, else from the model with its reference on.
     """
@@ -43,9 +42,9 @@ def prepare(
         if with_completion:
             given["ref_logps_M"] = batch.column("ref_logps")
         return given
-    prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
+    prompt = "prompt_ids" if reference_prompt == "training" else "sampling_prompt_ids"
     negatives = batch.negatives(visits_M, count if with_negatives else 0)
-    groups = batch.groups(negatives, prompt=prompt, completion=with_completion, negatives_scored=args.negatives_scored)
+    groups = batch.groups(negatives, prompt=prompt, completion=with_completion)
     with reference_on(model):
         ref_MK = reference_logps(model, groups, passes)
     if with_completion:

@@ -1,44 +1,51 @@
-"""One optimizer step: what its losses are divided by, and the way back to its beginning."""
+"""What an optimizer step is divided by, and where it began."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowdft.data.batch import Batch
 from lowdft.training.log_u import LogU
 from lowdft.training.metrics import StepMetrics
 
 
-@dataclass
-class Step:
-    """One optimizer step: what its losses are divided by, and how to begin it again.
+@dataclass(frozen=True)
+class StepTotals:
+    """What the losses of one optimizer step are divided by, over all its micro-batches on all ranks.
 
-    `prompts`, `tokens` (of completions) and `mismatched_gain` (for KTO) are those of all ranks and micro-batches.
+    `tokens` are those of completions; `mismatched_gain` (nats) is KTO's point of comparison.
     """
 
     prompts: int = 1
     tokens: int = 1
     mismatched_gain: float = 0.0
-    done: list[Batch] = field(default_factory=list)
 
-    def remember(self, log_u: LogU, index: Tensor, metrics: StepMetrics) -> None:
-        """Keeps what `begin_again` goes back to; `index` are the step's examples."""
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The beginning of a step: its examples' entries of the table, what is logged, and the random numbers."""
+
+    index_M: Tensor
+    values_M: Tensor
+    visits_M: Tensor
+    metrics: StepMetrics
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def take(cls, log_u: LogU, index_M: Tensor, metrics: StepMetrics) -> Snapshot:
+        """The state as it is now; `index_M` are the step's examples."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        values, visits = log_u.values[index].clone(), log_u.visits[index].clone()
-        self._start = (index, values, visits, copy.deepcopy(metrics), torch.get_rng_state(), cuda)
+        values_M, visits_M = log_u.values[index_M].clone(), log_u.visits[index_M].clone()
+        return cls(index_M, values_M, visits_M, copy.deepcopy(metrics), torch.get_rng_state(), cuda)
 
-    def begin_again(self, log_u: LogU, metrics: StepMetrics, model: nn.Module) -> list[Batch]:
-        """Tables, random numbers and gradients as at the step's beginning; returns the micro-batches to do again."""
-        index, values, visits, old, cpu, cuda = self._start
-        log_u.values[index], log_u.visits[index] = values, visits
-        vars(metrics).update(copy.deepcopy(vars(old)))
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        model.zero_grad(set_to_none=True)
-        done, self.done = self.done, []
-        return done
+    def restore(self, log_u: LogU) -> StepMetrics:
+        """Puts table and random numbers back; returns a copy of the metrics."""
+        log_u.values[self.index_M], log_u.visits[self.index_M] = self.values_M, self.visits_M
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        return copy.deepcopy(self.metrics)

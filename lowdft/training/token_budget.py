@@ -1,24 +1,25 @@
 """How a micro-batch becomes a gradient within a budget of tokens: what shares a forward pass, what goes backward.
 
-An objective sees summed log-probabilities only. So its derivative by each of them, the completion's *pull*, is known
-once all are scored, and the gradient of the micro-batch is the sum of pull * grad log P over completions, in any order
-and any grouping. That makes memory independent of the number of negatives, and lets negatives that no longer pull go.
+An objective sees summed log-probabilities only. So its derivative with respect to each of them, the completion's
+*pull*, is known once all are scored, and the gradient of the micro-batch is the sum of pull * grad log P over
+completions, in any order and any grouping. That makes memory independent of the number of negatives.
 
-Shape suffixes: M prompts of a micro-batch, K completions of a prompt (its negatives first), B negatives of a prompt.
+Shape suffixes: M prompts of a micro-batch, K completions of a prompt (its negatives first).
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
-from lowdft.logprobs import CompletionLogps, Group, Head, score
+from lowdft.logprobs import CompletionLogps, Group, Head, bare, packed_attention, score
 
 # surrogate(numbers, logps): the loss of the prompts `numbers`, from their completions' log-probabilities [.., K]
 Surrogate = Callable[[Sequence[int], Tensor], Tensor]
@@ -30,13 +31,12 @@ IDLE = Group([0], [[0]])  # what a rank scores in a pass that only other ranks n
 
 @dataclass(frozen=True)
 class Scored:
-    """Detached log-probabilities [M, K] and which negatives were left out [M, B].
+    """Detached log-probabilities [M, K].
 
     `computed` counts the tokens of all forward passes, `needed` those of them that are not padding.
     """
 
     logps_MK: Tensor
-    skipped_MB: Tensor
     computed: int
     needed: int
 
@@ -46,44 +46,64 @@ class Passes:
     """Forward and backward passes of at most `budget` tokens each.
 
     Args:
-        skip_negligible: the share of the pull that may be left out of the backward pass, see `negligible`; 0: nothing.
-        backward_cost: of a token, in forward passes.
-        knows_last: the completion's pull does not depend on its score, so it need not be scored first.
-        head_logps: another density than the model's own, see `logps.score`; for scoring only.
-        token_weight, predicted_share: see `logps.score`; not for the reference, whose scores are plain.
+        tokens_per_pass: the budget to begin with; `shrink` lowers it.
+        knows_last: the last completion's pull does not depend on its score, so it need not be scored first.
+        head_logps: another density than the model's own, see `logprobs.score`; for scoring only.
+        token_weight, predicted_share: see `logprobs.score`; not for the reference, whose scores are plain.
         in_step: all ranks run equally many passes, idle ones where others have more: with sharded parameters every
             pass needs all of them.
+        device: of the training, by which ranks exchange tensors.
     """
 
     layout: str
     chunk_size: int
-    budget: int
-    skip_negligible: float = 0.0
-    backward_cost: float = 1.4
+    tokens_per_pass: int
     knows_last: bool = False
     head_logps: HeadLogps | None = None
     token_weight: Callable[[Tensor, Tensor], Tensor] | None = None
     predicted_share: float = 0.0
     in_step: bool = False
-    expected_skips: float = 0.0  # the share of negative tokens that the last micro-batches could leave out
+    device: torch.device = torch.device("cpu")
+    budget: int = field(init=False)
+
+    def __post_init__(self):
+        self.budget = self.tokens_per_pass
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The budget, and the setting it came from."""
+        return {name: torch.tensor(getattr(self, name)) for name in ("tokens_per_pass", "budget")}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over the budget, unless `tokens_per_pass` was set to something else since."""
+        if int(state["tokens_per_pass"]) == self.tokens_per_pass:
+            self.budget = int(state["budget"])
 
     @torch.no_grad()
-    def score(self, model: nn.Module, groups: Sequence[Group]) -> Tensor:
-        """Plain log-probabilities [M, K] of every group's completions (all groups have K), without gradient."""
+    def score(self, model: nn.Module, groups: Sequence[Group], weighted: bool = False) -> Tensor:
+        """Log-probabilities [M, K] of every group's completions (all groups have K), without gradient.
+
+        Plain ones, unless `weighted` asks for those that the objective sees.
+        """
         while True:
             try:
-                return self._score_pieces(model, groups, self._pieces(groups), weighted=False)[0]
+                return self._score_pieces(model, groups, self._pieces(groups), weighted=weighted)[0]
             except torch.OutOfMemoryError as error:
-                self.shrink(groups, error)
+                failure = error.with_traceback(None)  # its frames hold on to the tensors of the failed pass
+            self.shrink(groups, failure)
 
     def backpropagate(
         self, model: nn.Module, groups: Sequence[Group], surrogate: Surrogate, backward: Backward
     ) -> Scored:
         """Accumulates the gradient of the surrogate of all groups; `backward` takes a pass's share of it."""
-        if self.most(self._in_two(groups)):
-            return self._score_then_backpropagate(model, groups, surrogate, backward)
+        packed = packed_attention(bare(model)) if self.layout == "packed" else contextlib.nullcontext()
+        with packed:  # gradient checkpointing runs layers again in the backward pass
+            if self.most(self._in_two(groups)):
+                return self._score_then_backpropagate(model, groups, surrogate, backward)
+            return self._in_one(model, groups, surrogate, backward)
+
+    def _in_one(self, model, groups, surrogate, backward) -> Scored:
+        """Every group in one pass, with others or alone."""
         rows, computed = {}, 0
-        needed = sum(num_tokens(group, self.layout) for group in groups)
         for numbers, last in self._turns(groups):
             out = self.forward(model, [groups[i] for i in numbers] or [IDLE])
             if not numbers:
@@ -94,13 +114,10 @@ class Passes:
             rows |= dict(zip(numbers, logps_MK.detach(), strict=True))
             computed += out.computed
         logps_MK = torch.stack([rows[i] for i in range(len(groups))])
-        if self.skip_negligible > 0 and logps_MK.shape[1] > 1:
-            self._negligible(groups, self._pull(surrogate, logps_MK))  # for what the next micro-batches expect
-        nothing_MB = torch.zeros_like(logps_MK[:, :-1], dtype=torch.bool)
-        return Scored(logps_MK, nothing_MB, computed, needed)
+        return Scored(logps_MK, computed, sum(num_tokens(group, self.layout) for group in groups))
 
     def forward(self, model: nn.Module, groups: Sequence[Group], weighted: bool = True) -> CompletionLogps:
-        """One pass over all groups; `weighted` as the objective wants tokens read and weighed."""
+        """One pass over all groups; `weighted` as the objective reads and weighs tokens."""
         for_objective = (self.token_weight, self.predicted_share) if weighted else ()
         return score(model, groups, self.layout, self.chunk_size, self.head_logps, *for_objective)
 
@@ -130,25 +147,24 @@ class Passes:
             torch.cuda.empty_cache()
 
     def no_room(self) -> UserError:
-        """What to tell when one of several ranks runs out of memory in a pass that others are in, too."""
+        """The error of one of several ranks that runs out of memory in a pass that the others share."""
         return UserError(
             f"out of memory in a pass of at most {self.budget} tokens. Other processes wait for this one, so it cannot "
             f"be tried again in smaller passes: set training.tokens_per_pass={self.budget // 2} and run the same "
-            "command again, which goes on from the last checkpoint."
+            "command again, which resumes from the last checkpoint."
         )
 
     def _score_then_backpropagate(self, model, groups, surrogate, backward) -> Scored:
         last = len(groups[0].completions) - 1
+        first = range(last + (not self.knows_last))
         with torch.no_grad():
-            first = range(last + (not self.knows_last))
-            logps_MK, computed, needed = self._score_pieces(model, groups, self._pieces(groups, [first] * len(groups)))
-        pull_MK = self._pull(surrogate, logps_MK)
-        skip_MB = self._negligible(groups, pull_MK)
-        kept = [[*(~skip).nonzero()[:, 0].tolist(), last] for skip in skip_MB]
-        pieces = self._pieces(groups, kept)
-        again_MK, computed_again, needed_again = self._score_pieces(model, groups, pieces, pull_MK, backward)
-        logps_MK[:, last] = again_MK[:, last]
-        return Scored(logps_MK, skip_MB, computed + computed_again, needed + needed_again)
+            pieces = self._pieces([group.select(first) for group in groups])
+            logps_MK, computed, needed = self._score_pieces(model, groups, pieces)
+        leaf_MK = logps_MK.requires_grad_()
+        (pull_MK,) = torch.autograd.grad(surrogate(range(len(groups)), leaf_MK), leaf_MK)
+        again = self._score_pieces(model, groups, self._pieces(groups), pull_MK, backward)
+        logps_MK = torch.cat([logps_MK.detach()[:, :last], again[0][:, last:]], 1)
+        return Scored(logps_MK, computed + again[1], needed + again[2])
 
     def _score_pieces(self, model, groups, pieces, pull_MK=None, backward=None, weighted=True):
         """Detached log-probabilities [M, K] of (group, completions) pieces, 0 elsewhere; tokens computed and needed.
@@ -175,31 +191,9 @@ class Passes:
             logps_MK[list(rows), list(columns)] = logps_C
         return logps_MK, computed, sum(num_tokens(part, self.layout) for part in parts)
 
-    def _pull(self, surrogate: Surrogate, logps_MK: Tensor) -> Tensor:
-        leaf_MK = logps_MK.detach().clone().requires_grad_()
-        return torch.autograd.grad(surrogate(range(len(leaf_MK)), leaf_MK), leaf_MK)[0]
-
-    def _negligible(self, groups: Sequence[Group], pull_MK: Tensor) -> Tensor:
-        tokens_MK = torch.tensor([group.scored_tokens for group in groups], device=pull_MK.device)
-        skip_MB = negligible(pull_MK, tokens_MK, self.skip_negligible)
-        share = (skip_MB * tokens_MK[:, :-1]).sum().item() / max(1, tokens_MK[:, :-1].sum().item())
-        self.expected_skips = (self.expected_skips + share) / 2
-        return skip_MB
-
     def _in_two(self, groups: Sequence[Group]) -> bool:
-        """Must the micro-batch be scored before anything is backpropagated, or is that cheaper?"""
-        if len(groups[0].completions) == 1:
-            return False
-        sizes = [num_tokens(group, self.layout) for group in groups]
-        if max(sizes) > self.budget:
-            return True
-        prompt = sum(len(g.prompt_ids) for g in groups)
-        negative = sum(len(c) for g in groups for c in g.completions[:-1])
-        last = sum(len(g.completions[-1]) for g in groups)
-        both = 1 + self.backward_cost
-        first = prompt + negative + (0 if self.knows_last else last)
-        second = both * (prompt + last + (1 - self.expected_skips) * negative)
-        return self.skip_negligible > 0 and first + second < both * (prompt + negative + last)
+        """Must the micro-batch be scored before anything is backpropagated? One group is too long for a pass."""
+        return any(len(g.completions) > 1 and num_tokens(g, self.layout) > self.budget for g in groups)
 
     def _turns(self, groups: Sequence[Group]) -> Iterator[tuple[list[int], bool]]:
         """(groups that share a pass, is it the last?); none of them where only other ranks have work left."""
@@ -210,50 +204,46 @@ class Passes:
 
     def most(self, value: int) -> int:
         """The largest value of all ranks, where they must do the same; else this rank's own."""
-        return max(collectives.from_all(value)) if self.in_step else value
+        return collectives.largest(value, self.device) if self.in_step else int(value)
 
     def _split(self, groups: Sequence[Group]) -> list[list[int]]:
         """Groups (by number) that share a pass, like lengths together; one longer than the budget comes alone."""
-        sizes = [num_tokens(group, self.layout) for group in groups]
-        passes, used = [], self.budget
-        for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
-            if used + sizes[i] > self.budget:
-                passes.append([])
-                used = 0
-            passes[-1].append(i)
-            used += sizes[i]
+        passes: list[list[int]] = []
+        for i in sorted(range(len(groups)), key=lambda i: -_longest(groups[i], self.layout)):
+            if passes and self._cost([groups[n] for n in [*passes[-1], i]]) <= self.budget:
+                passes[-1].append(i)
+            else:
+                passes.append([i])
         return passes
 
-    def _pieces(self, groups: Sequence[Group], kept: Sequence[Sequence[int]] | None = None):
+    def _pieces(self, groups: Sequence[Group]) -> list[tuple[int, list[int]]]:
         """(group, its completions) pieces that fit the budget, or hold one completion."""
         pieces = []
         for i, group in enumerate(groups):
             piece: list[int] = []
-            for k in range(len(group.completions)) if kept is None else kept[i]:
-                if piece and num_tokens(group.select([*piece, k]), self.layout) > self.budget:
+            for k in range(len(group.completions)):
+                if piece and self._cost([group.select([*piece, k])]) > self.budget:
                     pieces.append((i, piece))
                     piece = []
                 piece = [*piece, k]
             pieces.append((i, piece))
         return pieces
 
-
-def negligible(pull_MK: Tensor, tokens_MK: Tensor, bound: float) -> Tensor:
-    """Bool [M, B]: negatives that the backward pass may leave out.
-
-    A completion counts with |pull| times its tokens. The smallest counts go, while together they stay under `bound`
-    times the count of all. The relative error of the gradient is then at most `bound` * r, where r is the norm of a
-    left-out token's grad log P over the norm of the gradient per unit of count. (r is near 1 when gradients of tokens
-    point alike, and grows with the square root of their number when they do not.)
-    """
-    count_MK = pull_MK.abs().double() * tokens_MK
-    ordered_X, order_X = count_MK[:, :-1].flatten().sort()
-    out = torch.zeros_like(ordered_X, dtype=torch.bool)
-    out[order_X] = (ordered_X.cumsum(0) <= bound * count_MK.sum()) & (bound > 0)
-    return out.view(pull_MK.shape[0], -1)
+    def _cost(self, groups: Sequence[Group]) -> int:
+        """Tokens that one pass over these groups computes, with the padding between its rows."""
+        if self.layout == "packed":
+            return sum(num_tokens(group, self.layout) for group in groups)
+        return sum(len(group.completions) for group in groups) * max(_longest(group, self.layout) for group in groups)
 
 
 def num_tokens(group: Group, layout: str) -> int:
     """Tokens that a forward pass computes for a group (padding between rows not counted)."""
     prompts = len(group.completions) if layout == "padded" else 1
     return prompts * len(group.prompt_ids) + sum(map(len, group.completions))
+
+
+def _longest(group: Group, layout: str) -> int:
+    """What groups are sorted by: the length of their longest row."""
+    if layout == "packed":
+        return num_tokens(group, layout)
+    return len(group.prompt_ids) + max(map(len, group.completions))

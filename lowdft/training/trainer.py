@@ -1,15 +1,10 @@
-"""`DFTTrainer`: transformers' Trainer with one `compute_loss`.
-
-How a prompt becomes a gradient: the batch says which negatives this visit uses, `passes` scores negatives and
-completion within a budget of tokens, the objective turns the summed log-probabilities into one loss a prompt and the
-new `log_u`.
-"""
+"""`DFTTrainer`: transformers' Trainer, whose steps and evaluations are those of a `StepEngine`."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,38 +14,33 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from lowdft import objectives
+from lowdft.compat import LoopHooks
+from lowdft.config.requirements import check_datasets
 from lowdft.config.training import DFTConfig
-from lowdft.data.batch import Batch, EncodedDataset, collate
+from lowdft.data.batch import collate
 from lowdft.data.encode import Encoder
+from lowdft.data.encoded import EncodedRows
+from lowdft.data.prepare import encode_rows
 from lowdft.distributed import collectives, sharding
 from lowdft.errors import UserError
-from lowdft.files import read_json, write_json
-from lowdft.logprobs import Group, bare, choose_layout, packed_attention
-from lowdft.models.adapters import make_policy
+from lowdft.logprobs import choose_layout
+from lowdft.models.adapters import adapter_digest, make_policy
 from lowdft.models.fused_lora import fused_lora
-from lowdft.objectives import Losses, Scores
-from lowdft.training.checkpoints import WholeCheckpoints
-from lowdft.training.log_u import LogU
+from lowdft.models.reference import attach_reference, check_reference
+from lowdft.models.safeguards import guard_four_bit, switch_off_dropout
+from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
+from lowdft.training.engine import StepEngine
+from lowdft.training.log_u import LogU, load_table, save_table, table_identity
 from lowdft.training.metrics import Faded, StepMetrics
-from lowdft.training.score_inputs import mismatched_gain, prepare
-from lowdft.training.step import Step
+from lowdft.training.support import check_arguments, check_model, check_peft, peft_config_of
 from lowdft.training.token_budget import Passes
-from lowdft.training.training_set import (
-    attach_reference,
-    check_adapter,
-    check_reference,
-    check_rows,
-    encode_rows,
-    fingerprint,
-)
 
-LOG_U_FILE, PASSES_FILE = "log_u.safetensors", "passes.json"
+STATE_FILE = "log_u.safetensors"
 
 
-class DFTTrainer(WholeCheckpoints):
+class DFTTrainer(LoopHooks, WholeCheckpoints):
     """Trains a causal language model, or an adapter on it, with a discriminative objective.
 
     Args:
@@ -78,66 +68,78 @@ class DFTTrainer(WholeCheckpoints):
         peft_config=None,
         **kwargs,
     ):
+        check_arguments(args, kwargs, eval_dataset is not None)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
         encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
         train_rows = encode_rows(train_dataset, encoder)
-        check_rows(train_rows, self.objective, args)
+        eval_rows = None if eval_dataset is None else encode_rows(eval_dataset, encoder)
+        has_adapter = peft_config is not None or isinstance(model, PeftModel)
+        for note in check_datasets(train_rows, eval_rows, self.objective, args, has_adapter):
+            warnings.warn(note, stacklevel=2)
         if encoder and (cut := encoder.truncation.words(args.max_length, args.max_prompt_length)):
             warnings.warn(cut, stacklevel=2)
-        if eval_dataset is not None:
-            eval_dataset = EncodedDataset(encode_rows(eval_dataset, encoder))
-            check_rows(eval_dataset.rows, self.objective, args, training=False)
-        has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        if args.reference_adapter and has_adapter:
-            raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
-        if not has_adapter and not args.reference_adapter:
-            check_adapter(args, self.objective, train_rows + (eval_dataset.rows if eval_dataset else []))
+        needs_base = args.reference == "online" or self.objective.uses_mismatched
+        check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
         model = make_policy(model, args, peft_config)
-        self._log_u = LogU(len(train_rows), args.log_u_init, fingerprint(train_rows, args))
-        self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
-        self._step = Step()
-        self._faded = Faded()
+        check_model(model, args)
+        guard_four_bit(model)
+        if (dropped := switch_off_dropout(model)) > 0:
+            warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=2)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=EncodedDataset(train_rows),
-            eval_dataset=eval_dataset,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             data_collator=collate,
             **kwargs,
         )
-        self.loss_is_scaled_for_ga = True
         self.sharded = sharding.is_sharded(self.accelerator)
-        self._count = args.negatives_per_step if self.objective.uses_negatives else 0
-        settings, weight = args.hyperparameters(), self.objective.token_weight
-        self._passes = Passes(
+        reference = adapter_digest(args.reference_adapter) if args.reference_adapter else "base"
+        self._fingerprint, self._faded = table_identity(train_rows, args, reference), Faded()
+        self.engine = self._make_engine(model)
+        if not self.sharded:  # else no pass is possible before the parameters have their places
+            self._choose_layout(self.model)
+
+    def _make_engine(self, model: nn.Module) -> StepEngine:
+        args, settings, weight = self.args, self.args.hyperparameters(), self.objective.token_weight
+        passes = Passes(
             args.layout or "padded",
             args.logits_chunk_size,
             args.tokens_per_pass,
-            args.skip_negligible,
-            backward_cost=2.4 if args.gradient_checkpointing else 1.4,
             knows_last=self.objective.linear,
             token_weight=weight and partial(weight, **settings),
             predicted_share=settings["predicted_share"] if self.objective.uses_predictions else 0.0,
             in_step=self.sharded,
+            device=args.device,
         )
-        if not self.sharded:  # else no pass is possible before the parameters have their places
-            self._choose_layout(self.model)
+        return StepEngine(
+            model,
+            self.objective,
+            settings,
+            LogU(len(self.train_dataset), args.log_u_init),
+            passes,
+            args.negatives_per_step,
+            args.reference_prompt,
+            backward=lambda loss, last: sharding.backward(self.accelerator, loss, last),
+            around=self._around_passes,
+            spare=self.train_dataset[0],
+        )
 
     @property
     def log_u(self) -> Tensor:
         """float32 [examples], the moving averages in the dataset's order."""
-        return self._log_u.values
+        return self.engine.log_u.values
 
     @property
     def layout(self) -> str:
         """How rows are laid out, "packed" or "padded"."""
-        return self._passes.layout
+        return self.engine.passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
-        self._passes.layout = choose_layout(model, self.args.layout)
+        self.engine.passes.layout = choose_layout(model, self.args.layout)
         if self.layout == "padded" and self.args.layout is None:
             warnings.warn(
                 "this model's attention does not take packed rows: every completion becomes a row of its own, and "
@@ -145,202 +147,115 @@ class DFTTrainer(WholeCheckpoints):
                 stacklevel=2,
             )
 
-    # ---- one step -----------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _around_passes(self) -> Iterator[None]:
+        """Only lowdft's own passes run in it: a callback finds the model as it was."""
+        with contextlib.ExitStack() as stack:
+            if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
+                stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
+            if not self.sharded:  # sharded weights are gathered by hooks of the layers, which one function passes over
+                stack.enter_context(fused_lora(self.model))
+            if self.args.offload_checkpoints and torch.is_grad_enabled():
+                stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
+            yield
+
+    # ---- what transformers' loop calls ------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Takes the micro-batches of one optimizer step and counts its prompts and completion tokens, on all ranks."""
+        """Takes the micro-batches of one optimizer step and begins it."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if collectives.world_size() > 1 and not self.args.dataloader_drop_last:
-            again = collectives.repeated([inputs["batch"].index_M for inputs in samples], self._log_u.visits)
+            again = collectives.repeated([inputs["batch"].index_M for inputs in samples], self.engine.log_u.visits)
             for inputs, skip in zip(samples, again, strict=True):
                 inputs["batch"] = inputs["batch"].select([i for i, skipped in enumerate(skip) if not skipped])
-        batches = [inputs["batch"] for inputs in samples]
-        counts = torch.tensor([[sum(map(len, batches)), sum(b.completion_tokens for b in batches)]], device=device)
-        prompts, tokens = self.accelerator.gather(counts).sum(0).tolist()
-        self._step = Step(max(1, prompts), max(1, tokens), self._mismatched_gain(batches))
-        if batches:
-            self._step.remember(self._log_u, torch.cat([b.index_M for b in batches]), self._metrics["train"])
-        return samples, prompts
+        return samples, self.engine.begin([inputs["batch"] for inputs in samples], self.state.global_step + 1)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """One micro-batch: accumulates its gradient, updates `log_u`, returns its share of the step's loss."""
         model.train()
-        if collectives.world_size() > 1:
-            return self._among_ranks(model if self.sharded else self.accelerator.unwrap_model(model), inputs["batch"])
-        while True:
-            try:
-                loss = self._accumulate(model, inputs["batch"])
-                self._step.done.append(inputs["batch"])
-                return loss
-            except torch.OutOfMemoryError as error:
-                self._passes.shrink(self._groups(inputs["batch"], self._log_u.visits[inputs["batch"].index_M]), error)
-            for batch in self._step.begin_again(self._log_u, self._metrics["train"], model):
-                self._accumulate(model, batch)
-                self._step.done.append(batch)
-
-    def _among_ranks(self, model: nn.Module, batch: Batch) -> Tensor:
-        """A micro-batch on one of several ranks: afterwards all know all updates of `log_u`, and share the gradient."""
-        if len(batch) or self.sharded:
-            try:
-                loss = self._accumulate(model, batch) if len(batch) else self._idle(model)
-            except torch.OutOfMemoryError as error:
-                raise self._passes.no_room() from error
-        else:
-            loss = torch.zeros((), device=self.args.device)
-        mine = (batch.index_M, self._log_u.values[batch.index_M], self._log_u.visits[batch.index_M])
-        index, *updates = collectives.updates_from_all(*mine, self.args.per_device_train_batch_size, self.args.device)
-        self._log_u.values[index], self._log_u.visits[index] = updates
-        if self.accelerator.sync_gradients and not self.sharded:
-            collectives.average_gradients(model.parameters())
-        return loss
-
-    def _accumulate(self, model: nn.Module, batch: Batch) -> Tensor:
-        visits_M = self._log_u.visits[batch.index_M]
-        groups = self._groups(batch, visits_M)
-        given = self._given(model, batch, visits_M, self._step)
-
-        def losses(numbers: Sequence[int], logps_MK: Tensor) -> tuple[Scores, Losses]:
-            chosen = list(numbers)
-            part = {name: value[chosen] for name, value in given.items()}
-            return self._losses([groups[i] for i in chosen], logps_MK, part, self._step)
-
-        def surrogate(numbers: Sequence[int], logps_MK: Tensor) -> Tensor:
-            return losses(numbers, logps_MK)[1].surrogate_M.sum() / self._step.prompts
-
-        scored = self._passes.backpropagate(model, groups, surrogate, self._backward)
-        scores, final = losses(range(len(batch)), scored.logps_MK)
-        self._log_u.update(batch.index_M, final.log_u_M)
-        self._metrics["train"].add(scores, final, self.objective, batch, scored)
-        if self.state.global_step == 0:
-            self._metrics["train"].gap(scores)
-        return final.value_M.sum() / self._step.prompts * self.accelerator.num_processes
-
-    def _idle(self, model: nn.Module) -> Tensor:
-        """What a rank without an example in this micro-batch runs beside the others: passes of weight 0."""
-        spare = Batch(torch.zeros(1, dtype=torch.int64), self.train_dataset.rows[:1])
-        visits_M = self._log_u.visits[spare.index_M]
-        self._given(model, spare, visits_M, self._step)
-        groups = self._groups(spare, visits_M)
-        self._passes.backpropagate(model, groups, lambda numbers, logps_MK: 0 * logps_MK.sum(), self._backward)
-        return torch.zeros((), device=self.args.device)
-
-    def _backward(self, loss: Tensor, last: bool) -> None:
-        sharding.backward(self.accelerator, loss * self.accelerator.num_processes, last)  # ranks' mean is taken
-
-    def _groups(self, batch: Batch, visits_M: Tensor) -> list[Group]:
-        """What this visit of each prompt scores."""
-        return batch.groups(batch.negatives(visits_M, self._count), negatives_scored=self.args.negatives_scored)
+        return self.engine.accumulate(inputs["batch"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """A micro-batch's share of the step's loss in one graph: the objective's value, the surrogate's gradient."""
-        batch, training = inputs["batch"], model.training
-        visits_M = self._log_u.visits[batch.index_M] if training else torch.zeros(len(batch), dtype=torch.int64)
-        groups = self._groups(batch, visits_M)
-        out = self._passes.forward(model, groups)
-        step = self._step
-        if not training:
-            step = Step(len(batch), batch.completion_tokens, self._mismatched_gain([batch]))
-        given = self._given(model, batch, visits_M, step)
-        scores, losses = self._losses(groups, out.logps_C.view(len(batch), -1), given, step)
-        if training:
-            self._log_u.update(batch.index_M, losses.log_u_M)
-        self._metrics["train" if training else "eval"].add(scores, losses, self.objective, batch)
-        surrogate, value = losses.surrogate_M.sum() / step.prompts, losses.value_M.sum() / step.prompts
-        loss = surrogate + (value - surrogate).detach()
-        return (loss, losses) if return_outputs else loss
-
-    def _losses(self, groups: Sequence[Group], logps_MK: Tensor, given: dict, step: Step) -> tuple[Scores, Losses]:
-        """The objective on a scored micro-batch; of K completions the negatives come first."""
-        tokens_MK = torch.tensor([group.scored_tokens for group in groups], device=logps_MK.device)
-        scores = Scores(logps_MK[:, -1], tokens_MK[:, -1], tokens_per_prompt=step.tokens / step.prompts)
-        if self._count:
-            scores.policy_negative_logps_MB, scores.negative_tokens_MB = logps_MK[:, :-1], tokens_MK[:, :-1]
-        for name, value in given.items():
-            setattr(scores, name, value.to(logps_MK))
-        return scores, self.objective.compute(scores, **self.args.hyperparameters())
-
-    def _mismatched_gain(self, batches: Sequence[Batch]) -> float:
-        if not self.objective.uses_mismatched:
-            return 0.0
-        return mismatched_gain(self.accelerator.unwrap_model(self.model), batches, self._passes)
-
-    def _given(self, model: nn.Module, batch: Batch, visits_M: Tensor, step: Step) -> dict[str, Tensor]:
-        bare_policy = self.accelerator.unwrap_model(model)
-        given = prepare(bare_policy, batch, visits_M, self._count, self.objective, self.args, self._passes)
-        if self.objective.uses_log_u and model.training:
-            given["log_u_M"] = self._log_u.values[batch.index_M]
-        if self.objective.uses_mismatched:
-            given["mismatched_gain_M"] = torch.full((len(batch),), step.mismatched_gain, dtype=torch.float64)
-        return given
+        """A micro-batch's mean loss as evaluation sees it, without gradient (`StepEngine.evaluate`)."""
+        self._drive(model)
+        loss = self.engine.evaluate(inputs["batch"])
+        return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluation: the loss without a moving average (as with gamma = 1), on each row's first B negatives."""
-        with torch.no_grad():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+        """Evaluation's loss."""
+        return self.compute_loss(model, inputs), None, None
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """transformers' loop; adds the objective's metrics of this evaluation alone."""
+        self.engine.evaluation = StepMetrics()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found = self.engine.evaluation.flush(self._logged_table())
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in found.items()})
+        return output
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        """Adds the objective's metrics (`logps/*`, `weights/*`, `margin`, …) to transformers' log line."""
+        if "loss" in logs:
+            logs |= self.engine.metrics.flush(self._logged_table())
+            self._faded.see(logs.get("weights/mean"))
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: transformers' estimate knows neither shared prompts nor frozen weights."""
         return 0
 
-    # ---- what people see ------------------------------------------------------------------------------------------
+    def _logged_table(self) -> Tensor | None:
+        return self.log_u if self.objective.uses_log_u else None
 
-    def log(self, logs: dict, start_time: float | None = None) -> None:
-        """Adds the objective's metrics (design: `logps/*`, `weights/*`, `margin`, …) to transformers' log line."""
-        mode, prefix = ("eval", "eval_") if any(key.startswith("eval_") for key in logs) else ("train", "")
-        if "loss" in logs or mode == "eval":
-            table = self.log_u if self.objective.uses_log_u else None
-            logs |= {prefix + key: value for key, value in self._metrics[mode].flush(table).items()}
-            self._faded.see(logs.get("weights/mean"))
-        super().log(logs, start_time)
-
-    # ---- the reference, once -----------------------------------------------------------------------------------------
+    # ---- beginning and resuming -------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains; with `resume_from_checkpoint`, goes on from there with the very numbers it would have had."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise UserError(f"{self.args.output_dir}: has no checkpoint to go on from")
+                raise UserError(f"{self.args.output_dir}: there is no checkpoint to resume from")
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
+            require_whole(folder)
+            sharding.check_pickles(folder, self.trust_checkpoint)
             sharding.check_checkpoint(folder, self.accelerator)
             sharding.fit_checkpoint(folder, self.accelerator)
-            self._log_u.load(folder / LOG_U_FILE)
-            vars(self._passes).update(read_json(folder / PASSES_FILE))
+            self.engine.load_state_dict(load_table(folder / STATE_FILE, self._fingerprint))
         if self.objective.uses_any_reference:
             resuming = bool(resume_from_checkpoint)
-            check_reference(self.model, self._rows_with_reference(), self.objective, self.args, resuming)
-        with contextlib.ExitStack() as self._while_training:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            check_reference(self.model, self._datasets(), self.objective, self.args, resuming)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """transformers' preparation; then the initial weights, sharded or not, score what reference rows lack."""
-        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        whole = self.accelerator.unwrap_model(model)
+    def after_preparation(self, model: nn.Module, resuming: bool) -> None:
+        """The initial weights, sharded or not, score what rows lack of the reference."""
+        self._drive(model)
         if self.sharded:
-            self._choose_layout(whole)
-        else:  # sharded weights are gathered by hooks that one function for base and adapter would pass over
-            self._while_training.enter_context(fused_lora(self.model))
+            self._choose_layout(self.engine.policy)
         if self.objective.uses_any_reference:
-            rows, resuming = self._rows_with_reference(), resume_from_checkpoint is not None
-            attach_reference(whole, rows, self.objective, self.args, self._passes, resuming)
-        self._keep_layers_ready(self._while_training)
-        return model, dataloader
+            rows, self.engine.starts_as_reference = self._datasets(), self._starts_as_reference()
+            with self._around_passes():
+                attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
 
-    def _rows_with_reference(self) -> list[dict]:
-        return self.train_dataset.rows + (self.eval_dataset.rows if self.eval_dataset is not None else [])
+    def before_optimizer_step(self, gradient_norm: object) -> None:
+        """Stops before a gradient that is not finite reaches the weights (with fp16 its scaler skips such steps)."""
+        self.engine.check_gradient(float(gradient_norm), scaled=self.args.fp16)
 
-    def _keep_layers_ready(self, stack: contextlib.ExitStack) -> None:
-        """Layers stay as scoring sets them until the last backward pass: checkpointed ones run again there."""
-        if self.layout == "packed":
-            stack.enter_context(packed_attention(bare(self.model)))
-        if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
-            stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
-        if self.args.offload_checkpoints:
-            stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
+    def _drive(self, model: nn.Module) -> None:
+        """The engine's model: copies are driven without their wrapper, for their gradients are averaged once a step."""
+        self.engine.model = model if self.sharded else self.accelerator.unwrap_model(model)
+
+    def _datasets(self) -> list[EncodedRows]:
+        return [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+
+    def _starts_as_reference(self) -> bool:
+        fresh = [p for name, p in self.model.named_parameters() if "lora_B" in name]
+        return (
+            self.args.reference_prompt == "training" and bool(fresh) and not any(bool(p.detach().any()) for p in fresh)
+        )
 
     def save_beside(self, folder: Path) -> None:
-        """`log_u`, and what decides how a step is split into passes: rounding depends on it."""
-        self._log_u.save(folder / LOG_U_FILE)
-        write_json(folder / PASSES_FILE, {n: getattr(self._passes, n) for n in ("budget", "expected_skips")})
+        """What an exact resume needs beside weights and optimizer: `log_u`, and how a step is split into passes."""
+        save_table(folder / STATE_FILE, self.engine.state_dict(), self._fingerprint)

@@ -22,7 +22,7 @@ from helpers import make_rows
 from helpers import losses, make_trainer
 folder, objective, size, accumulation, stop = sys.argv[2:7]
 settings = dict(per_device_train_batch_size=int(size), gradient_accumulation_steps=int(accumulation), seed=3)
-settings |= dict(objective=objective, save_strategy="steps", save_steps=2, skip_negligible=0.0)
+settings |= dict(objective=objective, save_strategy="steps", save_steps=2)
 if "WORLD_SIZE" in os.environ:
     settings["ddp_backend"] = "gloo"
 trainer = make_trainer(folder, make_rows(14), **settings)

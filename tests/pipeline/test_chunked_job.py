@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lowdft.pipeline.artifact import Product
-from lowdft.pipeline.chunked_job import make_in_parts
+from lowdft.pipeline.chunked_job import make_in_parts, part_size
 
 
 @pytest.mark.parametrize("part_size", [1, 3, 4, 50])
@@ -30,3 +30,8 @@ def test_gaps_are_filled(part_size, tmp_path):
     assert [row["i"] for row in rows] == list(range(11))
     assert [row["i"] for row in rows if row["by"] == "before"] == [3, 4, 5, 8]
     assert product.is_done() and product.facts()["n"] == 11 and not (tmp_path / "t.parts").exists()
+
+
+def test_a_million_rows_make_a_few_hundred_files():
+    assert [part_size(n, 16) for n in (5, 3000, 1_000_000)] == [16, 16, 3334]
+    assert part_size(10, 0) == 1  # more negatives per prompt than are drawn at once

@@ -16,7 +16,7 @@ from lowdft.logprobs import Group, score
 def test_sft_is_transformers_own_loss(tmp_path):
     """The first step's loss equals transformers' cross-entropy over the step's completion tokens."""
     trainer = make_trainer(tmp_path, objective="sft", max_steps=1, gradient_accumulation_steps=5)
-    model, rows = make_llama(), trainer.train_dataset.rows
+    model, rows = make_llama(), trainer.train_dataset
     total = tokens = 0.0
     for row in rows:
         ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
@@ -47,7 +47,7 @@ def test_every_objective_trains(name, tmp_path):
     def loss() -> float:
         if name != "dynamic_ft":
             return trainer.evaluate(trainer.train_dataset)["eval_loss"]
-        groups = [Group(row["prompt_ids"], [row["completion_ids"]]) for row in trainer.train_dataset.rows]
+        groups = [Group(row["prompt_ids"], [row["completion_ids"]]) for row in trainer.train_dataset]
         with torch.no_grad():
             return -score(trainer.model, groups).logps_C.mean().item()
 
@@ -138,7 +138,7 @@ def test_pairs_may_be_seen_again(tmp_path):
     settings = dict(negatives_per_step=1, num_train_epochs=3)
     trainer = make_trainer(tmp_path, rows, objective="dpo", **settings)
     trainer.train()
-    assert trainer._log_u.visits.tolist() == [3] * 4
+    assert trainer.engine.log_u.visits.tolist() == [3] * 4
     with pytest.raises(UserError, match="1 a visit need 3 a row"):
         make_trainer(tmp_path, rows, objective="dft", **settings)
 

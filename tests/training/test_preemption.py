@@ -11,8 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import TESTS, Preempt, losses, make_rows, make_trainer
-from stages.test_run import folder, metrics, recipe  # noqa: F401 (a fixture)
+from helpers import TESTS, Preempt, folder, losses, make_rows, make_trainer, metrics
 from transformers import TrainerCallback
 
 from lowdft.cli import main

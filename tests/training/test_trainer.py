@@ -17,7 +17,6 @@ from lowdft.data.batch import Batch
 from lowdft.errors import UserError
 from lowdft.logprobs import CompletionLogps, Group, score
 from lowdft.training.metrics import Faded
-from lowdft.training.step import Step
 
 CASES = json.loads((GOLDEN / "dft.json").read_text())
 
@@ -39,7 +38,7 @@ def golden_rows(case) -> list[dict]:
     return [{"prompt_ids": [i]} | first.get(i, some) for i in range(case["n_prompts"])]
 
 
-@pytest.mark.parametrize("way", ["compute_loss", "training_step", "in two passes", "in pieces"])
+@pytest.mark.parametrize("way", ["at once", "in pieces"])
 @pytest.mark.parametrize("case", [c for k in ("hand_cases", "random_cases") for c in CASES[k]], ids=lambda c: c["name"])
 def test_golden_gradients(case, way, tmp_path, monkeypatch):
     """The trainer's own step on the golden log-probabilities: value, log_u, and gradients within 1e-6."""
@@ -50,13 +49,9 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
         rows,
         negatives_per_step=len(rows[0]["negative_ids"]),
         num_train_epochs=1,
-        skip_negligible=0.0,
+        tokens_per_pass=1 if way == "in pieces" else 8192,
         **settings,
     )
-    if way == "in two passes":
-        trainer._passes._in_two = lambda groups: True
-    if way == "in pieces":
-        trainer._passes.budget = 1
     for step in case["steps"]:
         index = torch.tensor(step["ids"])
         leaf = torch.tensor(
@@ -68,16 +63,9 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
             return CompletionLogps(torch.empty(0), torch.stack(found), torch.empty(0), 0)
 
         monkeypatch.setattr("lowdft.training.token_budget.score", lookup)
-        batch = Batch(
-            index, [trainer.train_dataset.rows[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])]
-        )
-        trainer._step = Step(len(index), int(sum(step["len_pos"])))
-        if way == "compute_loss":
-            trainer.model.train()
-            loss = trainer.compute_loss(trainer.model, {"batch": batch})
-            loss.backward()
-        else:
-            loss = trainer.training_step(trainer.model, {"batch": batch})
+        batch = Batch(index, [trainer.train_dataset[i] | golden_step_row(step, m) for m, i in enumerate(step["ids"])])
+        trainer.engine.begin([batch])
+        loss = trainer.training_step(trainer.model, {"batch": batch})
         wanted = torch.tensor(
             [[*n, p] for n, p in zip(step["grad_logp_neg"], step["grad_logp_pos"], strict=True)], dtype=torch.float64
         )
@@ -87,22 +75,10 @@ def test_golden_gradients(case, way, tmp_path, monkeypatch):
         assert trainer.log_u[index].tolist() == pytest.approx(step["log_u_after"], rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("reference", ["precomputed", "online"])
-def test_negatives_scored_from_the_difference(reference, tmp_path):
-    """Only a negative's tokens after the shared ones are scored, by policy and reference alike: w = 1 at step 0."""
-    rows = [{"prompt_ids": [5], "completion_ids": [7, 8, 9], "negative_ids": [[7, 8, 4, 6], [7, 3]]}]
-    trainer = make_trainer(tmp_path, rows, negatives_scored="from_difference", reference=reference, num_train_epochs=1)
-    trainer.train()
-    entry, model = trainer.state.log_history[0], make_llama()
-    logps = score(model, [Group([5], rows[0]["negative_ids"], [2, 1])]).logps_C
-    assert entry["logps/negative"] == pytest.approx(logps.mean().item(), rel=1e-5)
-    assert entry["reference/gap"] < 1e-5 and entry["weights/mean"] == pytest.approx(1.0, abs=1e-5)
-
-
 def test_first_step_by_hand(tmp_path):
     """At step 0 with a fresh adapter w = 1: the loss is the mean NLL of the completions, the gap 0, log_u stays 0."""
     trainer = make_trainer(tmp_path, max_steps=1, gradient_accumulation_steps=5)
-    rows = trainer.train_dataset.rows
+    rows = trainer.train_dataset
     out = score(make_llama(), [Group(r["prompt_ids"], [r["completion_ids"]]) for r in rows])
     trainer.train()
     entry = trainer.state.log_history[0]
@@ -137,14 +113,14 @@ def test_accumulation_changes_nothing(objective, tmp_path):
 def test_visits_are_counted_per_example(tmp_path):
     trainer = make_trainer(tmp_path, make_rows(5))
     trainer.train()
-    assert trainer._log_u.visits.tolist() == [2] * 5
+    assert trainer.engine.log_u.visits.tolist() == [2] * 5
 
 
 def test_evaluation_leaves_log_u_alone(tmp_path):
     trainer = make_trainer(tmp_path, eval_rows=make_rows(3, seed=9), log_u_init=0.25)
-    before = (trainer.log_u.clone(), trainer._log_u.visits.clone())
+    before = (trainer.log_u.clone(), trainer.engine.log_u.visits.clone())
     metrics = trainer.evaluate()
-    assert torch.equal(trainer.log_u, before[0]) and torch.equal(trainer._log_u.visits, before[1])
+    assert torch.equal(trainer.log_u, before[0]) and torch.equal(trainer.engine.log_u.visits, before[1])
     assert metrics["eval_loss"] > 0
 
 
@@ -162,7 +138,7 @@ def test_gradient_checkpointing_updates_once_and_changes_nothing(objective, tmp_
     plain.train(), checkpointed.train()
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
     torch.testing.assert_close(checkpointed.log_u, plain.log_u, rtol=1e-4, atol=1e-5)
-    assert torch.equal(checkpointed._log_u.visits, plain._log_u.visits)
+    assert torch.equal(checkpointed.engine.log_u.visits, plain.engine.log_u.visits)
 
 
 @pytest.mark.parametrize("peft", [True, False])
@@ -225,10 +201,10 @@ def test_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     """A disk that fills up while log_u is written leaves no checkpoint folder behind, and says so in words."""
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
 
-    def full(path):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer._log_u, "save", full)
+    monkeypatch.setattr("lowdft.training.trainer.save_table", full)
     with pytest.raises(UserError, match="No space left on device"):
         trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == []
@@ -247,7 +223,7 @@ def test_reference_is_that_of_the_initial_weights(peft, tmp_path):
     trainer = make_trainer(tmp_path, peft=peft)
     trainer.train()
     fresh = make_llama()
-    for row in trainer.train_dataset.rows:
+    for row in trainer.train_dataset:
         wanted = score(fresh, [Group(row["prompt_ids"], row["negative_ids"])]).logps_C
         assert row["ref_negative_logps"] == pytest.approx(wanted.tolist(), abs=1e-3)
 
@@ -274,10 +250,24 @@ def test_online_reference_under_a_trained_adapter_is_refused(tmp_path):
 
 
 def test_too_few_negatives_are_refused_with_the_row(tmp_path):
+    """Fewer than one visit takes; every fault of every row is in the one message."""
     rows = make_rows(4)
-    rows[2] = rows[2] | {"example_id": "short-one", "negative_ids": rows[2]["negative_ids"][:3]}
-    with pytest.raises(UserError, match=r"1 of 4 rows have too few negatives \(the fewest: 3; first rows: short-one\)"):
+    rows[2] = rows[2] | {"example_id": "short-one", "negative_ids": rows[2]["negative_ids"][:1]}
+    rows[3] = rows[3] | {"example_id": "empty-one", "negative_ids": [[], [5]]}
+    with pytest.raises(UserError, match=r"1 of 4 rows \(short-one\) have too few negatives \(the fewest: 1\)") as found:
         make_trainer(tmp_path, rows)
+    assert "1 of 4 rows (empty-one) have a prompt, completion or negative without tokens" in str(found.value)
+
+
+def test_rows_reuse_their_negatives_when_they_have_fewer_than_all_visits_take(tmp_path):
+    """Three negatives, two visits of two: the second takes the third and the first again (Algorithm 1's finite set)."""
+    rows = make_rows(4, negatives=3)
+    with pytest.warns(UserWarning, match="4 of 4 rows have fewer than 4 negatives"):
+        trainer = make_trainer(tmp_path, rows)
+    trainer.train()
+    assert trainer.engine.log_u.visits.tolist() == [2] * 4
+    second = Batch(torch.tensor([0]), [trainer.train_dataset[0]]).negatives([1], 2)
+    assert second == [[rows[0]["negative_ids"][2], rows[0]["negative_ids"][0]]]
 
 
 def test_rows_of_text(tmp_path, tokenizer):
@@ -293,7 +283,7 @@ def test_rows_of_text(tmp_path, tokenizer):
     ]
     args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=1, save_strategy="no", disable_tqdm=True)
     trainer = DFTTrainer(make_llama(len(tokenizer)), args, rows, processing_class=tokenizer, peft_config=lora())
-    decoded = [tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) for row in trainer.train_dataset.rows]
+    decoded = [tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) for row in trainer.train_dataset]
     assert decoded == ["2+2?4<|im_end|>", "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"]
     trainer.train()
     assert len(losses(trainer)) == 1

@@ -16,8 +16,9 @@ from lowdft import __version__, models
 from lowdft.config.sections import NegativesSection
 from lowdft.data.prompting import SYSTEM_PROMPTS
 from lowdft.errors import UserError
-from lowdft.files import read_json, replacing, write_json, write_text
+from lowdft.files import read_json, replacing, write_text
 from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.publishable import clean
 from lowdft.reporting import evaluation_table
 
 PAPER = "2502.18679"
@@ -26,7 +27,6 @@ LOCAL = re.compile(
     r"(?<![\w./<)\]}])/[\w.@+-]+/[\w.@+-]|(?<![\w/])~/\w|\b[A-Za-z]:\\[\w .-]+\\\w|\bfile://|\bhf_\w{20,}"
 )
 VOCABULARY = {"tokenizer.json", "vocab.json", "added_tokens.json"}  # tokens may look like paths
-MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path")
 
 
 def main(run: Run, push: str | None = None, extrapolate: float | None = None) -> None:
@@ -74,18 +74,6 @@ def extrapolated(run: Run, folder: Path, by: float) -> Path:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def clean(folder: Path, name: str, revision: str | None) -> None:
-    """Calls the base by its public name in every configuration file, and drops what speaks of this machine alone."""
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths inside
-    for path in folder.glob("*config.json"):
-        old = read_json(path)
-        new = {key: value for key, value in old.items() if key not in MACHINE_KEYS}
-        if path.name == "adapter_config.json":
-            new |= {"base_model_name_or_path": name, "revision": revision}
-        if new != old:
-            write_json(path, new)
 
 
 def leaks(folder: Path) -> Iterator[tuple[str, str]]:

@@ -12,13 +12,14 @@ import pyarrow as pa
 import torch
 
 from lowdft import models
-from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
 from lowdft.data.prompting import plain_text
 from lowdft.distributed import collectives
-from lowdft.pipeline.chunked_job import make_in_parts
+from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
 from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
+
+AT_ONCE = 4096  # requests given to an engine that schedules them itself
 
 
 def main(run: Run) -> None:
@@ -34,17 +35,22 @@ def main(run: Run) -> None:
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
+        at_once = section.batch_size or (1024 if torch.cuda.is_available() else 32)
+        requests = AT_ONCE if section.backend == "vllm" else 2 * at_once
         facts = make_in_parts(
             product,
             examples,
-            part_size=max(1, samples_per_part(section) // run.negatives_wanted(split)),
+            part_size=part_size(len(examples), requests // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
     if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
-        push(run)
+        if run.push_negatives:
+            push(run)
+        else:
+            say(f"not uploaded to {run.recipe.negatives.push}: negatives.push acts with --push-negatives alone")
 
 
 def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:
@@ -83,13 +89,6 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
             }
         )
     return rows
-
-
-def samples_per_part(section: NegativesSection) -> int:
-    """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
-    if section.backend == "vllm":
-        return 8192
-    return max(2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0))
 
 
 def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:

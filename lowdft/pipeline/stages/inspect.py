@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from lowdft.data.encode import DEFAULT_CHAT_TEMPLATE
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
+from lowdft.text import printable
 
 SHOWN_TOKENS = 400
 
@@ -29,7 +30,7 @@ def main(run: Run, row: int = 0) -> None:
 def show_row(console: Console, run: Run, example, row: dict) -> None:
     """One row: what is prompt, what is scored, how it ends, and its negatives."""
     tokenizer, args = run.tokenizer, run.args
-    console.print(f"[bold]{escape(example.source)}[/]  example_id {example.example_id}")
+    console.print(f"[bold]{escape(example.source)}[/]  example_id {escape(example.example_id)}")
     if run.encoder.tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE:
         console.print("this tokenizer has no chat template: the zephyr format stands in")
     console.print("[dim]dim: prompt, not scored[/]  [green]green: scored[/]  [reverse]reverse: special token[/]\n")
@@ -69,6 +70,11 @@ def show_summary(console: Console, run: Run, rows: list[dict]) -> None:
     console.print(f"rows that repeat another: {len(rows) - len(repeats)}; negatives equal to the completion: {equal}")
     cut = run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length)
     console.print(cut or "nothing is cut to length")
+
+
+def escape(text: str) -> str:
+    """Text of the data or the tokenizer, as it is shown."""
+    return escape_markup(printable(text))
 
 
 def _negatives_at_hand(run: Run) -> bool:

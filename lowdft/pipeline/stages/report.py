@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from html import escape
 from io import StringIO
-from pathlib import Path
 
 from lowdft import __version__, models
 from lowdft.errors import UserError
-from lowdft.files import read_json, replacing, write_text
+from lowdft.files import digest_of, read_json, replacing, write_text
 from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.metrics_file import mend, read_lines
 from lowdft.reporting import evaluation_table
+from lowdft.training.checkpoints import newest_whole
 
 INK = "#010203"  # drawn in this colour, then replaced by the page's own, light or dark
 BLUE, ORANGE = "#2f80c8", "#dd6b20"
@@ -29,7 +29,7 @@ def main(run: Run) -> None:
         UserError: nothing was trained yet, or it was trained with other settings than the recipe's.
     """
     finished = run.training.is_done()
-    steps = read_metrics(run.folder / "metrics.jsonl")
+    steps = read_metrics(run, finished)
     evaluation = None
     if (run.folder / "evaluation.json").is_file() and run.evaluation.is_done():
         evaluation = read_json(run.folder / "evaluation.json")
@@ -41,15 +41,20 @@ def main(run: Run) -> None:
     say(f"{run.folder / 'report.html'}: written, with {run.folder / 'logps.png'}")
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The logged steps; a last line cut off by a kill does not count."""
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    if not steps:
+def read_metrics(run: Run, finished: bool) -> list[dict]:
+    """The logged steps. Those that a finished training lost are taken from its last checkpoint, as far as it has them.
+
+    Raises:
+        UserError: nothing was trained yet.
+    """
+    path = run.folder / "metrics.jsonl"
+    if finished:
+        noted = run.training.facts().get("metrics")
+        if noted and not (path.is_file() and digest_of(path) == noted):
+            mend(path, newest_whole(run.args.output_dir), resuming=False)
+            say(f"warning: {path}: is not what training wrote (changed, cut or deleted since); curves may lack steps")
+    steps = read_lines(path)
+    if not steps and not finished:
         raise UserError(f"{path}: holds no step yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
     return steps
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from lowdft import models
+from lowdft.data.encoded import EncodedRows
 from lowdft.distributed import collectives
 from lowdft.logprobs import choose_layout, proposal_logps
 from lowdft.models.reference import reference_fields, reference_group, reference_logps
-from lowdft.pipeline.chunked_job import make_in_parts
+from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import Run, say
 from lowdft.training.token_budget import Passes
 
@@ -34,14 +34,15 @@ def main(run: Run) -> None:
     make_in_parts(
         product,
         rows,
-        part_size=4 * args.per_device_train_batch_size,
+        part_size=part_size(len(rows), 4 * args.per_device_train_batch_size),
         work=lambda part: score_rows(run, model, part, passes),
         what="reference",
+        count=lambda table: {"negatives": run.negatives_content},
     )
     say(f"{product.path}: {len(rows)} rows scored")
 
 
-def score_rows(run: Run, model, rows: Sequence[dict], passes: Passes) -> list[dict]:
+def score_rows(run: Run, model, rows: EncodedRows, passes: Passes) -> list[dict]:
     """Per row its id and, as far as the objective needs them, `ref_negative_logps` and `ref_logps`."""
     groups = {row["example_id"]: reference_group(row, run.objective, run.args) for row in rows}
     scored = []

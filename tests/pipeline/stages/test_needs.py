@@ -83,11 +83,11 @@ def test_scores_of_aligned_models_come_with_the_rows(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["training.objective=poft"], "4 rows have no `aligned_logps`"),
+        (["training.objective=poft"], "have no `aligned_logps`"),
         (["training.objective=kto", "training.per_device_train_batch_size=1"], "2 or more for kto"),
         (["training.objective=kto", "adapter=null"], "kto needs an adapter"),
-        (["training.objective=dft"], "4 rows have fewer than the 2 negatives that 2 epochs of"),
-        (["training.objective=dpo", "training.negatives_per_step=2"], "4 rows have fewer than the 2 negatives that "),
+        (["training.objective=dft", "training.negatives_per_step=2"], "rows.jsonl:4) have too few negatives"),
+        (["training.objective=dpo", "training.negatives_per_step=2"], "too few negatives (the fewest: 1)"),
         (["training.objective=dpo", "training.reference=online", "adapter=null"], "needs an adapter to switch off"),
         (["training.objective=dpo", "training.reference_prompt=sampling"], "wanted training for dpo"),
         (["training.freeze_half=true", "adapter=null", "training.objective=sft"], "halves the modules of an adapter"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import ROWS, folder, metrics
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,28 +19,6 @@ from lowdft.config.recipe import load_recipe
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import generate
 from lowdft.sampling import Sample
-
-ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]
-
-
-@pytest.fixture
-def recipe(tmp_path, tiny_folder):
-    """A recipe file for 9 training rows and 3 held-out ones; a function of overrides gives the command's arguments."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "recipe.yaml").write_text(
-        f"output_dir: {tmp_path}/run\n"
-        f"model: {{name_or_path: {tiny_folder}, hub_id: someone/tiny, load_in_4bit: false, dtype: float32}}\n"
-        f"data: {{train: {tmp_path}/rows.jsonl, eval_rows: 3}}\n"
-        "adapter: {r: 2}\n"
-        "negatives: {max_new_tokens: 6, batch_size: 4}\n"
-        "training: {per_device_train_batch_size: 4, num_train_epochs: 2, save_steps: 1, use_cpu: true}\n"
-        "evaluation: {max_new_tokens: 4}\n"
-    )
-    return str(tmp_path / "recipe.yaml")
-
-
-def folder(recipe: str) -> Path:
-    return Path(recipe).parent / "run"
 
 
 def interrupt(monkeypatch, owner, name: str, call: int) -> list:
@@ -54,11 +33,6 @@ def interrupt(monkeypatch, owner, name: str, call: int) -> list:
 
     monkeypatch.setattr(owner, name, interrupted)
     return calls
-
-
-def metrics(recipe: str, keys=("step", "loss", "log_u/mean")) -> list[dict]:
-    lines = [json.loads(line) for line in (folder(recipe) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in keys} for line in lines]
 
 
 @pytest.mark.parametrize("objective", ["dft", "dft2", "sft"])
@@ -104,7 +78,7 @@ def test_other_settings_are_refused_in_words(recipe, capsys):
     assert main(["generate", recipe]) == 0
     assert main(["generate", recipe, "negatives.temperature=1.5"]) == 1
     error = capsys.readouterr().err
-    assert "negatives.parquet: was made with other settings (temperature was 0.7, is now 1.5)" in error
+    assert "negatives.parquet: was made with other settings (negatives.temperature was 0.7, is now 1.5)" in error
     assert "Traceback" not in error
 
 
@@ -143,7 +117,7 @@ def test_checkpoints_without_a_manifest_are_refused(recipe, capsys):
     shutil.rmtree(folder(recipe) / "adapter")
     (folder(recipe) / "adapter.manifest.json").unlink()
     assert main(["train", recipe, "training.learning_rate=1e-3"]) == 1
-    assert "checkpoint-6: no adapter.manifest.json says what it was trained from" in capsys.readouterr().err
+    assert "checkpoint-6: cannot resume, because adapter.manifest.json is missing" in capsys.readouterr().err
 
 
 def test_negatives_do_not_depend_on_the_order_of_rows(recipe):
@@ -210,8 +184,8 @@ def test_killed_training_goes_on_with_the_same_numbers(recipe, monkeypatch):
         (["model.name_or_path=/no/such/folder"], "model.name_or_path is '/no/such/folder': there is no such folder"),
         (["model.name_or_path=nobody/nothing", "model.hub_id=null"], "with no network, download it elsewhere"),
         (["model.name_or_path=package:no_such_package/x.gguf"], "the Python package no_such_package is not installed"),
-        (["negatives.per_prompt=3"], "negatives.per_prompt is 3; training uses 4 a prompt (2 epochs of 2)"),
-        (["negatives.source=data"], "9 rows have fewer than the 4 negatives"),
+        (["negatives.per_prompt=1"], "negatives.per_prompt is 1; training.negatives_per_step=2 requires"),
+        (["negatives.source=data"], "have too few negatives (the fewest: 0); training.negatives_per_step=2"),
         (["data.eval_rows=12"], "data.eval_rows is 12, but data.train has 12 rows"),
         (
             ["training.per_device_train_batch_size=16", "training.dataloader_drop_last=true"],
@@ -387,7 +361,7 @@ def test_extrapolation_scales_the_adapters_change(recipe, tiny_folder):
 
 
 def test_plan_before_and_after_negatives_are_written(recipe, capsys):
-    """Steps, tokens and memory from the recipe alone; nothing is written into the run folder."""
+    """Steps, tokens and memory from the recipe alone; of the run folder only the prepared rows are written."""
     assert main(["plan", recipe, "--gpu", "1", "--probe"]) == 0
     out = capsys.readouterr().out
     assert "6 steps" in out and "fits 1 GB up to" in out and "tokens/s" in out
@@ -404,7 +378,7 @@ def test_rounds(recipe, tmp_path):
     texts = [pq.read_table(path / "negatives.parquet")["negatives"].to_pylist() for path in (first, second)]
     assert texts[0] != texts[1]  # greedy, so only another model writes other ones
     held = [(path / "heldout_negatives.parquet.manifest.json").read_text() for path in (first, second)]
-    assert '"adapter": null' in held[1]
+    assert '"negatives.adapter": null' in held[1]
     line = json.loads((second / "metrics.jsonl").read_text().splitlines()[0])
     assert line["weights/mean"] == pytest.approx(1.0, abs=1e-3) and line["reference/gap"] < 1e-3
     weights = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (first, second)]

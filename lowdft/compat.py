@@ -1,0 +1,63 @@
+"""Every touch of what transformers keeps private, each with a canary in tests/test_compat.py.
+
+The versions that it was tried with are bounded in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations import deepspeed
+
+
+class LoopHooks:
+    """For a subclass of transformers' Trainer: names for two moments of its loop that have no callback."""
+
+    def after_preparation(self, model: nn.Module, resuming: bool) -> None:
+        """Model and optimizer have their places and their checkpoint; no step was taken yet.
+
+        Args:
+            model: as the loop will pass it to `training_step`.
+        """
+
+    def before_optimizer_step(self, gradient_norm: object) -> None:
+        """The gradient of a step is complete and clipped. (DeepSpeed has taken its step already.)
+
+        Args:
+            gradient_norm: before clipping.
+        """
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.after_preparation(model, resume_from_checkpoint is not None)
+        return model, dataloader
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.before_optimizer_step(norm)
+        return norm
+
+
+def use_one_gpu(args: TrainingArguments) -> int:
+    """Without a launcher transformers would split batches over all visible GPUs (DataParallel): here one is used.
+
+    Returns how many are visible.
+    """
+    visible = args.n_gpu
+    if visible > 1:
+        args._n_gpu = 1
+    return visible
+
+
+@contextlib.contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """While this lasts models are loaded whole, also under ZeRO-3's launcher."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config

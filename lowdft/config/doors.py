@@ -1,0 +1,32 @@
+"""What a recipe may ask for, but only the command line may allow: running a model's own code, and uploads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowdft.config.recipe import Recipe
+from lowdft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Doors:
+    """The flags of a command; all are off unless they were given."""
+
+    trust_remote_code: bool = False
+    trust_checkpoint: bool = False
+    push_negatives: bool = False
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises UserError when the recipe needs a flag that was not given."""
+        if recipe.model.trust_remote_code and not self.trust_remote_code:
+            raise UserError(
+                "model.trust_remote_code is true: it runs Python code that comes with the model. A recipe alone cannot "
+                "allow that; add --trust-remote-code if you trust the model's author."
+            )
+
+    def arguments(self) -> list[str]:
+        """The flags as they are given on a command line."""
+        return ["--" + name.replace("_", "-") for name, given in vars(self).items() if given]
+
+
+CLOSED = Doors()

@@ -1,0 +1,176 @@
+"""What an objective requires of rows, adapter and settings: asked once, in one wording, for recipes and `DFTTrainer`.
+
+Every check runs before a model is loaded, and reports all rows that fail it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowdft.config.training import DFTConfig
+from lowdft.data.encoded import EncodedRows
+from lowdft.errors import UserError
+from lowdft.models.reference import rows_with_reference
+from lowdft.objectives import Objective
+
+
+@dataclass
+class RowFacts:
+    """What the checks have to know of n rows.
+
+    Args:
+        names: how messages call some rows, from their positions: their place in a file, or their `example_id`.
+        negatives_N: int [n], ready negatives of each row; None where they are still to be generated.
+        has_aligned_N, has_reference_N: bool [n], which rows bring `aligned_logps`, or the log-probabilities of the
+            reference that the objective uses.
+        empty: positions of rows whose prompt, completion or any negative has no token.
+    """
+
+    names: Callable[[Iterable[int]], list[str]]
+    negatives_N: np.ndarray | None
+    has_aligned_N: np.ndarray
+    has_reference_N: np.ndarray
+    empty: np.ndarray
+
+    @classmethod
+    def of(cls, rows: EncodedRows, objective: Objective) -> RowFacts:
+        """Those of encoded rows."""
+        return cls(
+            names=rows.example_ids,
+            negatives_N=rows.lengths("negative_ids"),
+            has_aligned_N=rows.has("aligned_logps"),
+            has_reference_N=rows_with_reference(rows, objective),
+            empty=rows.without_tokens(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.has_aligned_N)
+
+
+def check_datasets(
+    train_rows: EncodedRows, eval_rows: EncodedRows | None, objective: Objective, args: DFTConfig, has_adapter: bool
+) -> list[str]:
+    """Everything that `DFTTrainer` requires of its data sets and of the model it is given; returns notes for people.
+
+    Args:
+        has_adapter: the model given has an adapter, or gets a fresh one.
+
+    Raises:
+        UserError: a requirement is not met.
+    """
+    if args.reference_adapter and has_adapter:
+        raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
+    facts = [RowFacts.of(rows, objective) for rows in (train_rows, eval_rows) if rows is not None]
+    notes = [note for i, one in enumerate(facts) for note in check_rows(one, objective, args, training=i == 0)]
+    all_scored = all(one.has_reference_N.all() for one in facts)
+    if args.reference_prompt == "proposal" and not all_scored:
+        raise UserError(
+            "training.reference_prompt: proposal requires rows with ref_negative_logps; run `lowdft score` first"
+        )
+    check_adapter(args, objective, has_adapter or args.reference_adapter is not None, all_scored)
+    return notes
+
+
+def check_rows(rows: RowFacts, objective: Objective, args: DFTConfig, training: bool = True) -> list[str]:
+    """Whether rows can be trained on, or (`training=False`) evaluated, with this objective; returns notes for people.
+
+    Raises:
+        UserError: they cannot; every requirement that is not met, with how many rows fail it and the first of them.
+    """
+    if not len(rows):
+        raise UserError("the data set is empty; at least one row is needed")
+    faults = []
+    if len(rows.empty):
+        faults.append(f"{_some(rows, rows.empty)} have a prompt, completion or negative without tokens. Remove them.")
+    lacking = np.flatnonzero(~rows.has_aligned_N)
+    if objective.uses_aligned and len(lacking):
+        faults.append(
+            f"{_some(rows, lacking)} have no `aligned_logps`, which training.objective {objective.name} requires: the "
+            "mean log-probability per token of the completion under aligned models, scored beforehand. Add that "
+            "column, or choose another objective."
+        )
+    notes = []
+    if objective.uses_negatives and rows.negatives_N is not None:
+        short = np.flatnonzero(rows.negatives_N < args.negatives_per_step)
+        if len(short):
+            faults.append(
+                f"{_some(rows, short)} have too few negatives (the fewest: {rows.negatives_N.min()}); "
+                f"training.negatives_per_step={args.negatives_per_step} requires that many per row. Lower it, or add "
+                "negatives (in a recipe, negatives.source: generate)."
+            )
+        elif training:
+            notes = _reuse(int((rows.negatives_N < negatives_used(args, len(rows))).sum()), args, len(rows))
+    if faults:
+        raise UserError("\n".join(faults))
+    return notes
+
+
+def check_steps(args: DFTConfig, n: int) -> list[str]:
+    """Whether n rows fill an optimizer step; returns notes for people.
+
+    Raises:
+        UserError: they do not, and `dataloader_drop_last` would leave nothing to train on.
+    """
+    per_step = args.prompts_per_step
+    if n >= per_step:
+        return []
+    if args.dataloader_drop_last:
+        raise UserError(f"{n} rows make no step of {per_step} with training.dataloader_drop_last; lower the batch")
+    return [f"{n} rows are fewer than one step of {per_step}; every epoch is one smaller step"]
+
+
+def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str]:
+    """Whether `negatives.per_prompt` generated negatives are enough for n prompts; returns notes for people."""
+    if per_prompt is None:
+        return []
+    if per_prompt < args.negatives_per_step:
+        raise UserError(
+            f"negatives.per_prompt is {per_prompt}; training.negatives_per_step={args.negatives_per_step} requires "
+            "that many per prompt. Raise the first, or lower the second."
+        )
+    return _reuse(n if per_prompt < negatives_used(args, n) else 0, args, n)
+
+
+def check_adapter(args: DFTConfig, objective: Objective, has_adapter: bool, all_scored: bool = False) -> None:
+    """Raises UserError when a training without an adapter asks for what only an adapter can do.
+
+    Args:
+        all_scored: all rows bring the reference's log-probabilities.
+    """
+    if has_adapter:
+        return
+    if args.reference == "online" and objective.uses_any_reference and not all_scored:
+        raise UserError(
+            "training.reference: online needs an adapter to switch off; with full parameters use reference: "
+            "precomputed (the initial weights score once, before the first step)"
+        )
+    if objective.uses_mismatched:
+        raise UserError(
+            f"training.objective {objective.name} needs an adapter: its reference is the base with the adapter off"
+        )
+    if args.freeze_half:
+        raise UserError("training.freeze_half halves the modules of an adapter; this training has none")
+
+
+def negatives_used(args: DFTConfig, n: int) -> int:
+    """Negatives that one prompt uses over the whole training if none is used twice: B for each of its visits."""
+    if args.max_steps > 0:
+        return math.ceil(args.max_steps * args.prompts_per_step / n) * args.negatives_per_step
+    return math.ceil(args.num_train_epochs) * args.negatives_per_step
+
+
+def _reuse(count: int, args: DFTConfig, n: int) -> list[str]:
+    """The paper's Algorithm 1 samples from a finite set, so a row may use its negatives more than once."""
+    if not count:
+        return []
+    used = negatives_used(args, n)
+    return [f"{count} of {n} rows have fewer than {used} negatives, which all their visits use: they reuse them"]
+
+
+def _some(rows: RowFacts, numbers: np.ndarray) -> str:
+    shown = ", ".join(rows.names(numbers[:5])) + (", …" if len(numbers) > 5 else "")
+    return f"{len(numbers)} of {len(rows)} rows ({'first: ' if len(numbers) > 5 else ''}{shown})"

@@ -1,0 +1,221 @@
+"""Rows of text to rows of ids: tokenized by several processes, joined with generated negatives, kept as Arrow files."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from lowdft.data.arrow import BATCH, map_table, write_table
+from lowdft.data.cache import cached
+from lowdft.data.encode import Encoder, Truncation
+from lowdft.data.encoded import IDS, SCHEMA, EncodedRows, drop_unused, record_batch
+from lowdft.data.example import Example
+from lowdft.data.examples import Examples
+from lowdft.errors import UserError
+
+ROWS_PER_PROCESS = 2500  # fewer are tokenized sooner than another process starts
+SHOWN = 20  # rows that cannot be tokenized, reported in full
+
+
+def encode_rows(dataset: Iterable[dict] | EncodedRows, encoder: Encoder | None) -> EncodedRows:
+    """Rows of text, or of ids, as `EncodedRows`; `example_id` is the position where none is given.
+
+    Args:
+        dataset: any iterable of dictionaries, taken up in batches; `EncodedRows` stay as they are.
+        encoder: None for rows that are ids already and need no cutting.
+
+    Raises:
+        UserError: a row of text without an encoder.
+    """
+    if isinstance(dataset, EncodedRows):
+        return dataset
+    encoder = encoder or Encoder(_NoTokenizer())
+    return EncodedRows.from_rows({"example_id": str(i), **_row_of(encoder, row)} for i, row in enumerate(dataset))
+
+
+@dataclasses.dataclass
+class Tokenizing:
+    """How a run's examples become ids.
+
+    Args:
+        encoder: with the run's template and lengths.
+        ready_negatives: take the examples' own negatives.
+        sampling_ids: from an example to the ids of the prompt its negatives are sampled from; None: not needed.
+    """
+
+    encoder: Encoder
+    ready_negatives: bool
+    sampling_ids: Callable[[Encoder, Example], list[int]] | None = None
+
+    def row(self, example: Example) -> dict:
+        """One encoded row; UserError when the chat template does not take it."""
+        text = {
+            "example_id": example.example_id,
+            "prompt": example.prompt,
+            "completion": example.completion,
+            "tools": example.tools,
+            "negatives": example.negatives if self.ready_negatives else [],
+            "aligned_logps": example.aligned_logps,
+        }
+        encoded = self.encoder.row(text)
+        if self.sampling_ids:
+            encoded["sampling_prompt_ids"] = self.sampling_ids(self.encoder, example)
+        return encoded
+
+
+def prepare(
+    path: Path, made_from: dict, examples: Examples, how: Tokenizing, negatives: Path | None = None
+) -> tuple[EncodedRows, Truncation]:
+    """The encoded rows at `path`, memory-mapped; made first unless they are there, made from the same.
+
+    Args:
+        made_from: what they depend on: data, tokenizer, lengths, negatives.
+        negatives: a parquet file with generated `negative_ids` by `example_id`, for every example.
+
+    Returns:
+        the rows, and what was cut to length when they were made.
+
+    Raises:
+        UserError: rows that the chat template does not take, all of them in one message.
+    """
+
+    def make() -> dict:
+        truncation = Truncation()
+        parts = _tokenized(examples, how, truncation)
+        if negatives:
+            parts = _with_negatives(parts, negatives, how.encoder.max_length, truncation)
+        write_table(path, SCHEMA, parts)
+        return dataclasses.asdict(truncation)
+
+    facts = cached(path.with_suffix(".json"), made_from, make)
+    return EncodedRows(drop_unused(map_table(path))), Truncation(**facts)
+
+
+def _tokenized(examples: Examples, how: Tokenizing, truncation: Truncation) -> Iterator[pa.RecordBatch]:
+    """Record batches in order; what is cut to length is counted in `truncation`."""
+    parts = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+    processes = min(os.cpu_count() or 1, len(examples) // ROWS_PER_PROCESS)
+    if processes < 2:
+        found = map(_Worker(how), parts)
+        yield from _collected(found, len(examples), truncation)
+        return
+    with multiprocessing.Pool(processes, _start, (how,)) as pool:
+        yield from _collected(pool.imap(_encode_in_worker, parts), len(examples), truncation)
+
+
+def _collected(found: Iterable, total: int, truncation: Truncation) -> Iterator[pa.RecordBatch]:
+    errors: list[str] = []
+    with tqdm(total=total, desc="tokenizing", unit="row", file=sys.stderr, disable=total < ROWS_PER_PROCESS) as bar:
+        for batch, cut, wrong in found:
+            errors += wrong
+            for name, value in vars(cut).items():
+                old = getattr(truncation, name)
+                setattr(truncation, name, max(old, value) if name == "longest" else old + value)
+            if not errors:
+                yield batch
+            bar.update(BATCH)
+    if errors:
+        more = f"\n… and {len(errors) - SHOWN} more rows" if len(errors) > SHOWN else ""
+        raise UserError("\n".join(errors[:SHOWN]) + more)
+
+
+class _Worker:
+    """Tokenizes parts: (record batch, what was cut, error messages)."""
+
+    def __init__(self, how: Tokenizing):
+        self.how = how
+
+    def __call__(self, examples: Examples) -> tuple[pa.RecordBatch, Truncation, list[str]]:
+        self.how.encoder.truncation = Truncation()
+        rows, errors = [], []
+        for example in examples:
+            try:
+                rows.append(self.how.row(example))
+            except UserError as error:
+                errors.append(f"{example.source}: {error}")
+        return record_batch(rows), self.how.encoder.truncation, errors
+
+
+def _start(how: Tokenizing) -> None:
+    global _worker
+    _worker = _Worker(how)
+
+
+def _encode_in_worker(examples: Examples) -> tuple:
+    return _worker(examples)
+
+
+def _with_negatives(
+    parts: Iterable[pa.RecordBatch], path: Path, max_length: int | None, truncation: Truncation
+) -> Iterator[pa.RecordBatch]:
+    """The batches with the negatives of their rows, by `example_id`, cut to length; the file is read as they come."""
+    read = pq.ParquetFile(path).iter_batches(BATCH, columns=["example_id", "negative_ids"])
+    held = pa.table({"example_id": pa.array([], pa.string()), "negative_ids": pa.array([], pa.list_(IDS))})
+    for part in parts:
+        index = pc.index_in(part["example_id"], value_set=held["example_id"])
+        while index.null_count and (more := next(read, None)) is not None:
+            more = pa.Table.from_batches([more]).cast(held.schema)
+            held = pa.concat_tables([held, more]).combine_chunks()
+            index = pc.index_in(part["example_id"], value_set=held["example_id"])
+        if index.null_count:
+            lacking = part["example_id"].filter(index.is_null())[0]
+            raise UserError(f"{path}: has no negatives for {lacking}; delete it and its manifest to generate them anew")
+        found = held["negative_ids"].take(index).combine_chunks()
+        found = found.chunk(0) if isinstance(found, pa.ChunkedArray) else found
+        left = np.setdiff1d(np.arange(len(held)), index.to_numpy())
+        held = held.take(left)
+        prompts = pc.list_value_length(part["prompt_ids"]).to_numpy()
+        cut = fit_negatives(prompts, found, max_length, truncation)
+        yield part.set_column(SCHEMA.get_field_index("negative_ids"), SCHEMA.field("negative_ids"), cut)
+
+
+def fit_negatives(
+    prompts_N: np.ndarray, negative_ids: pa.ListArray, max_length: int | None, truncation: Truncation
+) -> pa.ListArray:
+    """`Encoder.fit` for the negatives of N rows at once: list<list<int32>>, each cut so that prompt + negative fit.
+
+    Args:
+        prompts_N: tokens of each row's prompt.
+    """
+    counts_N = pc.list_value_length(negative_ids).to_numpy()
+    flat = negative_ids.flatten()
+    lengths_C, prompts_C = pc.list_value_length(flat).to_numpy(), np.repeat(prompts_N, counts_N)
+    truncation.longest = max(truncation.longest, int((lengths_C + prompts_C).max(initial=0)))
+    kept_C = lengths_C
+    if max_length is not None:
+        kept_C = np.where(lengths_C + prompts_C > max_length, np.maximum(1, max_length - prompts_C), lengths_C)
+        truncation.negatives += int((lengths_C + prompts_C > max_length).sum())
+    values = flat.flatten().to_numpy()
+    if (kept_C < lengths_C).any():
+        starts_C = np.cumsum(lengths_C) - lengths_C
+        place = np.arange(len(values)) - np.repeat(starts_C, lengths_C)
+        values = values[place < np.repeat(kept_C, lengths_C)]
+    inner = pa.ListArray.from_arrays(_offsets(kept_C), pa.array(values, pa.int32()))
+    return pa.ListArray.from_arrays(_offsets(counts_N), inner)
+
+
+def _offsets(lengths: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+
+
+def _row_of(encoder: Encoder, row: dict) -> dict:
+    if "prompt_ids" not in row and isinstance(encoder.tokenizer, _NoTokenizer):
+        raise UserError(
+            "rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, completion_ids and "
+            "negative_ids"
+        )
+    return encoder.row(row)
+
+
+class _NoTokenizer:
+    chat_template = "none"

@@ -1,0 +1,106 @@
+"""The rows to train on and the rows held out: read and checked once, then kept beside the run as Arrow files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from lowdft import __version__
+from lowdft.config.sections import DataSection
+from lowdft.data.arrow import map_table, write_table
+from lowdft.data.cache import cached
+from lowdft.data.examples import SCHEMA, Examples, record_batches
+from lowdft.data.load import Loaded, load_examples, overlap
+from lowdft.errors import UserError
+
+SPLITS = ("train", "heldout")
+log = logging.getLogger("lowdft")
+
+
+@dataclass
+class Splits:
+    """Both splits, how the rows of the training data are laid out in their file, and a digest of each split."""
+
+    train: Examples
+    heldout: Examples
+    layout: str
+    digests: dict[str, str]
+
+
+def load_splits(section: DataSection, folder: Path) -> Splits:
+    """Reads and checks the rows, or maps what an earlier call left in `folder` for the same data and settings.
+
+    Logs the notes and warnings of reading, also when it maps.
+
+    Raises:
+        UserError: the data cannot be read, has bad rows, or has no rows left to train on.
+    """
+    settings = dataclasses.asdict(section)
+    digests = [_digest(section, section.train, section.split, section.revision)]
+    if section.eval:
+        digests.append(_digest(section, section.eval, section.eval_split, section.eval_revision or section.revision))
+    made_from = {"lowdft": __version__, "data": settings, "contents": digests}
+    paths = {name: folder / f"{name}.arrow" for name in SPLITS}
+    facts = cached(folder / "rows.json", made_from, lambda: _make(section, paths), again=None in digests)
+    for line in facts["lines"]:
+        log.info(line)
+    tables = {name: Examples(map_table(path)) for name, path in paths.items()}
+    return Splits(**tables, layout=facts["layout"], digests=facts["digests"])
+
+
+def _make(section: DataSection, paths: dict[str, Path]) -> dict:
+    lines: list[str] = []
+    loaded = _load(section, section.train, section.split, section.revision, lines)
+    rows, held = loaded.examples, []
+    if section.eval:
+        revision = section.eval_revision or section.revision
+        held = _load(section, section.eval, section.eval_split, revision, lines).examples[: section.eval_rows]
+    elif section.eval_rows:
+        if section.eval_rows >= len(rows):
+            raise UserError(f"data.eval_rows is {section.eval_rows}, but data.train has {len(rows)} rows; wanted fewer")
+        rows, held = rows[: -section.eval_rows], rows[-section.eval_rows :]
+    rows = rows[: section.train_rows]
+    lines += [f"warning: {warning}" for warning in overlap(rows, held)]
+    found = {}
+    for name, examples in zip(SPLITS, (rows, held), strict=True):
+        write_table(paths[name], SCHEMA, record_batches(examples))
+        found[name] = Examples(map_table(paths[name])).fingerprint()
+    return {"layout": loaded.layout, "lines": lines, "digests": found}
+
+
+def _load(section: DataSection, source: str, split: str, revision: str | None, lines: list[str]) -> Loaded:
+    loaded = load_examples(
+        source,
+        split=split,
+        revision=revision,
+        columns=dict(section.columns),
+        prompt_style=section.prompt_style,
+        system_prompt=section.system_prompt,
+        skip_invalid=section.skip_invalid,
+    )
+    lines += [f"{source}: {note}" for note in [*loaded.notes, *(f"warning: {w}" for w in loaded.warnings)]]
+    return loaded
+
+
+def _digest(section: DataSection, source: str, split: str, revision: str | None) -> str | None:
+    """Names the contents of a source without understanding them; None when it cannot, and reading will say why."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            digest = xxhash.xxh3_128()
+            with open(path, "rb") as file:
+                while part := file.read(1 << 24):
+                    digest.update(part)
+            return digest.hexdigest()
+        if source.startswith("toy:"):
+            return source
+        import datasets
+
+        name, _, config = source.partition(":")
+        return datasets.load_dataset(name, config or None, split=split, revision=revision)._fingerprint
+    except Exception:  # reading the source reports what is wrong with it
+        return None

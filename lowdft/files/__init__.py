@@ -1,0 +1,36 @@
+"""Files that are whole or not there, that survive a power failure, and that one process at a time writes."""
+
+from lowdft.files.atomic import (
+    conceal,
+    concealed,
+    flush,
+    make_folder,
+    read_json,
+    remove,
+    replacing,
+    sync_folder,
+    write_error,
+    write_json,
+    write_text,
+)
+from lowdft.files.digest import contents_of, damage_in, digest_of
+from lowdft.files.lock import check_free, locked
+
+__all__ = [
+    "check_free",
+    "conceal",
+    "concealed",
+    "contents_of",
+    "damage_in",
+    "digest_of",
+    "flush",
+    "locked",
+    "make_folder",
+    "read_json",
+    "remove",
+    "replacing",
+    "sync_folder",
+    "write_error",
+    "write_json",
+    "write_text",
+]

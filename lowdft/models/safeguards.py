@@ -1,0 +1,79 @@
+"""What is set right on a model before it trains: dropout, 4-bit layers, and weights that an optimizer can move."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lowdft.errors import UserError
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def switch_off_dropout(model: nn.Module) -> float:
+    """Switches off the base's own dropout, as TRL's DPO does; an adapter's stays. Returns the largest that was on.
+
+    With it, policy and reference would differ at the first step, and the two passes of a long micro-batch from each
+    other. Many models keep the probability as a number beside their layers rather than in a Dropout module.
+    """
+    of_adapters = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in _own(layer)}
+    largest = 0.0
+    for module in model.modules():
+        if id(module) in of_adapters or isinstance(module, BaseTunerLayer):
+            continue
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
+        for name in list(names):
+            value = getattr(module, name)
+            if (name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
+                largest = max(largest, value)
+                setattr(module, name, 0.0)
+    return largest
+
+
+def _own(layer: BaseTunerLayer) -> list[nn.Module]:
+    """The adapter's modules in a layer, without the base's layer that it wraps."""
+    base = {id(module) for module in layer.get_base_layer().modules()}
+    return [module for module in layer.modules() if id(module) not in base]
+
+
+def guard_four_bit(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit layers for inference, and checks a gradient through one of them.
+
+    On CPUs with AVX512-BF16 one forward pass without gradient in eval mode repacks a layer, and from then on gradients
+    through it are silently wrong.
+
+    Raises:
+        UserError: a layer's gradient is not that of its dequantized weight.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    if layers:
+        _check_gradient(layers[0])
+
+
+def _check_gradient(layer: nn.Module) -> None:
+    import bitsandbytes as bnb
+
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or layer.weight.device.type == "meta" or layer.weight.data.is_floating_point():
+        return  # not quantized yet, or in parts on several ranks
+    advice = "Load the model again, and hand it over before it runs."
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UserError(f"the model's 4-bit layers were repacked for inference; their gradients are wrong. {advice}")
+    dtype = layer.compute_dtype or torch.float32
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda size: torch.randn(4, size, generator=generator).to(layer.weight.device, dtype)  # noqa: E731
+    x = draw(layer.in_features).requires_grad_()
+    pull = draw(layer.out_features)
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad((layer(x) * pull).sum(), x)
+    wanted = pull.float() @ bnb.functional.dequantize_4bit(layer.weight.data, state).float()
+    error = ((found.float() - wanted).norm() / wanted.norm()).item()
+    if not error < 0.02:
+        raise UserError(
+            f"a gradient through a 4-bit layer is wrong: it differs by {error:.0%} from that of the layer's "
+            f"dequantized weight. {advice} If it happens again, use another version of bitsandbytes, or "
+            "load_in_4bit: false."
+        )

@@ -1,0 +1,216 @@
+"""What the numbers of every artifact depend on: one function per artifact, from the resolved recipe and from contents.
+
+An identity is a flat dictionary of plain values. It names weights, adapters and data by content, and holds settings as
+they are after defaults, so that spelling a default out, moving a folder or renaming a file changes nothing. It leaves
+out what moves only memory, speed, logging or the number of processes: such settings may change between interruption and
+resume. The batch enters as prompts per optimizer step, however it is split over devices and micro-batches.
+
+Versions of packages are noted under `version.NAME`. Another version moves numbers by rounding, so `Product` warns of it
+and goes on: refusing would throw away hours of work at every upgrade.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+
+from lowdft import models
+from lowdft.config.sections import AdapterSection
+from lowdft.config.training import DFTConfig
+from lowdft.models.adapters import adapter_digest
+from lowdft.models.reference import REFERENCE_NEEDS
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+# of negatives: where they come from and go to, and how many are drawn at once
+NOT_OF_SAMPLES = ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size", "adapter")
+TRAINING = (
+    "log_u_init",
+    "negatives_per_step",
+    "reference",
+    "freeze_half",
+    "skip_negligible",
+    "prompts_per_step",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "dataloader_drop_last",
+    "seed",
+    "data_seed",
+)
+# settings that change no number of the training: by name, and by how a name begins
+INCIDENTAL = {
+    "output_dir",
+    "objective",  # these six enter in another form
+    "tau",
+    "gamma",
+    "objective_args",
+    "reference_model",
+    "reference_prompt",
+    "max_length",
+    "max_prompt_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "tokens_per_pass",
+    "layout",
+    "logits_chunk_size",
+    "offload_checkpoints",
+    "auto_find_batch_size",
+    "average_tokens_across_devices",
+    "debug",
+    "deepspeed",
+    "disable_tqdm",
+    "full_determinism",
+    "ignore_data_skip",
+    "include_for_metrics",
+    "include_num_input_tokens_seen",
+    "label_names",
+    "local_rank",
+    "parallelism_config",
+    "per_device_eval_batch_size",
+    "prediction_loss_only",
+    "project",
+    "push_to_hub",
+    "remove_unused_columns",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "skip_memory_metrics",
+    "use_cache",
+    "use_cpu",
+}
+INCIDENTAL_PREFIXES = (
+    "activation_checkpointing",
+    "batch_eval",
+    "dataloader_",
+    "ddp_",
+    "do_",
+    "enable_jit",
+    "eval_",
+    "fsdp",
+    "gradient_checkpointing",
+    "hub_",
+    "log_",
+    "logging_",
+    "restore_",
+    "save_",
+    "torch_compile",
+    "torch_empty_cache",
+    "trackio_",
+)
+
+
+def negatives(run, split: str) -> dict:
+    """Of the negatives that the base (or base + `negatives.adapter`) writes for the rows of a split."""
+    section = dataclasses.asdict(run.recipe.negatives)
+    how = {f"negatives.{k}": v for k, v in section.items() if k not in NOT_OF_SAMPLES}
+    trained = section["adapter"] if split == "train" else None  # held-out ones are the base's: runs and rounds compare
+    how["negatives.adapter"] = trained and adapter_digest(trained, "negatives.adapter")
+    how["negatives.per_prompt"] = run.negatives_wanted(split)
+    return _base(run) | _data(run, split) | {"max_prompt_length": run.encoder.max_prompt_length} | how
+
+
+def rows(run, split: str, with_negatives: bool = True) -> dict:
+    """Of a split's encoded rows."""
+    generated = with_negatives and not run.ready_negatives(split) and run.negatives_wanted(split)
+    made = negatives(run, split) if generated else _base(run) | _data(run, split)
+    made |= {"max_length": run.encoder.max_length, "max_prompt_length": run.encoder.max_prompt_length}
+    return made | {"ready_negatives": run.ready_negatives(split)}
+
+
+def encoding(run, split: str, with_negatives: bool) -> dict:
+    """Of the file that keeps a split's encoded rows, which holds the sampling prompts too where they are used."""
+    section = run.recipe.negatives
+    prompts = {"strategy": section.strategy, "system_prompt": section.system_prompt, "template": section.template}
+    sampled = run.args.reference_prompt != "training"
+    return rows(run, split, with_negatives) | {"sampling_prompts": prompts if sampled else None}
+
+
+def reference(run) -> dict:
+    """Of the reference's log-probabilities of the training rows."""
+    return rows(run, "train") | _reference(run)
+
+
+def training(run) -> dict:
+    """Of the trained adapter (or the whole model)."""
+    args = run.args
+    settings = {"objective": args.objective, **args.hyperparameters()}
+    settings |= {name: getattr(args, name) for name in TRAINING}
+    defaults = {field.name: field.default for field in dataclasses.fields(DFTConfig)}
+    for name, value in run.recipe.training.items():  # of the many others those that this recipe sets
+        if not (name in INCIDENTAL or name.startswith(INCIDENTAL_PREFIXES) or value == defaults[name]):
+            settings[name] = value
+    made = rows(run, "train") | (_reference(run) if run.objective.uses_any_reference else {})
+    made |= {"reference_model": _reference_model(run)}  # where training starts, also without a reference in the loss
+    return made | {f"training.{k}": _plain(v) for k, v in settings.items()} | _adapter(run.recipe.adapter)
+
+
+def base_evaluation(run) -> dict:
+    """Of what is measured of the base alone: the same for every training on the same held-out rows."""
+    section = run.recipe.evaluation
+    how = {f"evaluation.{name}": getattr(section, name) for name in ("answer", "pattern", "max_new_tokens")}
+    return rows(run, "heldout") | how
+
+
+def evaluation(run) -> dict:
+    """Of what is measured on the held-out rows: the base, the trained model and the compared ones."""
+    made = base_evaluation(run)
+    for name, path in run.recipe.evaluation.compare.items():
+        made[f"evaluation.compare.{name}"] = adapter_digest(adapter_folder(path), f"evaluation.compare.{name}")
+    trained = {k: v for k, v in training(run).items() if not k.startswith("version.")}
+    return made | {f"trained.{k}": v for k, v in trained.items()}
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter of a run folder, or the adapter itself."""
+    return Path(path) / "adapter" if (Path(path) / "adapter").is_dir() else Path(path)
+
+
+def _base(run) -> dict:
+    names = [n for n in PACKAGES if n != "bitsandbytes" or run.recipe.model.load_in_4bit]
+    versions = {f"version.{name}": importlib.metadata.version(name) for name in names}
+    return models.made_from(run.source, run.recipe.model, run.tokenizer) | versions
+
+
+def _data(run, split: str) -> dict:
+    return {"data": run.splits.digests[split]}
+
+
+def _reference(run) -> dict:
+    found = {
+        "reference_prompt": run.args.reference_prompt,
+        "reference_of": sorted(run.objective.needs & REFERENCE_NEEDS),
+        "reference_model": _reference_model(run),
+    }
+    if run.args.reference_prompt != "training":
+        section = run.recipe.negatives
+        names = ("strategy", "system_prompt", "template", "temperature", "top_p", "top_k")
+        found |= {f"negatives.{name}": getattr(section, name) for name in names}
+    return found
+
+
+def _reference_model(run) -> str:
+    path = run.args.reference_adapter
+    return "base" if path is None else adapter_digest(path)
+
+
+def _adapter(section: AdapterSection | None) -> dict:
+    if section is None:
+        return {"adapter": None}
+    return {f"adapter.{k}": _plain(v) for k, v in dataclasses.asdict(section).items()}
+
+
+def _plain(value: object) -> object:
+    """As a manifest gives it back: enumerations by value, sequences as lists."""
+    return json.loads(json.dumps(getattr(value, "value", value), default=str))

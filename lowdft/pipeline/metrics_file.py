@@ -1,0 +1,72 @@
+"""metrics.jsonl: one line a log of the training, on the disk before the checkpoint that it belongs to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from lowdft.files import sync_folder, write_error, write_text
+from lowdft.training.checkpoints import step_of
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to metrics.jsonl; `mend` cuts it back to the checkpoint on resume.
+
+    Raises:
+        UserError: a line could not be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """One JSON line a log."""
+        if not (state.is_world_process_zero and "loss" in (logs or {})):
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def flush(self) -> None:
+        """Puts the lines on the disk itself: called before a checkpoint gets its name, and at the end."""
+        if self.path.is_file():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(self.path.parent)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The logged steps, in order; a line cut off by a kill or damaged is left out."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def mend(path: Path, checkpoint: str | None, resuming: bool) -> None:
+    """Drops lines that are cut off, and adds those that the checkpoint has and the file lacks.
+
+    Args:
+        checkpoint: a whole one, which keeps its last 200 log lines; None: there is none.
+        resuming: drop the lines of later steps too, which will be made again.
+    """
+    step = step_of(checkpoint) if checkpoint else 0
+    lines = [line for line in read_lines(path) if not resuming or line["step"] <= step]
+    if checkpoint:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        have = {line["step"] for line in lines}
+        logged = [entry for entry in state["log_history"] if "loss" in entry and entry["step"] not in have]
+        lines += [{"step": entry["step"], **entry} for entry in logged]
+    text = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
+    if text and (not path.is_file() or path.read_bytes() != text.encode()) or path.is_file() and resuming:
+        write_text(path, text)

@@ -1,0 +1,290 @@
+"""One optimizer step of any objective: from its micro-batches to a gradient and the new `log_u`.
+
+This is Algorithm 1 of arXiv 2502.18679 with everything that a large model needs around it; the bare algorithm is
+`examples/dft_in_one_file.py`. The engine knows no trainer: any loop may drive it,
+
+    engine.begin(batches, step)
+    for batch in batches:
+        engine.accumulate(batch)
+    optimizer.step(); optimizer.zero_grad()
+
+How a prompt becomes a gradient: the batch says which negatives this visit uses, `Passes` scores negatives and
+completion within a budget of tokens, the objective turns the summed log-probabilities into one loss per prompt and the
+new `log_u`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowdft.data.batch import Batch
+from lowdft.distributed import collectives
+from lowdft.errors import UserError
+from lowdft.logprobs import Group
+from lowdft.objectives import Losses, Objective, Scores
+from lowdft.training.log_u import LogU
+from lowdft.training.metrics import StepMetrics, check_gap
+from lowdft.training.score_inputs import mismatched_gain, prepare
+from lowdft.training.step import Snapshot, StepTotals
+from lowdft.training.token_budget import Backward, Passes
+
+ADVICE = (
+    "Nothing of this step was applied, and earlier checkpoints are intact. Lower training.learning_rate or lengthen "
+    "training.warmup_steps; if it is the first step, look at these rows and at the base's dtype."
+)
+
+
+class StepEngine:
+    """Gradients of an objective, accumulated micro-batch by micro-batch, and the table `log_u` that they need.
+
+    Args:
+        model: a causal language model, with its adapter and wrappers; in train mode for `accumulate`, in eval
+            mode for `evaluate`.
+        objective: what is minimized; called with `hyperparameters`.
+        log_u: the table of the training examples; `Batch.index_M` are places in it.
+        passes: how a micro-batch is split.
+        negatives_per_step: B, the negatives of a prompt that one visit uses.
+        reference_prompt: "training" or "sampling", where the model is its own reference.
+        backward: backpropagates a pass's share of the loss; the default is `loss.backward()`.
+        around: a context for every pass (autocast, hooks on saved tensors).
+        spare: a row that a rank scores, with weight 0, while only other ranks have work left.
+
+    Attributes:
+        metrics, evaluation: `StepMetrics` of training and of evaluation.
+        totals: the `StepTotals` of the current step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        hyperparameters: Mapping[str, object],
+        log_u: LogU,
+        passes: Passes,
+        negatives_per_step: int = 1,
+        reference_prompt: str = "training",
+        backward: Backward | None = None,
+        around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        spare: dict | None = None,
+    ):
+        self.model, self.objective, self.hyperparameters = model, objective, dict(hyperparameters)
+        self.log_u, self.passes, self.spare = log_u, passes, spare
+        self.reference_prompt, self.around = reference_prompt, around
+        self.count = negatives_per_step if objective.uses_negatives else 0
+        self.metrics, self.evaluation = StepMetrics(), StepMetrics()
+        self.totals, self.step = StepTotals(), 0
+        self._backward = backward or (lambda loss, last: loss.backward())
+        self._done: list[Batch] = []
+        self._left, self._most, self._first = 0, 0, True
+        self.starts_as_reference = False  # is the policy, before the first step, the model that scored the reference?
+        self._start: Snapshot | None = None
+
+    @property
+    def policy(self) -> nn.Module:
+        """The model without the wrapper of a library for several processes."""
+        return getattr(self.model, "module", self.model)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def begin(self, batches: Sequence[Batch], step: int = 0) -> int:
+        """Counts the prompts of an optimizer step over all ranks, which it returns, and remembers where it began.
+
+        Args:
+            batches: this rank's micro-batches, in the order in which `accumulate` will take them.
+            step: the number of the step, for error messages.
+        """
+        prompts, tokens = sum(map(len, batches)), sum(batch.completion_tokens for batch in batches)
+        prompts, tokens = collectives.total([prompts, tokens], self.passes.device)
+        self._most = collectives.largest(max(map(len, batches), default=0), self.passes.device)
+        with self.around():
+            self.totals = StepTotals(max(1, prompts), max(1, tokens), self._mismatched_gain(batches))
+        index_M = torch.cat([batch.index_M for batch in batches] or [torch.zeros(0, dtype=torch.int64)])
+        self._start = Snapshot.take(self.log_u, index_M, self.metrics)
+        self._first = not self.log_u.visits.any()
+        self._done, self._left, self.step = [], len(batches), step
+        return prompts
+
+    def accumulate(self, batch: Batch) -> Tensor:
+        """One micro-batch: adds its gradient, updates `log_u`, returns its share of the step's loss (a scalar).
+
+        With several ranks the mean of their shares is the step's loss, afterwards all ranks know all updates of
+        `log_u`, and after the last micro-batch all have the same gradient.
+
+        Raises:
+            UserError: a log-probability or a loss is not finite; names the step and the rows. Or out of memory with one
+                completion in a pass, or with several ranks.
+        """
+        self._left -= 1
+        if collectives.world_size() > 1:
+            return self._among_ranks(batch)
+        todo = [batch]
+        while todo:
+            try:
+                loss = self._backpropagate(todo[0])
+                self._done.append(todo.pop(0))
+                continue
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # its frames hold on to the tensors of the failed pass
+            self.passes.shrink(self._groups(todo[0]), failure)
+            todo = self._begin_again() + todo
+        return loss
+
+    def _begin_again(self) -> list[Batch]:
+        """Everything as at the step's beginning; returns the micro-batches to do again."""
+        self.metrics = self._start.restore(self.log_u)
+        self.model.zero_grad(set_to_none=True)
+        done, self._done = self._done, []
+        return done
+
+    def _among_ranks(self, batch: Batch) -> Tensor:
+        loss = torch.zeros((), device=self.passes.device)
+        try:
+            if len(batch):
+                loss = self._backpropagate(batch)
+            elif self.passes.in_step:
+                self._idle()
+        except torch.OutOfMemoryError as error:
+            raise self.passes.no_room() from error
+        mine = (batch.index_M, self.log_u.values[batch.index_M], self.log_u.visits[batch.index_M])
+        index, *updates = collectives.updates_from_all(*mine, self._most, self.passes.device)
+        self.log_u.values[index], self.log_u.visits[index] = updates
+        if self._left == 0 and not self.passes.in_step:
+            collectives.average_gradients(self.model.parameters())
+        return loss
+
+    def _backpropagate(self, batch: Batch) -> Tensor:
+        groups, totals = self._groups(batch), self.totals
+        with self.around():
+            given = self._given(batch, self.log_u.visits[batch.index_M], totals)
+            if self.objective.uses_log_u:
+                given["log_u_M"] = self.log_u.values[batch.index_M]
+
+            def losses(numbers: Sequence[int], logps_MK: Tensor) -> tuple[Scores, Losses]:
+                chosen = list(numbers)
+                part = {name: value[chosen] for name, value in given.items()}
+                return self._losses([groups[i] for i in chosen], logps_MK, part, totals)
+
+            def surrogate(numbers: Sequence[int], logps_MK: Tensor) -> Tensor:
+                return losses(numbers, logps_MK)[1].surrogate_M.sum() / totals.prompts
+
+            scored = self.passes.backpropagate(self.model, groups, surrogate, self._scaled_backward)
+        scores, final = losses(range(len(batch)), scored.logps_MK)
+        self._require_finite("log-probabilities", scored.logps_MK, batch)
+        self._require_finite("losses", final.surrogate_M[:, None], batch)
+        self.log_u.update(batch.index_M, final.log_u_M)
+        self.metrics.add(scores, final, self.objective, batch, scored)
+        if self._first:
+            self.metrics.gap(scores)
+            if self.starts_as_reference:
+                check_gap(scores, batch, self.policy.get_output_embeddings().weight.dtype)
+        return final.value_M.sum() / totals.prompts * collectives.world_size()
+
+    def _scaled_backward(self, loss: Tensor, last: bool) -> None:
+        self._backward(loss * collectives.world_size(), last)  # the mean over ranks is taken
+
+    def _idle(self) -> None:
+        """What a rank without an example in this micro-batch runs beside the others: passes of weight 0."""
+        spare = Batch(torch.zeros(1, dtype=torch.int64), [self.spare])
+        with self.around():
+            self._given(spare, self.log_u.visits[spare.index_M], self.totals)
+            nothing = lambda numbers, logps_MK: 0 * logps_MK.sum()  # noqa: E731
+            self.passes.backpropagate(self.model, self._groups(spare), nothing, self._scaled_backward)
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The mean loss of some rows (a scalar), without moving averages (as with gamma = 1), on their first negatives.
+
+        Raises:
+            UserError: a log-probability or a loss is not finite; names the rows.
+        """
+        first_M = torch.zeros(len(batch), dtype=torch.int64)
+        groups = self._groups(batch, first_M)
+        with self.around():
+            totals = StepTotals(len(batch), batch.completion_tokens, self._mismatched_gain([batch]))
+            given = self._given(batch, first_M, totals)
+            logps_MK = self.passes.score(self.model, groups, weighted=True)
+        scores, losses = self._losses(groups, logps_MK, given, totals)
+        self._require_finite("log-probabilities", logps_MK, batch)
+        self._require_finite("losses", losses.value_M[:, None], batch)
+        self.evaluation.add(scores, losses, self.objective, batch)
+        return losses.value_M.mean()
+
+    # ---- what both do -----------------------------------------------------------------------------------------------
+
+    def _groups(self, batch: Batch, visits_M: Tensor | None = None) -> list[Group]:
+        """What a visit of each prompt scores; the next one unless given."""
+        visits_M = self.log_u.visits[batch.index_M] if visits_M is None else visits_M
+        return batch.groups(batch.negatives(visits_M, self.count))
+
+    def _losses(
+        self, groups: Sequence[Group], logps_MK: Tensor, given: Mapping[str, Tensor], totals: StepTotals
+    ) -> tuple[Scores, Losses]:
+        """The objective on a scored micro-batch; of K completions the negatives come first."""
+        tokens_MK = torch.tensor([group.scored_tokens for group in groups], device=logps_MK.device)
+        scores = Scores(logps_MK[:, -1], tokens_MK[:, -1], tokens_per_prompt=totals.tokens / totals.prompts)
+        if self.count:
+            scores.policy_negative_logps_MB, scores.negative_tokens_MB = logps_MK[:, :-1], tokens_MK[:, :-1]
+        for name, value in given.items():
+            setattr(scores, name, value.to(logps_MK))
+        return scores, self.objective.compute(scores, **self.hyperparameters)
+
+    def _given(self, batch: Batch, visits_M: Tensor, totals: StepTotals) -> dict[str, Tensor]:
+        """What the objective needs beside the policy's scores: fields of `Scores`, one row per prompt."""
+        how = (self.count, self.objective, self.reference_prompt, self.passes)
+        given = prepare(self.policy, batch, visits_M, *how)
+        for name, value in given.items():
+            self._require_finite(f"reference's {name}" if name.startswith("ref") else name, value, batch)
+        if self.objective.uses_mismatched:
+            given["mismatched_gain_M"] = torch.full((len(batch),), totals.mismatched_gain, dtype=torch.float64)
+        return given
+
+    def _mismatched_gain(self, batches: Sequence[Batch]) -> float:
+        return mismatched_gain(self.policy, batches, self.passes) if self.objective.uses_mismatched else 0.0
+
+    def check_gradient(self, norm: float, scaled: bool = False) -> None:
+        """Raises UserError for a step whose gradient norm is not finite; to be called before the optimizer's step.
+
+        Args:
+            scaled: a loss scaler watches over overflows, and skips such steps.
+        """
+        if not math.isfinite(norm) and not scaled:
+            ids = [str(row.get("example_id", "?")) for batch in self._done for row in batch.rows]
+            raise UserError(
+                f"step {self.step}: the gradient's norm is {norm}, though every loss is finite (example_id "
+                f"{_some(ids)}). {ADVICE}"
+            )
+
+    def _require_finite(self, what: str, values: Tensor, batch: Batch) -> None:
+        finite_M = values.reshape(len(batch), -1).isfinite().all(1)
+        if finite_M.all():
+            return
+        ids = [str(row.get("example_id", i)) for i, row in zip(batch.index_M.tolist(), batch.rows, strict=True)]
+        bad = [name for name, good in zip(ids, finite_M.tolist(), strict=True) if not good]
+        rest = values[values.isfinite()].abs()
+        largest = f"; the largest finite one is {rest.max().item():.4g}" if len(rest) else ""
+        raise UserError(
+            f"step {self.step}: the {what} of {len(bad)} of {len(batch)} rows are not finite (example_id {_some(bad)}"
+            f"{largest}). {ADVICE}"
+        )
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What an exact resume needs: the table, and how micro-batches are split (rounding depends on it)."""
+        return self.log_u.state_dict() | self.passes.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_dict` gave; of the budget only under the same `tokens_per_pass`."""
+        self.log_u.load_state_dict(state)
+        self.passes.load_state_dict(state)
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")

@@ -1,0 +1,97 @@
+"""What `DFTTrainer` does not support, refused with its reason rather than ignored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lowdft.compat import use_one_gpu
+from lowdft.config.training import DFTConfig
+from lowdft.errors import UserError
+
+ARGUMENTS = {
+    "compute_metrics": "evaluation never makes whole logits. Take the logged eval_* metrics, or use a callback",
+    "preprocess_logits_for_metrics": "evaluation never makes whole logits",
+    "compute_loss_func": "the loss is that of training.objective",
+    "model_init": "pass the model itself",
+    "data_collator": "rows become micro-batches of prompts with their negatives",
+}
+
+
+def check_arguments(args: object, given: Mapping[str, object], has_eval: bool) -> None:
+    """Checks everything that needs no model; of several visible GPUs without a launcher it takes one.
+
+    Args:
+        args: of the training.
+        given: further arguments of transformers' Trainer.
+        has_eval: are there rows for evaluation?
+
+    Raises:
+        UserError: something is not supported; says what to do.
+    """
+    if not isinstance(args, DFTConfig):
+        raise UserError(
+            f"args is a {type(args).__name__}; DFTTrainer requires a lowdft.DFTConfig, which takes the same fields and "
+            "adds objective, tau, gamma and others"
+        )
+    for name, reason in ARGUMENTS.items():
+        if given.get(name) is not None:
+            raise UserError(f"DFTTrainer does not support {name}: {reason}.")
+    if args.eval_strategy != "no" and not has_eval:
+        raise UserError(
+            f"training.eval_strategy is {args.eval_strategy.value}, but there are no rows to evaluate on. Pass "
+            "eval_dataset, or set eval_strategy: no; a recipe evaluates its held-out rows after the training."
+        )
+    if (visible := use_one_gpu(args)) > 1:
+        warnings.warn(
+            f"{visible} GPUs are visible, and this training uses the first of them: to use all, start it with "
+            "`accelerate launch` (a recipe: --launch ddp). CUDA_VISIBLE_DEVICES chooses another.",
+            stacklevel=3,
+        )
+
+
+def check_peft(peft_config: object, args: DFTConfig, needs_base: bool) -> None:
+    """Raises UserError for adapters that cannot work: soft prompts, and trained biases where the base must come back.
+
+    Args:
+        peft_config: of the adapter, or None.
+        needs_base: the reference is the base with its adapter switched off, while training.
+    """
+    if peft_config is None:
+        return
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UserError(
+            f"the adapter is {peft_config.peft_type.value}: soft prompts (prompt tuning, prefix tuning, p-tuning) "
+            "change the input, which packed rows do not allow. Use LoRA or another adapter on the layers."
+        )
+    if needs_base and getattr(peft_config, "bias", "none") != "none":
+        raise UserError(
+            f"the adapter has bias={peft_config.bias!r}, which trains biases of the base itself: with the adapter off "
+            'they stay changed, and the reference drifts. Use bias="none", or reference: precomputed.'
+        )
+
+
+def check_model(model: nn.Module, args: DFTConfig) -> None:
+    """Raises UserError for a model whose training would silently differ from what was asked for."""
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        raise UserError(
+            "the model's output_router_logits is on, which asks for a loss that balances experts; lowdft does not add "
+            "it. Set model.config.output_router_logits = False to train without it."
+        )
+    if not args.fp16 and any(p.dtype == torch.float16 for p in model.parameters()):
+        raise UserError(
+            "the model is in float16, whose gradients vanish without loss scaling. Load it in bfloat16 or float32, or "
+            "set fp16: true with a float32 adapter (GPU only)."
+        )
+    if args.fp16 and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+        raise UserError("fp16: true scales the gradients of float32 weights only; the trained weights are in float16")
+
+
+def peft_config_of(model: object, peft_config: object) -> object:
+    """The configuration of a fresh adapter, or of the one that the model has."""
+    return model.active_peft_config if peft_config is None and isinstance(model, PeftModel) else peft_config

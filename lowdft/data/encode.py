@@ -1,103 +1,134 @@
 """Rows of text -> token ids, exactly as the model will see and write them.
 
-The prompt is tokenized as generation will (with the template's assistant header, which belongs to the prompt), the
-completion as the text after it and appended, with one end-of-turn token that is scored. Generated negatives keep their
-own ids.
+`lowdft.data.turns` says how a prompt begins and how an answer ends; here answers get their ids as parts of the whole
+text, and rows are cut to length. Generated negatives keep their own ids.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
+from lowdft.data.turns import Turns, thinks
 from lowdft.errors import UserError
 
-# The zephyr format, as in the authors' code: for tokenizers without a chat template of their own.
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
+REFERENCES = ("ref_negative_logps", "ref_logps")
+KEPT = ("example_id", *REFERENCES, "aligned_logps", "sampling_prompt_ids")  # of a row, beside its text or ids
 
 
 @dataclass
 class Truncation:
-    """How many prompts and answers were cut to length, and the longest seen (tokens)."""
+    """What was cut to length or at an end token, and the longest row seen (tokens)."""
 
     prompts: int = 0
     completions: int = 0
     negatives: int = 0
     longest: int = 0
-    dropped: list[str] = field(default_factory=list)
-
-    def words(self, max_length: int | None, max_prompt_length: int | None) -> str | None:
-        """One line for people, or None when nothing was cut."""
-        if not (self.prompts or self.completions or self.negatives):
-            return None
-        return (
-            f"cut to length: {self.prompts} prompts (max_prompt_length {max_prompt_length}, beginning dropped), "
-            f"{self.completions} completions and {self.negatives} negatives (max_length {max_length}, end dropped, so "
-            f"no end token is scored); the longest row had {self.longest} tokens"
-        )
+    ended: int = 0  # answers cut at an end token inside their text
+    apart: int = 0  # answers whose first token, in the whole text, would span the end of the prompt
+    unscored: int = 0  # rows whose reference log-probabilities were dropped
 
 
 class Encoder:
     """Turns prompts and completions into token ids for one tokenizer.
 
     Args:
-        tokenizer: a transformers tokenizer; one without a chat template gets `DEFAULT_CHAT_TEMPLATE` (zephyr).
-        max_length, max_prompt_length: tokens, None for no limit.
+        tokenizer: a transformers tokenizer; one without a chat template gets `turns.DEFAULT_CHAT_TEMPLATE` (zephyr).
+            None for rows that are token ids already.
+        max_length, max_prompt_length: tokens, None for no limit. A quarter of `max_length` is kept for answers: longer
+            prompts are cut to the rest, also where `max_prompt_length` allows more.
+        context: tokens that the model was made for; `max_length` is never more.
+        model_end_ids: `eos_token_id` of the model's generation settings.
+
+    Raises:
+        UserError: nothing ends an answer, or `max_length` has no room for a prompt and an answer.
     """
 
-    def __init__(self, tokenizer, max_length: int | None = None, max_prompt_length: int | None = None):
-        if not tokenizer.chat_template:
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        context: int | None = None,
+        model_end_ids: Iterable[int] = (),
+    ):
+        self.turns = None if tokenizer is None else Turns(tokenizer, model_end_ids)
+        self.limited_by = "max_length"
+        if context and (max_length is None or max_length > context):
+            max_length, self.limited_by = context, "the model's context"
+        if max_length is not None and max_length < 2:
+            raise UserError(f"training.max_length is {max_length}; wanted 2 or more, for a prompt and its completion")
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.truncation = Truncation()
 
-    def prompt(self, prompt: str | list[dict], tools: list[dict] | None = None) -> list[int]:
-        """Ids of a prompt: raw text with the tokenizer's own special tokens, or messages through the template."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt).input_ids
-            if ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]  # some tokenizers end every text
-        else:
-            ids = self._ids(self._render(prompt, tools, add_generation_prompt=True))
+    @property
+    def prompt_limit(self) -> int | None:
+        """The longest prompt in tokens: `max_prompt_length`, or what `max_length` leaves beside a quarter for answers.
+
+        It depends on no row, so that negatives are sampled from the very prompt that is trained.
+        """
+        rest = None if self.max_length is None else self.max_length - max(1, self.max_length // 4)
+        limits = [limit for limit in (self.max_prompt_length, rest) if limit]
+        return min(limits, default=None)
+
+    @property
+    def tokenizer(self):
+        """The tokenizer, with a chat template; None for rows of ids."""
+        return None if self.turns is None else self.turns.tokenizer
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Every token at which an answer ends, in rows and in sampling."""
+        return self.turns.end_ids
+
+    def prompt(self, prompt: str | list[dict], tools: list[dict] | None = None, thinking: bool = False) -> list[int]:
+        """Ids of a prompt: raw text, or messages through the template; either begins as the tokenizer's texts do.
+
+        Args:
+            thinking: the answer begins in a think block, where the template has one (`turns.thinks`).
+        """
+        text = prompt if isinstance(prompt, str) else self.turns.prompt(prompt, tools, thinking)
+        ids = self.turns.begun(self.turns.ids(text))
         if not ids:
             start = self.tokenizer.bos_token_id
-            ids = [self.tokenizer.eos_token_id if start is None else start]
-        if self.max_prompt_length and len(ids) > self.max_prompt_length:
-            self.truncation.longest = max(self.truncation.longest, len(ids))
-            self.truncation.prompts += 1
-            ids = ids[-self.max_prompt_length :]
-        return ids
+            ids = [self.turns.end_for(prompt) if start is None else start]
+        return self._cut_prompt(ids)
 
-    def completion(self, prompt: str | list[dict], completion: str | list[dict], tools=None) -> list[int]:
-        """Ids of an answer to a prompt, ending in exactly one end token.
+    def completion(
+        self, prompt: str | list[dict], completion: str | list[dict], tools=None, thinking: bool = False
+    ) -> list[int]:
+        """Ids of an answer to a prompt, up to and with the first end token: where sampling would stop.
+
+        Args:
+            thinking: that of the prompt.
 
         Raises:
-            UserError: the template does not render the answer (tool calls in a template without tools, say).
+            UserError: the template does not render the answer (tool calls in a template without tools, say), or the
+                answer brings reasoning and the prompt is not `thinking`.
         """
         if isinstance(completion, str):
-            return [*self._ids(completion), self.tokenizer.eos_token_id]
-        before = self._render(prompt, tools, add_generation_prompt=True)
-        whole = self._render([*prompt, *completion], tools, add_generation_prompt=False)
-        if not whole.startswith(before):
-            before = self._shared_start(prompt, completion, tools, before, whole)
-        ids = self._after(before, whole[len(before) :])
-        ends = {self.tokenizer.eos_token_id, *self.tokenizer.all_special_ids}
-        last = max((i for i, token in enumerate(ids) if token in ends), default=None)
-        content = ids if last is None else ids[:last]
-        if not content:
+            before, text = prompt, completion
+        else:
+            before, text = self.turns.answer(prompt, completion, tools, thinking)
+        ids, whole = self.turns.ids_after(before, text)
+        self.truncation.apart += not whole
+        stop = self.turns.end_of(ids)
+        content = ids if stop is None else ids[:stop]
+        if not content and not isinstance(completion, str):
             raise UserError(
                 "the chat template renders nothing of the answer; does it know tool calls? Choose a model "
                 "whose template does, or remove the row."
             )
-        return [*content, self.tokenizer.eos_token_id if last is None else ids[last]]
+        if stop is None:
+            return [*content, self.turns.end_for(completion)]
+        self.truncation.ended += self._says_more(completion)
+        return [*content, ids[stop]]
+
+    def text(self, ids: list[int]) -> str:
+        """An answer's text: without its end token, other special tokens and outer white space."""
+        stop = self.turns.end_of(ids)
+        return self.tokenizer.decode(ids if stop is None else ids[:stop], skip_special_tokens=True).strip()
 
     def fit(self, prompt_ids: list[int], completion_ids: list[int], kind: str = "completions") -> list[int]:
         """The completion cut at the end so that prompt + completion fit `max_length`; counted under `kind`."""
@@ -106,69 +137,90 @@ class Encoder:
         if self.max_length is None or total <= self.max_length:
             return completion_ids
         setattr(self.truncation, kind, getattr(self.truncation, kind) + 1)
-        return completion_ids[: max(1, self.max_length - len(prompt_ids))]
+        return completion_ids[: self.max_length - len(prompt_ids)]
+
+    def cuts(self) -> str | None:
+        """What was cut and by which limit, one line for people; None when nothing was."""
+        cut, said = self.truncation, []
+        if cut.prompts or cut.completions or cut.negatives:
+            limit = f"{self.limited_by} {self.max_length}"
+            most = f"max_prompt_length {self.max_prompt_length}"
+            if self.prompt_limit != self.max_prompt_length:
+                most = f"{self.prompt_limit} tokens, as {most} leaves less than a quarter of {limit} for answers"
+            said.append(
+                f"cut to length: {cut.prompts} prompts ({most}; beginning dropped), {cut.completions} completions and "
+                f"{cut.negatives} negatives ({limit}; end dropped, so no end token is scored); the longest row had "
+                f"{cut.longest} tokens"
+            )
+        if cut.ended:
+            said.append(f"{cut.ended} answers have an end token inside their text and are cut there, as sampling is")
+        if cut.apart:
+            said.append(
+                f"{cut.apart} answers would share a token with the end of their prompt and are tokenized apart from it "
+                "(usual when a prompt ends with a space: move the space to the answers)"
+            )
+        if cut.unscored:
+            said.append(
+                f"the reference log-probabilities of {cut.unscored} rows were dropped, since what they score was cut"
+            )
+        return "; ".join(said) or None
 
     def row(self, row: dict) -> dict:
         """One dataset row of text (`prompt`, `completion`, optional `negatives`, `tools`) as one of ids.
 
-        A row that already has `prompt_ids`, `completion_ids` (and `negative_ids`) keeps them; both get cut to length.
+        A row that already has `prompt_ids`, `completion_ids` (and `negative_ids`) keeps them; both are cut to length.
+        Reference log-probabilities that the row brings are dropped when what they score was cut.
         """
         if "prompt_ids" in row:
-            prompt_ids, completion_ids = list(row["prompt_ids"]), list(row["completion_ids"])
+            given, completion_ids = list(row["prompt_ids"]), list(row["completion_ids"])
+            prompt_ids = self._cut_prompt(given)
             negative_ids = [list(ids) for ids in row.get("negative_ids") or []]
         else:
-            tools = row.get("tools")
-            prompt_ids = self.prompt(row["prompt"], tools)
-            completion_ids = self.completion(row["prompt"], row["completion"], tools)
-            negatives = [self._like(row["completion"], n) for n in row.get("negatives") or []]
-            negative_ids = [self.completion(row["prompt"], negative, tools) for negative in negatives]
+            messages, good, tools = row["prompt"], row["completion"], row.get("tools")
+            thinking = thinks(good)
+            given = prompt_ids = self.prompt(messages, tools, thinking)
+            completion_ids = self.completion(messages, good, tools, thinking)
+            negatives = [self._like(good, negative) for negative in row.get("negatives") or []]
+            negative_ids = [self.completion(messages, negative, tools, thinking) for negative in negatives]
         encoded = {
             "prompt_ids": prompt_ids,
             "completion_ids": self.fit(prompt_ids, completion_ids),
             "negative_ids": [self.fit(prompt_ids, ids, "negatives") for ids in negative_ids],
         }
-        kept = ("example_id", "ref_negative_logps", "ref_logps", "aligned_logps", "sampling_prompt_ids")
-        return encoded | {key: row[key] for key in kept if row.get(key) is not None}
+        kept = {key: row[key] for key in KEPT if row.get(key) is not None}
+        stale = set()
+        if "sampling_prompt_ids" in kept:
+            kept["sampling_prompt_ids"] = self._cut_prompt(list(row["sampling_prompt_ids"]))
+            stale |= (
+                {"ref_negative_logps"} if kept["sampling_prompt_ids"] != list(row["sampling_prompt_ids"]) else set()
+            )
+        stale |= set(REFERENCES) if prompt_ids != given else set()
+        stale |= {"ref_negative_logps"} if encoded["negative_ids"] != negative_ids else set()
+        stale |= {"ref_logps"} if encoded["completion_ids"] != completion_ids else set()
+        self.truncation.unscored += bool(stale & set(kept))
+        return encoded | {key: value for key, value in kept.items() if key not in stale}
 
     def rows(self, rows: Iterable[dict]) -> list[dict]:
         """`row` for each, with `example_id` set to the position where none is given."""
         return [{"example_id": str(i), **self.row(row)} for i, row in enumerate(rows)]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _cut_prompt(self, ids: list[int]) -> list[int]:
+        """The last tokens of a prompt that is too long, after the ids with which every text begins."""
+        limit = self.prompt_limit
+        if limit is None or len(ids) <= limit:
+            return ids
+        self.truncation.longest = max(self.truncation.longest, len(ids))
+        self.truncation.prompts += 1
+        begin = [] if self.turns is None else self.turns.begin
+        begin = begin if ids[: len(begin)] == begin and len(begin) < limit else []
+        return [*begin, *ids[len(ids) - limit + len(begin) :]]
 
-    @cached_property
-    def _spaced(self) -> bool:
-        """Does this tokenizer (Mistral's, Llama 2's) put a space before any text that it is given alone?"""
-        return self._ids("\na") != self._ids("\n") + self._ids("a")
-
-    def _after(self, before: str, text: str) -> list[int]:
-        """Ids of `text` as it stands after `before`, where the tokenizer can tell them apart."""
-        if self._spaced:
-            whole, start = self._ids(before + text), self._ids(before)
-            if whole[: len(start)] == start:
-                return whole[len(start) :]
-        return self._ids(text)
-
-    def _render(self, messages, tools, add_generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # Jinja and the templates' own raise_exception have no common base
-            roles = ", ".join(str(m.get("role")) for m in messages)
-            raise UserError(
-                f"the chat template refuses this row (roles: {roles}): {error}. Change the row, or set "
-                "data.prompt_style: direct."
-            ) from error
-
-    def _shared_start(self, prompt, completion, tools, before: str, whole: str) -> str:
-        """The prompt's part of `whole` for templates that write it otherwise once an answer follows."""
-        other = self._render([*prompt, {**completion[-1], "content": "\u2063"}], tools, add_generation_prompt=False)
-        shared = next((i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), 0)
-        if not shared:
-            raise UserError("the chat template writes a prompt and its answer in a form that cannot be told apart")
-        return whole[:shared]
+    def _says_more(self, completion: str | list[dict]) -> bool:
+        """Whether an answer's own text has an end token before its last character."""
+        if isinstance(completion, list):
+            completion = " ".join(m["content"] for m in completion if isinstance(m.get("content"), str))
+        ends = self.tokenizer.convert_ids_to_tokens(self.end_ids)
+        return any(end in completion.strip().removesuffix(end) for end in ends)
 
     @staticmethod
     def _like(completion, negative):

@@ -11,11 +11,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lowdft.compat import without_deepspeed
 from lowdft.config.sections import ModelSection
+from lowdft.data.turns import Turns
 from lowdft.distributed.sharding import is_fsdp
 from lowdft.errors import UserError
 from lowdft.models.gguf import package_file, unpack_gguf
@@ -190,8 +198,26 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def generation_end_ids(model) -> list[int]:
+    """`eos_token_id` of the generation settings, for a loaded model or, without its weights, for a `Source`.
+
+    As in transformers the model's configuration stands in where there are no generation settings.
+    """
+    if isinstance(model, Source):
+        try:
+            found = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+        except OSError:
+            config = PretrainedConfig.get_config_dict(model.path, revision=model.revision)[0]
+            found = config.get("eos_token_id") or config.get("text_config", {}).get("eos_token_id")
+    else:
+        found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+
+
 def end_ids(tokenizer, model) -> list[int]:
-    """Every token that ends an answer: the tokenizer's end token and those of the model's generation settings."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *configured} - {None})
+    """Every token that ends an answer: those of the tokenizer, of the generation settings and of the chat template.
+
+    Args:
+        model: a loaded model, or a `Source`.
+    """
+    return Turns(tokenizer, generation_end_ids(model)).end_ids

@@ -26,6 +26,7 @@ from lowdft.data.examples import Examples
 from lowdft.data.prepare import Tokenizing, prepare
 from lowdft.data.prompting import fold_system, sampling_prompt
 from lowdft.data.splits import SPLITS, Splits, load_splits
+from lowdft.data.turns import thinks
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
@@ -136,12 +137,10 @@ class Run:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Rows to ids with this run's template and lengths, never longer than the model's context."""
-        length, context = self.args.max_length, models.context_length(self.source, self.recipe.model)
-        if context and (length is None or length > context):
-            say(f"training.max_length is {length}; this model's context of {context} tokens is taken")
-            length = context
-        return Encoder(self.tokenizer, length, self.args.max_prompt_length)
+        """Rows to ids with this run's template, end tokens and lengths, never longer than the model's context."""
+        args, context = self.args, models.context_length(self.source, self.recipe.model)
+        ends = models.generation_end_ids(self.source)
+        return Encoder(self.tokenizer, args.max_length, args.max_prompt_length, context, ends)
 
     def sampling_ids(self, example: Example) -> list[int]:
         """Ids of the prompt that this example's negatives are sampled from."""
@@ -222,11 +221,12 @@ class Run:
 def sampling_ids(section: NegativesSection, encoder: Encoder, example: Example) -> list[int]:
     """Ids of the prompt that an example's negatives are sampled from; folds a system message that is refused."""
     prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template)
+    thinking = thinks(example.completion)
     try:
-        return encoder.prompt(prompt, example.tools)
+        return encoder.prompt(prompt, example.tools, thinking)
     except UserError:
         if isinstance(prompt, list) and prompt[0]["role"] == "system":
-            return encoder.prompt(fold_system(prompt), example.tools)
+            return encoder.prompt(fold_system(prompt), example.tools, thinking)
         raise
 
 

@@ -118,14 +118,16 @@ def negatives(run, split: str) -> dict:
     trained = section["adapter"] if split == "train" else None  # held-out ones are the base's: runs and rounds compare
     how["negatives.adapter"] = trained and adapter_digest(trained, "negatives.adapter")
     how["negatives.per_prompt"] = run.negatives_wanted(split)
-    return _base(run) | _data(run, split) | {"max_prompt_length": run.encoder.max_prompt_length} | how
+    lengths = {"max_prompt_length": run.encoder.prompt_limit, "end_ids": run.encoder.end_ids}
+    return _base(run) | _data(run, split) | lengths | how
 
 
 def rows(run, split: str, with_negatives: bool = True) -> dict:
     """Of a split's encoded rows."""
     generated = with_negatives and not run.ready_negatives(split) and run.negatives_wanted(split)
     made = negatives(run, split) if generated else _base(run) | _data(run, split)
-    made |= {"max_length": run.encoder.max_length, "max_prompt_length": run.encoder.max_prompt_length}
+    made |= {"max_length": run.encoder.max_length, "max_prompt_length": run.encoder.prompt_limit}
+    made["end_ids"] = run.encoder.end_ids
     return made | {"ready_negatives": run.ready_negatives(split)}
 
 

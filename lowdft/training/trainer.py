@@ -20,7 +20,6 @@ from lowdft.compat import LoopHooks
 from lowdft.config.requirements import check_datasets
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
-from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.prepare import encode_rows
 from lowdft.distributed import collectives, sharding
@@ -34,6 +33,7 @@ from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_
 from lowdft.training.engine import StepEngine
 from lowdft.training.log_u import LogU, load_table, save_table, table_identity
 from lowdft.training.metrics import Faded, StepMetrics
+from lowdft.training.rows import encoder_for
 from lowdft.training.support import check_arguments, check_model, check_peft, peft_config_of
 from lowdft.training.token_budget import Passes
 
@@ -72,13 +72,13 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
-        encoder = Encoder(processing_class, args.max_length, args.max_prompt_length) if processing_class else None
+        encoder = encoder_for(model, processing_class, args)
         train_rows = encode_rows(train_dataset, encoder)
         eval_rows = None if eval_dataset is None else encode_rows(eval_dataset, encoder)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         for note in check_datasets(train_rows, eval_rows, self.objective, args, has_adapter):
             warnings.warn(note, stacklevel=2)
-        if encoder and (cut := encoder.truncation.words(args.max_length, args.max_prompt_length)):
+        if cut := encoder.cuts():
             warnings.warn(cut, stacklevel=2)
         needs_base = args.reference == "online" or self.objective.uses_mismatched
         check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)

@@ -67,7 +67,7 @@ def test_truncation_is_counted_and_leaves_no_end_token(tokenizer):
     assert decoded(tokenizer, *row["negative_ids"]) == ["xy<|im_end|>", "uvwx"]
     cut = encoder.truncation
     assert (cut.prompts, cut.completions, cut.negatives, cut.longest) == (1, 1, 1, 15)
-    assert "1 prompts (max_prompt_length 6" in cut.words(10, 6)
+    assert "1 prompts (max_prompt_length 6" in encoder.cuts()
 
 
 def test_ids_are_taken_as_they_are(tokenizer):

@@ -69,7 +69,7 @@ def measure_all(run: Run) -> dict:
                 "example_id": example.example_id,
                 "prompt": plain_text(example.prompt),
                 "completion": plain_text(example.completion),
-                "negative": run.tokenizer.decode(negative, skip_special_tokens=True),
+                "negative": run.encoder.text(negative),
                 **{name: one["texts"][i] for name, one in found.items() if one["texts"]},
             }
         )
@@ -132,13 +132,13 @@ def greedy_answers(run: Run, model, rows: list[dict], name: str) -> list[str]:
     """The greedy answer to every prompt, as text."""
     section = run.recipe.evaluation
     settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
-    sampler = get_sampler("padded", model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
     texts = []
     with tqdm(total=len(rows), desc=f"answers, {name}", unit="row") as bar:
         for start in range(0, len(rows), 4 * section.batch_size):
             part = rows[start : start + 4 * section.batch_size]
             samples = sampler.sample([Request(row["prompt_ids"], 0) for row in part])
-            texts += [run.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+            texts += [run.encoder.text(sample.token_ids) for sample in samples]
             bar.update(len(part))
     return texts
 

@@ -63,14 +63,15 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     prompts = {e.example_id: run.sampling_ids(e) for e in examples}
     seeds = {(e.example_id, k): seed_of(section.seed, e.example_id, k, 0) for e in examples for k in range(per_prompt)}
     answers = {e.example_id: plain_text(e.completion).strip() for e in examples}
+    ends = {e.example_id: run.encoder.turns.end_for(e.completion) for e in examples}
     samples = {}
     pending = list(seeds)
     for attempt in range(section.resample + 1):
         seeds |= {key: seed_of(section.seed, *key, attempt) for key in pending}
         drawn = sampler.sample([Request(prompts[key[0]], seeds[key]) for key in pending])
         for key, sample in zip(pending, drawn, strict=True):
-            sample = end_at(section.stop, sample, run.tokenizer)
-            samples[key] = (sample, run.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip())
+            sample = end_at(section.stop, sample, run.tokenizer, ends[key[0]])
+            samples[key] = (sample, run.encoder.text(sample.token_ids))
         pending = [key for key in pending if samples[key][1] in ("", answers[key[0]])]
         if not pending:
             break
@@ -91,8 +92,8 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     return rows
 
 
-def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
-    """The sample as an answer that ends before the first token with which it contains one of the texts."""
+def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
+    """The sample as an answer that ends, with token `end`, before the first token that completes one of the texts."""
 
     def contains(n: int) -> bool:
         text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)
@@ -101,7 +102,7 @@ def end_at(stop: Sequence[str], sample: Sample, tokenizer) -> Sample:
     if not (stop and contains(len(sample.token_ids))):
         return sample
     first = next(n for n in range(len(sample.token_ids)) if contains(n + 1))
-    return Sample([*sample.token_ids[:first], tokenizer.eos_token_id], "stop")
+    return Sample([*sample.token_ids[:first], end], "stop")
 
 
 def seed_of(seed: int, example_id: str, k: int, attempt: int) -> int:
@@ -151,4 +152,4 @@ def _sampler(run: Run, adapter: str | None) -> Sampler:
     model = run.source if section.backend == "vllm" else run.base()
     if adapter:
         model = models.load_adapter(model, adapter)
-    return get_sampler(section.backend, model, models.end_ids(run.tokenizer, model), settings, section.batch_size)
+    return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from lowdft.data.encode import DEFAULT_CHAT_TEMPLATE
+from lowdft.data.encode import Encoder
+from lowdft.data.turns import DEFAULT_CHAT_TEMPLATE
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
 from lowdft.text import printable
@@ -37,11 +38,11 @@ def show_row(console: Console, run: Run, example, row: dict) -> None:
     prompt, completion = row["prompt_ids"], row["completion_ids"]
     console.print(f"prompt, {len(prompt)} tokens, {_begins(tokenizer, prompt)}")
     console.print(_colored(tokenizer, prompt, "dim"))
-    console.print(f"\ncompletion, {len(completion)} scored tokens, {_ends(tokenizer, completion)}")
+    console.print(f"\ncompletion, {len(completion)} scored tokens, {_ends(run.encoder, completion)}")
     console.print(_colored(tokenizer, completion, "green"))
     for k, ids in enumerate(row["negative_ids"]):
         visit = k // args.negatives_per_step
-        console.print(f"\nnegative {k} (visit {visit}), {len(ids)} scored tokens, {_ends(tokenizer, ids)}")
+        console.print(f"\nnegative {k} (visit {visit}), {len(ids)} scored tokens, {_ends(run.encoder, ids)}")
         console.print(_colored(tokenizer, ids, "red"))
     if not run.ready_negatives():
         asked = run.sampling_ids(example)
@@ -68,7 +69,7 @@ def show_summary(console: Console, run: Run, rows: list[dict]) -> None:
     repeats = Counter((tuple(r["prompt_ids"]), tuple(r["completion_ids"])) for r in rows)
     equal = sum(ids == r["completion_ids"] for r in rows for ids in r["negative_ids"])
     console.print(f"rows that repeat another: {len(rows) - len(repeats)}; negatives equal to the completion: {equal}")
-    cut = run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length)
+    cut = run.encoder.cuts()
     console.print(cut or "nothing is cut to length")
 
 
@@ -96,7 +97,7 @@ def _begins(tokenizer, ids: list[int]) -> str:
     return "begins with BOS" if bos is not None and ids and ids[0] == bos else "no BOS"
 
 
-def _ends(tokenizer, ids: list[int]) -> str:
-    if ids and ids[-1] in set(tokenizer.all_special_ids) | {tokenizer.eos_token_id}:
-        return f"ends with {escape(tokenizer.decode([ids[-1]]))}"
+def _ends(encoder: Encoder, ids: list[int]) -> str:
+    if ids and ids[-1] in encoder.end_ids:
+        return f"ends with {escape(encoder.tokenizer.decode([ids[-1]]))}"
     return "no end token (cut to length)"

@@ -37,7 +37,7 @@ def main(run: Run) -> None:
     rows = run.encoded("train")
     if run.reference_from_file:
         rows = run.with_reference(rows)
-    if cut := run.encoder.truncation.words(run.args.max_length, run.args.max_prompt_length):
+    if cut := run.encoder.cuts():
         say(f"warning: {cut}")
     model = run.base()
     if run.recipe.adapter and not run.args.reference_adapter:

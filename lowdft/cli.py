@@ -18,20 +18,30 @@ from lowdft.text import printable
 from lowdft.training.preemption import Stopped, on_sigterm, stop
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
+WHOLE_WAY = ("generate", "score", "train", "evaluate", "benchmark", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
 LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
 ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
-READING = ("inspect", "plan")  # verbs that write no run folder
+READING = ("inspect", "plan", "chat", "serve")  # verbs that write no run folder
+ALONE = {  # stages with arguments of their own
+    "benchmark": lambda given: {"names": given.tasks and given.tasks.split(","), "limit": given.limit},
+    "chat": lambda given: {},
+    "serve": lambda given: {},
+    "merge": lambda given: {"into": given.into, "gguf": given.gguf},
+}
 VERBS = {
     "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
     "generate": "let the base write negatives for every prompt",
     "score": "score the negatives under the frozen base, once",
     "train": "train the adapter, or go on from the last checkpoint",
     "evaluate": "measure base and adapter on the held-out rows",
+    "benchmark": "measure base and adapter on public benchmarks (lm-evaluation-harness), in one load",
     "report": "curves, tables and samples on one page",
     "export": "make the adapter publishable, with its card; --push uploads it",
     "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
+    "chat": "talk to base and adapter in the terminal, from one loaded model",
+    "serve": "print the commands that serve the base and the adapter",
+    "merge": "write the base with the adapter merged into it; --gguf converts it for llama.cpp and Ollama",
     "compare": "run a study: one recipe over a grid of settings, side by side in one table",
     "inspect": "show rows as the model sees them, and a summary of the data",
 }
@@ -154,6 +164,8 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
         importlib.import_module("lowdft.pipeline.stages.plan").main(
             Run(recipe), gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
         )
+    elif arguments.verb in READING:
+        _alone(arguments, Run(recipe))
     else:
         with locked(recipe.output_dir):
             _write(arguments, recipe, doors)
@@ -176,13 +188,25 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
             raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
-            _walk(run_of(one), WHOLE_WAY)
+            _walk(run_of(one), _stages(one))
     elif arguments.verb == "export":
         run = run_of(recipe)
         run.check()
         importlib.import_module("lowdft.pipeline.stages.export").main(run, extrapolate=arguments.extrapolate)
+    elif arguments.verb in ALONE:
+        _alone(arguments, run_of(recipe))
     else:
-        _walk(run_of(recipe), WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
+        _walk(run_of(recipe), _stages(recipe) if arguments.verb == "run" else (arguments.verb,))
+
+
+def _alone(arguments: argparse.Namespace, run) -> None:
+    stage = importlib.import_module(f"lowdft.pipeline.stages.{arguments.verb}")
+    stage.main(run, **ALONE[arguments.verb](arguments))
+
+
+def _stages(recipe) -> tuple[str, ...]:
+    """The stages of `lowdft run`: benchmarks only if the recipe names some."""
+    return tuple(stage for stage in WHOLE_WAY if stage != "benchmark" or recipe.evaluation.benchmarks)
 
 
 def _walk(run, stages: tuple[str, ...]) -> None:
@@ -230,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, what in VERBS.items():
         verb = verbs.add_parser(name, help=what, description=what)
-        verb.add_argument("recipe", help="a YAML recipe (compare: a study), see recipes/")
+        verb.add_argument("recipe", help="a YAML recipe (compare: a study), or a run folder")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
         verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
         verb.add_argument("--trust-remote-code", action="store_true", help="allow model.trust_remote_code")
@@ -249,6 +273,13 @@ def _parser() -> argparse.ArgumentParser:
                 "--gpus", type=int, default=1, metavar="N", help="plan for N GPUs: ZeRO-3, or whole copies"
             )
             verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
+        if name == "benchmark":
+            verb.add_argument("--tasks", metavar="NAMES", help="suites (paper, math) and lm-eval's tasks, with commas")
+            verb.add_argument("--limit", type=int, metavar="N", help="the first N rows of every task")
+        if name == "merge":
+            into = "which weights to merge into: the base's own in bfloat16, or what its 4-bit form stands for"
+            verb.add_argument("--into", choices=("bf16", "dequantized"), default="bf16", help=into)
+            verb.add_argument("--gguf", metavar="TYPE", help="also write a GGUF file: f16, bf16, q8_0, …")
         if name == "export":
             verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")
         if name in ("run", "export"):

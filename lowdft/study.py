@@ -39,6 +39,7 @@ from lowdft.errors import UserError
 from lowdft.files import locked, read_json, replacing, write_error, write_json, write_text
 from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run, say
+from lowdft.reporting.benchmark_table import of_study
 from lowdft.reporting.evaluation_table import SHARES
 from lowdft.reporting.study_figures import draw, label
 from lowdft.training.metrics import reset_peak_memory
@@ -87,7 +88,11 @@ def _run_all(study: dict, overrides: list[str], doors: Doors) -> None:
     if results:
         table = tabulate(results, study["spread"], study["paper"])
         write_json(folder / "study.json", {"results": results, "table": table})
-        write_text(folder / "study.md", markdown(table, study["spread"]))
+        measured = [
+            (label(one["settings"], study["spread"]), one["benchmarks"]) for one in results if one["benchmarks"]
+        ]
+        text = markdown(table, study["spread"]) + (f"\n{of_study(measured)}" if measured else "")
+        write_text(folder / "study.md", text)
         drawn = draw(folder, results, table, study["spread"])
         say((folder / "study.md").read_text(encoding="utf-8"))
         say(f"{folder}: {', '.join(['study.md', 'study.json', *drawn])}")
@@ -160,6 +165,17 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors 
             if stage == "train":
                 reset_peak_memory()
             importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+        if one.evaluation.benchmarks:
+            borrow_benchmarks(run.folder, study_folder)
+            importlib.import_module("lowdft.pipeline.stages.benchmark").main(run)
+
+
+def borrow_benchmarks(folder: Path, study_folder: Path) -> None:
+    """Copies the base's results from sibling runs; their names say what they were measured of."""
+    for path in study_folder.glob("*/benchmarks/*/base-*.json"):
+        target = folder / path.relative_to(path.parents[2])
+        if not target.is_file():
+            write_text(target, path.read_text(encoding="utf-8"))
 
 
 def borrow(product: Product, study_folder: Path) -> None:
@@ -191,6 +207,7 @@ def measures_of(folder: Path) -> dict:
         "base": systems["base"],
         "per_row": evaluation["per_row"]["after"],
         "curves": curves,
+        "benchmarks": read_json(folder / "benchmark.json") if (folder / "benchmark.json").is_file() else None,
     }
 
 

@@ -43,7 +43,11 @@ FLOORS = {
 }
 PURE = ("lowdft.objectives", "lowdft.logprobs")  # import torch alone; and one registers with transformers
 REGISTERS = "lowdft.logprobs.attention"
-OPTIONAL = {"vllm": "lowdft.sampling.vllm", "math_verify": "lowdft.evaluation.answers"}  # each imported in one place
+OPTIONAL = {
+    "vllm": "lowdft.sampling.vllm",
+    "math_verify": "lowdft.evaluation.answers",
+    "lm_eval": "lowdft.evaluation.benchmarks",
+}  # each imported in one place
 
 
 def floor(module: str) -> int:
@@ -96,7 +100,7 @@ STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
 @pytest.mark.parametrize("path", sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(STUDIES)), ids=lambda p: p.stem)
 def test_every_recipe_parses(path):
     recipe = load_recipe(path)
-    assert training_config(recipe).objective in ("dft", "dft2", "sft", "listwise")
+    assert training_config(recipe).objective in ("dft", "dft2", "sft", "listwise", "dpo", "simpo")
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)

@@ -137,3 +137,24 @@ def test_mistakes_are_told(text, told, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text(text)
     assert main(["compare", str(tmp_path / "study.yaml")]) == 1
     assert told in capsys.readouterr().err
+
+
+def test_a_study_measures_benchmarks_and_the_base_once(study, capsys, monkeypatch, tmp_path):
+    benchmarks = pytest.importorskip("lowdft.evaluation.benchmarks")
+    pytest.importorskip("lm_eval")
+    row = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    (tmp_path / "arc.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"answerKey": "B"}) + "\n")
+    measured, run = [], benchmarks.run
+    monkeypatch.setattr(benchmarks, "run", lambda *args: measured.append(1) or run(*args))
+    study.write_text(study.read_text().partition("grid:")[0] + "grid: {training.seed: [0, 1]}\n")
+    overrides = [
+        "training.objective=sft",
+        "evaluation.benchmarks=[arc_easy]",
+        f"evaluation.benchmark_data.arc_easy={tmp_path}/arc.jsonl",
+    ]
+    assert main(["compare", str(study), *overrides]) == 0
+    text = (study.parent / "out" / "study.md").read_text()
+    runs = len(list((study.parent / "out").glob("*/benchmark.json")))
+    assert len(measured) == 3 and runs == 2  # the base's result is borrowed
+    assert "| arc_easy | mean |" in text and text.count("50.00") >= runs
+    capsys.readouterr()

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -27,43 +26,59 @@ from lowdft.config.sections import (
 )
 from lowdft.errors import UserError
 from lowdft.files import conceal, write_text
+from lowdft.text import did_you_mean
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
 
-    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe.
+    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe. A run folder stands
+    for the resolved recipe that it holds, and is its output_dir.
 
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
     """
     given = _given(path, overrides)
+    _gather_adapter_options(given)
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(schema, given))
+        merged = OmegaConf.merge(schema, given)
+        recipe, resolved = OmegaConf.to_object(merged), OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
-    recipe.interpolations = dict(
-        _interpolations(OmegaConf.to_container(given), OmegaConf.to_container(given, resolve=True))
-    )
+    recipe.interpolations = dict(_interpolations(OmegaConf.to_container(given), resolved))
     _check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
     return recipe
 
 
+def _gather_adapter_options(given) -> None:
+    """Moves the fields of peft's configuration that stand in `adapter` to `adapter.options`."""
+    section = given.get("adapter")
+    if OmegaConf.is_dict(section):
+        known = {f.name for f in dataclasses.fields(AdapterSection)}
+        options = {key: section.pop(key) for key in list(section) if key not in known}
+        if options:
+            section.options = OmegaConf.merge(section.get("options") or {}, options)
+
+
 def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
     """The folder that a recipe or a study writes, found without checking anything else."""
-    return _given(path, overrides).get("output_dir")
+    try:
+        return _given(path, overrides).get("output_dir")
+    except OmegaConfBaseException:  # which `load_recipe` will tell
+        return None
 
 
 def _given(path: str | Path, overrides: list[str]):
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
-    return OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist(list(overrides)))
+    given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(Path(path))
+    return OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
 
 
 def computes_bfloat16() -> bool:
@@ -73,6 +88,14 @@ def computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _of_run_folder(folder: Path):
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(
+            f"{folder}: is a folder without recipe.yaml, so not a run folder. Give a recipe or a run folder."
+        )
+    return OmegaConf.merge(_read(folder / "recipe.yaml"), {"output_dir": str(folder)})
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):
@@ -149,12 +172,16 @@ def training_config(recipe: Recipe):
     import torch
 
     from lowdft.config.training import DFTConfig
+    from lowdft.models.adapters import adapter_config
 
+    if recipe.adapter:
+        adapter_config(recipe.adapter, recipe.model.load_in_4bit)
     known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
     for key, value in recipe.training.items():
         if key not in known:
             raise UserError(
-                f"training.{key} is not known.{_nearest(key, known)} See DFTConfig and transformers' TrainingArguments."
+                f"training.{key} is not known.{did_you_mean(key, known)} See DFTConfig and "
+                "transformers' TrainingArguments."
             )
         _check_type(f"training.{key}", value, str(known[key].type))
     if uploads := [key for key in recipe.training if key == "push_to_hub" or key.startswith("hub_")]:
@@ -194,7 +221,7 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
     }
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{_nearest(str(key), known)}")
+            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{did_you_mean(str(key), known)}")
         if section is Recipe and key in sections:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")
@@ -212,9 +239,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            near = get_close_matches(str(value), allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{path}: {key} is {value!r}; wanted one of {', '.join(allowed)}.{hint}")
+            raise UserError(f"{path}: {key} is {value!r}.{did_you_mean(str(value), allowed)}")
     taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
     if taken:
         raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")
@@ -225,8 +250,6 @@ def _check_values(recipe: Recipe, path: str) -> None:
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
     if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
         raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
-    if n.adapter and n.backend == "vllm":
-        raise UserError(f"{path}: negatives.adapter needs the backend padded or continuous, not vllm")
     at_least = {
         "rounds": (recipe.rounds, 1),
         "negatives.temperature": (n.temperature, 0),
@@ -235,12 +258,16 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "negatives.batch_size": (n.batch_size, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
+        "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
     }
     for key, (value, least) in at_least.items():
         if value is not None and value < least:
             raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
     if not 0 < n.top_p <= 1:
         raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
+    if not 0 < n.gpu_memory_utilization <= 1:
+        found = n.gpu_memory_utilization
+        raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")
 
 
 def _check_type(key: str, value: object, annotation: str) -> None:
@@ -251,8 +278,3 @@ def _check_type(key: str, value: object, annotation: str) -> None:
         fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
         if not fits:
             raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")
-
-
-def _nearest(key: str, known) -> str:
-    near = get_close_matches(key, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(list(known)[:12])}, …"

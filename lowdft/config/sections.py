@@ -26,12 +26,18 @@ class ModelSection:
 
 @dataclass
 class AdapterSection:
-    """LoRA; `adapter: null` trains all parameters."""
+    """An adapter of peft; `adapter: null` trains all parameters.
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    Every other field of peft's configuration of that type may stand beside these (`use_rslora: true`, `use_dora: true`,
+    `modules_to_save: [...]`, `layers_to_transform: [...]`); loading the recipe gathers them in `options`.
+    """
+
+    type: str = "lora"  # or ia3, oft, loha, lokr, vera, shira
+    r: int = 16  # of lora, loha, lokr, vera and shira
+    alpha: int = 32  # of lora, loha and lokr
+    dropout: float = 0.0  # of adapters that have one
     target_modules: Any = "all-linear"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,6 +76,7 @@ class NegativesSection:
     adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
     backend: str = "padded"
     batch_size: int | None = None  # samples at once; None: 32 on a CPU, on a GPU as many as half of its memory holds
+    gpu_memory_utilization: float = 0.9  # the share of the GPU's memory that the backend vllm takes
     stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
     resample: int = 0  # tries to replace a negative that is empty or equals the completion
     push: str | None = None  # a Hub data set to upload them to
@@ -85,6 +92,9 @@ class EvaluationSection:
     max_new_tokens: int = 256
     batch_size: int = 32
     compare: dict[str, str] = field(default_factory=dict)  # name: run folder or adapter, measured beside this one
+    benchmarks: list[str] = field(default_factory=list)  # suites (paper, math), alpaca_eval, or lm-eval's tasks
+    benchmark_limit: int | None = None  # rows per task; None: all
+    benchmark_data: dict[str, Any] = field(default_factory=dict)  # task: file of its rows, or {split: file}
 
 
 @dataclass

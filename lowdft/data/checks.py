@@ -28,7 +28,8 @@ from collections.abc import Iterator
 
 from lowdft.data.example import Row, Turn, canonical_json, is_blank, is_empty, normal, opening_turns
 from lowdft.data.formats import SPEAKERS, kind_of
-from lowdft.data.read import REMOVE, Finding, cut, nearest
+from lowdft.data.read import REMOVE, Finding, cut
+from lowdft.text import nearest
 
 MARKUP = re.compile(r"<\|[A-Za-z_]+\|>|\[/?INST\]|<(?:start|end)_of_turn>")
 SURROGATE = re.compile("[\ud800-\udfff]")

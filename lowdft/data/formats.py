@@ -25,8 +25,9 @@ import re
 from collections.abc import Collection
 
 from lowdft.data.example import Row, Turn, contents
-from lowdft.data.read import REMOVE, Record, cut, nearest
+from lowdft.data.read import REMOVE, Record, cut
 from lowdft.errors import UserError
+from lowdft.text import nearest
 
 LAYOUTS = {
     "messages": ("messages",),

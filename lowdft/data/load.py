@@ -11,8 +11,9 @@ from lowdft.data import toy
 from lowdft.data.checks import check_row, check_table, place
 from lowdft.data.example import Example, Row, canonical_json, normal, to_example
 from lowdft.data.formats import CONVERSATIONS, MAPPABLE, BadRow, to_row
-from lowdft.data.read import REMOVE, Finding, Record, cut, nearest, read_records
+from lowdft.data.read import REMOVE, Finding, Record, cut, read_records
 from lowdft.errors import UserError
+from lowdft.text import nearest
 
 SHOWN = 20  # bad rows told in full
 

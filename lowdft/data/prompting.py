@@ -1,4 +1,4 @@
-"""How the base is asked for a negative: the paper's prompting strategies (arXiv 2502.18679, Section 5 and Table 9)."""
+"""How the base is asked for a negative: the paper's prompting strategies (arXiv 2502.18679, Section 5 and Figure 7)."""
 
 from __future__ import annotations
 

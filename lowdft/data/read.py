@@ -54,13 +54,6 @@ def cut(value: object, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str | None:
-    """The known name that `name` is most likely a misspelling of, or None."""
-    by_lower = {k.lower(): k for k in known}
-    found = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
-    return by_lower[found[0]] if found else None
-
-
 def read_records(source: str | os.PathLike, split: str | None = None, revision: str | None = None) -> list[Record]:
     """Read `source`: a file (.jsonl, .ndjson, .json, .csv, .tsv, these with .gz, .parquet) or a Hub data set.
 

@@ -2,7 +2,7 @@
 
 from lowdft.logprobs.attention import packed_attention
 from lowdft.logprobs.check import choose_layout
-from lowdft.logprobs.engine import CompletionLogps, bare, score
+from lowdft.logprobs.engine import CompletionLogps, bare, layers_in, score
 from lowdft.logprobs.head import Head, proposal_logps, token_logps, truncate
 from lowdft.logprobs.rows import Group, lay_out
 
@@ -13,6 +13,7 @@ __all__ = [
     "bare",
     "choose_layout",
     "lay_out",
+    "layers_in",
     "packed_attention",
     "proposal_logps",
     "score",

@@ -6,7 +6,9 @@ nats, and DFT exponentiates sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,18 @@ from lowdft.logprobs.head import Head, greedy_tokens, token_logps
 from lowdft.logprobs.rows import Group, Rows, lay_out
 
 GRID = 2.0**30  # steps per nat of the log-probabilities that are summed
+HALF = (torch.bfloat16, torch.float16)
+_LAYERS_IN: ContextVar[torch.dtype | None] = ContextVar("layers_in", default=None)
+
+
+@contextlib.contextmanager
+def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """While this lasts the layers of a float32 model compute in a half precision, by autocast; its head does not."""
+    token = _LAYERS_IN.set(dtype)
+    try:
+        yield
+    finally:
+        _LAYERS_IN.reset(token)
 
 
 @dataclass(frozen=True)
@@ -174,10 +188,10 @@ def _partly_predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chun
 
 def _predictors(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, embeddings_RLD: Tensor | None = None) -> Tensor:
     """[S, D]: the hidden states that predict the scored tokens, in the head's dtype."""
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    half = dtype if dtype in HALF else _LAYERS_IN.get() or torch.float32
     # adapters keep float32 weights beside a half base; one region a pass, because older versions of torch would take
     # autocast's copies of them from a pass without gradient into the next
-    with torch.autocast(rows.input_ids_RL.device.type, half, enabled=dtype == half):
+    with torch.autocast(rows.input_ids_RL.device.type, half, enabled=half in HALF):
         return _hidden_states(causal_lm, rows, embeddings_RLD).flatten(0, 1)[rows.predictor_S].to(dtype)
 
 

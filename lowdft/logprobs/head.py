@@ -73,11 +73,17 @@ def greedy_tokens(hidden_SD: Tensor, head: Head, chunk_size: int = 256) -> Tenso
 def proposal_logps(
     hidden_SD: Tensor, head: Head, target_S: Tensor, temperature: float, top_p: float, top_k: int, chunk_size: int = 256
 ) -> Tensor:
-    """log-density [S] of a sampler that applies temperature, then top-k, then top-p. -inf for a token it cut off."""
+    """log-density [S] of a sampler that applies temperature, then top-k, then top-p, at tokens that it drew.
+
+    A drawn token was among those kept, so it counts as kept: near-ties at the edge of top-k and top-p fall on either
+    side with rounding, which differs between the batches of sampling and of scoring.
+    """
     out = []
     for hidden, target in zip(hidden_SD.split(chunk_size), target_S.split(chunk_size), strict=True):
-        logits = truncate(head.logits(hidden) / temperature, top_p, top_k)
-        out.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+        scaled, place_S1 = head.logits(hidden) / temperature, target[:, None]
+        drawn_S1 = scaled.gather(1, place_S1)
+        kept = truncate(scaled, top_p, top_k).scatter(1, place_S1, drawn_S1)
+        out.append(drawn_S1[:, 0] - kept.logsumexp(1))
     return torch.cat(out)
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import random
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
@@ -17,7 +29,22 @@ from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 from lowdft.models.base import set_up_cuda
+from lowdft.text import did_you_mean
 
+# by type: peft's configuration, and its names for the recipe's short ones
+TYPES: dict[str, tuple[type[PeftConfig], dict[str, str]]] = {
+    "lora": (LoraConfig, {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}),
+    "ia3": (IA3Config, {}),
+    "oft": (OFTConfig, {"dropout": "module_dropout"}),
+    "loha": (LoHaConfig, {"r": "r", "alpha": "alpha", "dropout": "module_dropout"}),
+    "lokr": (LoKrConfig, {"r": "r", "alpha": "alpha", "dropout": "module_dropout"}),
+    "vera": (VeraConfig, {"r": "r", "dropout": "vera_dropout"}),
+    "shira": (ShiraConfig, {"r": "r"}),
+}
+DENSE = ("loha", "lokr", "shira")  # peft has no layers of these for a base in 4 bit
+NOT_OF_RECIPES = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+                  "inference_mode", "runtime_config", "target_modules")  # fmt: skip
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
 REFERENCE = "reference"  # the name of a frozen second adapter, where the reference is base + adapter
 
 
@@ -28,6 +55,8 @@ def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if args.reference_adapter:
         model = start_from_adapter(model, args.reference_adapter)
+    for config in [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values():
+        check_config(config)
     if peft_config is not None:
         set_seed(args.seed)
         model = get_peft_model(model, peft_config)
@@ -61,17 +90,76 @@ def start_from_adapter(base: nn.Module, path: str) -> nn.Module:
 
 
 def add_adapter(base, section: AdapterSection, seed: int):
-    """A fresh LoRA adapter on the base: it changes nothing yet."""
+    """A fresh adapter on the base: it changes nothing yet."""
     set_seed(seed)
+    return get_peft_model(base, adapter_config(section))
+
+
+def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig:
+    """peft's configuration of a recipe's adapter.
+
+    Args:
+        in_4bit: the base is loaded in 4 bit.
+
+    Raises:
+        UserError: an unknown type or field, or an adapter under which lowdft's log-probabilities would be wrong.
+    """
+    if section.type not in TYPES:
+        hint = did_you_mean(section.type, TYPES)
+        reason = " (prompt tuning adds tokens, which packed rows do not have)" if "prompt" in section.type else ""
+        raise UserError(f"adapter.type is {section.type!r}{reason}; wanted one of {', '.join(TYPES)}.{hint}")
+    kind, short = TYPES[section.type]
+    if in_4bit and section.type in DENSE:
+        raise UserError(f"adapter.type: {section.type} needs dense weights; set model.load_in_4bit: false")
     modules = section.target_modules
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        task_type="CAUSAL_LM",
-        target_modules=modules if isinstance(modules, str) else list(modules),
-    )
-    return get_peft_model(base, config)
+    given = {"target_modules": modules if modules is None or isinstance(modules, str) else list(modules)}
+    given |= {name: getattr(section, ours) for ours, name in short.items()}
+    if section.dropout and "dropout" not in short:
+        raise UserError(f"adapter.dropout is {section.dropout}; {section.type} has none")
+    known = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in NOT_OF_RECIPES]
+    for key in section.options:
+        if key not in known:
+            hint = did_you_mean(key, [*known, *short])
+            raise UserError(f"adapter.{key} is not a field of peft's {kind.__name__}.{hint}")
+    if section.type == "ia3":
+        given["feedforward_modules"] = []  # which of them scale their input; none unless the recipe names some
+    try:
+        config = kind(**given | dict(section.options), task_type="CAUSAL_LM")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapter: {error}") from error
+    check_config(config)
+    return config
+
+
+def check_config(config: PeftConfig) -> None:
+    """Raises UserError for an adapter under which lowdft's log-probabilities or its reference would be wrong."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA"):
+        raise UserError(f"adapter: {kind} adds tokens or runs the model twice, which packed rows do not support")
+    for name in ("target_modules", "modules_to_save"):
+        value = getattr(config, name, None) or ()
+        value = [value] if isinstance(value, str) else value
+        if any(one.rsplit(".", 1)[-1] == "lm_head" for one in value):
+            raise UserError(
+                f"adapter.{name} has lm_head: log-probabilities are computed in chunks from a plain linear head. "
+                "Leave it out."
+            )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise UserError("adapter.alora_invocation_tokens: packed rows do not say where such tokens stand")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
+        raise UserError(
+            f"adapter.init_lora_weights: {start} changes the base's weights, or needs a pass over data first; the base "
+            "with the adapter off must stay the reference. Use true, gaussian or orthogonal."
+        )
+
+
+def adapter_identity(section: AdapterSection) -> dict:
+    """What distinguishes an adapter from peft's default one of its type."""
+    config = adapter_config(section)
+    default = type(config)().to_dict()
+    found = {k: v for k, v in config.to_dict().items() if v != default.get(k)}
+    return {"type": section.type} | {k: sorted(v) if isinstance(v, set) else v for k, v in found.items()}
 
 
 def load_adapter(base, path: str | Path):

@@ -11,13 +11,14 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.config.training import DFTConfig
 from lowdft.logprobs import Group, score
+from lowdft.models.adapters import adapter_config
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those
 OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0.1, "sgd": 0}  # a trainable weight; others keep two float32
@@ -121,9 +122,7 @@ def _skeleton(config: PreTrainedConfig, layers: int, dtype: torch.dtype, adapter
     model.tie_weights()
     if adapter is None:
         return model
-    modules = adapter.target_modules
-    modules = modules if isinstance(modules, str) else list(modules)
-    return get_peft_model(model, LoraConfig(r=adapter.r, target_modules=modules, task_type="CAUSAL_LM"))
+    return get_peft_model(model, adapter_config(adapter))
 
 
 def _head(model: nn.Module) -> nn.Module:

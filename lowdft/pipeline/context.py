@@ -74,6 +74,7 @@ class Run:
             )
         requirements.check_adapter(args, self.objective, has_adapter)
         ready, none = self.ready_negatives(), np.zeros(len(rows), bool)
+        requirements.check_proposal(self.recipe.negatives, args, self.objective, ready)
         negatives_N = rows.negatives_N if ready else None
         facts = RowFacts(rows.sources, negatives_N, rows.has_aligned_N, none, np.flatnonzero(none))
         notes += requirements.check_rows(facts, self.objective, args)

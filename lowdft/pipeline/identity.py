@@ -19,18 +19,25 @@ from pathlib import Path
 from lowdft import models
 from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
-from lowdft.models.adapters import adapter_digest
+from lowdft.models.adapters import adapter_digest, adapter_identity
 from lowdft.models.reference import REFERENCE_NEEDS
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-# of negatives: where they come from and go to, and how many are drawn at once
-NOT_OF_SAMPLES = ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size", "adapter")
+NOT_OF_SAMPLES = (  # of negatives: where they come from and go to, and how many are drawn at once
+    "source",
+    "push",
+    "private",
+    "per_prompt",
+    "eval_per_prompt",
+    "batch_size",
+    "gpu_memory_utilization",
+    "adapter",
+)
 TRAINING = (
     "log_u_init",
     "negatives_per_step",
     "reference",
     "freeze_half",
-    "skip_negligible",
     "prompts_per_step",
     "num_train_epochs",
     "max_steps",
@@ -210,7 +217,7 @@ def _reference_model(run) -> str:
 def _adapter(section: AdapterSection | None) -> dict:
     if section is None:
         return {"adapter": None}
-    return {f"adapter.{k}": _plain(v) for k, v in dataclasses.asdict(section).items()}
+    return {f"adapter.{k}": _plain(v) for k, v in adapter_identity(section).items()}
 
 
 def _plain(value: object) -> object:

@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 
 from lowdft.errors import UserError
 from lowdft.logprobs import truncate
+from lowdft.models.safeguards import guard_four_bit
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterato
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],
     )
+    guard_four_bit(model)
     model.eval()
     try:
         with torch.no_grad():

@@ -78,10 +78,8 @@ def _prefilled(model, ids_UP: Tensor, mask_UP: Tensor, row_R: Tensor) -> Dynamic
     """
     if ids_UP.shape[1] == 1 or model._is_stateful or not model._supports_default_dynamic_cache():
         return None
-    cache, one_token = (
-        DynamicCache(config=model.config.get_text_config(decoder=True)),
-        copy.copy(model.generation_config),
-    )
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    one_token = copy.copy(model.generation_config)
     one_token.max_new_tokens = 1  # to be thrown away
     if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None

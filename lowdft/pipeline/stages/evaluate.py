@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lowdft import models
 from lowdft.data.batch import collate
 from lowdft.data.prompting import plain_text
-from lowdft.errors import UserError
 from lowdft.evaluation import answers
 from lowdft.files import read_json, write_json
 from lowdft.logprobs import choose_layout, score
-from lowdft.models.reference import reference_on
 from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.systems import greedy_answers, systems
 from lowdft.reporting.evaluation_table import SHARES, print_table
-from lowdft.sampling import Request, SamplingSettings, get_sampler
 
 SAMPLES_KEPT = 8
 
@@ -50,7 +44,7 @@ def measure_all(run: Run) -> dict:
     kind = run.recipe.evaluation.answer
     kind = answers.detect(truths) if kind == "auto" else kind
     found = {}
-    for name, model in _systems(run):
+    for name, model in systems(run):
         product = run.base_evaluation if name == "base" else None
         if product and product.is_done():
             found[name] = read_json(product.path)
@@ -87,7 +81,7 @@ def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kin
     """One system: `measures` by name, those of every row that are shares (`per_row`), and greedy `texts` if checked."""
     found, texts = measure_logps(run, model, rows), []
     if kind != "none":
-        texts = greedy_answers(run, model, rows, name)
+        texts = greedy_answers(run, model, [row["prompt_ids"] for row in rows], name)
         check = answers.checker(kind, run.recipe.evaluation.pattern)
         found["accuracy"] = [float(check(text, truth)) for text, truth in zip(texts, truths, strict=True)]
     measures = {key: sum(values) / len(values) for key, values in found.items()}
@@ -126,55 +120,3 @@ def _of_one(sums_C: Tensor, tokens_C: Tensor) -> dict[str, float]:
         found |= {"logps/negative": negative, "margin": sums_C[-1] - negative}
         found |= {"wins": sums_C[-1] > sums_C[:-1].max(), "wins_per_token": means_C[-1] > means_C[:-1].max()}
     return {name: float(value) for name, value in found.items()}
-
-
-def greedy_answers(run: Run, model, rows: list[dict], name: str) -> list[str]:
-    """The greedy answer to every prompt, as text."""
-    section = run.recipe.evaluation
-    settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
-    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
-    texts = []
-    with tqdm(total=len(rows), desc=f"answers, {name}", unit="row") as bar:
-        for start in range(0, len(rows), 4 * section.batch_size):
-            part = rows[start : start + 4 * section.batch_size]
-            samples = sampler.sample([Request(row["prompt_ids"], 0) for row in part])
-            texts += [run.encoder.text(sample.token_ids) for sample in samples]
-            bar.update(len(part))
-    return texts
-
-
-def _systems(run: Run):
-    """(name, model) of base, after and every compared adapter, one in memory at a time."""
-    trained = run.training.path
-    if not trained.exists():
-        raise UserError(f"{trained}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
-    with _loaded(run, trained if run.recipe.adapter else None) as model:
-        with reference_on(model):
-            yield "base", model
-        if run.recipe.adapter:
-            yield "after", model
-        del model
-    if not run.recipe.adapter:
-        with _whole_model(run, trained) as model:
-            yield "after", model
-            del model
-    for name, path in run.recipe.evaluation.compare.items():
-        adapter = Path(path) / "adapter" if (Path(path) / "adapter").is_dir() else Path(path)
-        with _loaded(run, adapter) as model:
-            yield name, model
-            del model
-
-
-@contextlib.contextmanager
-def _loaded(run: Run, adapter: Path | None):
-    models.release_memory()
-    model = run.base()
-    if adapter:
-        model = models.load_adapter(model, adapter)
-    yield model
-
-
-@contextlib.contextmanager
-def _whole_model(run: Run, folder: Path):
-    source = models.Source(str(folder), None, "", True)
-    yield models.load_base(source, run.recipe.model)

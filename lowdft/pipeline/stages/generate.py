@@ -12,14 +12,13 @@ import pyarrow as pa
 import torch
 
 from lowdft import models
+from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
 from lowdft.data.prompting import plain_text
 from lowdft.distributed import collectives
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
-from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
-
-AT_ONCE = 4096  # requests given to an engine that schedules them itself
+from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, VllmModel, get_sampler
 
 
 def main(run: Run) -> None:
@@ -35,17 +34,17 @@ def main(run: Run) -> None:
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
         examples = run.examples(split)
-        at_once = section.batch_size or (1024 if torch.cuda.is_available() else 32)
-        requests = AT_ONCE if section.backend == "vllm" else 2 * at_once
         facts = make_in_parts(
             product,
             examples,
-            part_size=part_size(len(examples), requests // run.negatives_wanted(split)),
+            part_size=part_size(len(examples), samples_per_part(section) // run.negatives_wanted(split)),
             work=partial(_part, run, sampler, run.negatives_wanted(split)),
             what=f"negatives, {split}",
             count=count,
         )
         say(f"{product.path}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items()))
+        if warning := mostly_cut(facts, section.max_new_tokens):
+            say(f"warning: {warning}")
     if run.recipe.negatives.push and not run.ready_negatives() and collectives.rank() == 0:
         if run.push_negatives:
             push(run)
@@ -92,6 +91,15 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     return rows
 
 
+def samples_per_part(section: NegativesSection) -> int:
+    """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
+    if section.backend == "vllm":
+        return 8192
+    if section.batch_size:
+        return 2 * section.batch_size
+    return 2048 if torch.cuda.is_available() else 128
+
+
 def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
     """The sample as an answer that ends, with token `end`, before the first token that completes one of the texts."""
 
@@ -123,6 +131,18 @@ def count(table: pa.Table) -> dict[str, int]:
     return dict(totals)
 
 
+def mostly_cut(facts: dict[str, int], max_new_tokens: int) -> str | None:
+    """What to say when more than half of the negatives hit the length cap, so that they have no end token."""
+    cut, total = facts["cut_at_max_new_tokens"], facts["negatives"]
+    if 2 * cut <= total:
+        return None
+    return (
+        f"{cut} of {total} negatives were cut at negatives.max_new_tokens={max_new_tokens}, so they do not end as the "
+        "completions do, and that difference is trained. Raise it, or set negatives.stop to a text at which they end "
+        "(a base without instruction tuning rarely ends by itself)."
+    )
+
+
 def push(run: Run) -> None:
     """Uploads the training negatives as a Hub data set, private unless `negatives.private` says otherwise."""
     from datasets import Dataset
@@ -149,7 +169,24 @@ def _wanted(run: Run, split: str) -> bool:
 def _sampler(run: Run, adapter: str | None) -> Sampler:
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    model = run.source if section.backend == "vllm" else run.base()
-    if adapter:
-        model = models.load_adapter(model, adapter)
+    if section.backend == "vllm":
+        model = _vllm_model(run, adapter)
+    else:
+        model = models.load_adapter(run.base(), adapter) if adapter else run.base()
     return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)
+
+
+def _vllm_model(run: Run, adapter: str | None) -> VllmModel:
+    section, longest = run.recipe.model, run.encoder.prompt_limit
+    if adapter:
+        models.require_adapter(adapter, "negatives.adapter")
+    return VllmModel(
+        path=run.source.path,
+        revision=run.source.revision,
+        dtype=section.dtype,
+        load_in_4bit=section.load_in_4bit,
+        max_length=longest + run.recipe.negatives.max_new_tokens if longest else None,
+        memory=run.recipe.negatives.gpu_memory_utilization,
+        adapter=adapter,
+        trust_remote_code=section.trust_remote_code,
+    )

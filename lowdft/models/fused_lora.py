@@ -24,7 +24,7 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
     (DoRA and the like), no bias of its own. All others stay peft's. What is switched off or changed later (an adapter
     disabled, another one active) takes peft's way again by itself.
     """
-    layers = [module for module in model.modules() if _is_plain(module)]
+    layers = [module for module in model.modules() if _is_plain(module) and "forward" not in vars(module)]
     for layer in layers:
         layer.forward = _Forward(layer)
     try:
@@ -91,7 +91,7 @@ def _through_base(base: nn.Module, grad: Tensor) -> Tensor:
         return grad @ base.weight.to(grad.dtype)
     from bitsandbytes.functional import dequantize_4bit
 
-    return grad @ dequantize_4bit(base.weight, base.weight.quant_state).to(grad.dtype)
+    return grad @ dequantize_4bit(base.weight.data, base.weight.quant_state).to(grad.dtype)
 
 
 def _is_plain(module: nn.Module) -> bool:

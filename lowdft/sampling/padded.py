@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -59,12 +60,13 @@ class PaddedSampler:
         mask_UP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=model.device)
         row_R = torch.tensor([rows[tuple(request.prompt_ids)] for request in batch], device=model.device)
         u_RT = torch.stack([uniforms(request.seed, self.settings.max_new_tokens) for request in batch])
+        cache = _prefilled(model, ids_UP, mask_UP, row_R) if len(rows) < len(batch) else None
         written = model.generate(
             input_ids=ids_UP[row_R],
             attention_mask=mask_UP[row_R],
             generation_config=model.generation_config,
-            past_key_values=_prefilled(model, ids_UP, mask_UP, row_R) if len(rows) < len(batch) else None,
             logits_processor=LogitsProcessorList([_PaddedDraw(u_RT.to(model.device), width, self.settings)]),
+            **({} if cache is None else {"past_key_values": cache}),
         )
         return [finish(row, self.end_ids) for row in written[:, width:].tolist()]
 
@@ -76,15 +78,16 @@ def _prefilled(model, ids_UP: Tensor, mask_UP: Tensor, row_R: Tensor) -> Dynamic
     """
     if ids_UP.shape[1] == 1 or model._is_stateful or not model._supports_default_dynamic_cache():
         return None
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    one_token = copy.copy(model.generation_config)
+    one_token.max_new_tokens = 1  # to be thrown away
     if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     model.generate(
         input_ids=ids_UP[:, :-1],
         attention_mask=mask_UP[:, :-1],
-        generation_config=model.generation_config,
+        generation_config=one_token,
         past_key_values=cache,
-        max_new_tokens=1,
     )
     cache.batch_select_indices(row_R)
     return cache

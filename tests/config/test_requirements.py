@@ -45,9 +45,9 @@ def test_a_sampling_prompt_is_in_the_rows_or_refused(tmp_path):
     args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, reference_prompt="sampling", num_train_epochs=1)
     row = {"prompt": "2+2=", "completion": "4", "negatives": ["5", "6"]}
     with pytest.raises(UserError, match="reference_prompt: sampling requires.*sampling_prompt"):
-        check_datasets(encode_rows([row], Encoder(tokenizer)), None, objective, args, has_adapter=True)
+        check_datasets(encode_rows([row], Encoder(tokenizer)), [], objective, args, has_adapter=True)
     rows = encode_rows([row | {"sampling_prompt": "Be wrong. 2+2="}], Encoder(tokenizer))
-    check_datasets(rows, None, objective, args, has_adapter=True)
+    check_datasets(rows, [], objective, args, has_adapter=True)
     assert tokenizer.decode(rows[0]["sampling_prompt_ids"]) == "Be wrong. 2+2="
     scored = encode_rows([row | {"ref_negative_logps": [-1.0, -2.0]}], Encoder(tokenizer))
-    check_datasets(scored, None, objective, args, has_adapter=True)
+    check_datasets(scored, [], objective, args, has_adapter=True)

@@ -6,6 +6,7 @@
 Each line of the two files has `question`, `choices` (a list) and `answer` (the index of the right one), as in AI2 ARC
 and OpenBookQA (LLM-Adapters' parsed copies were used). Prompts read "Question: …\nAnswer:". Rows are drawn with a fixed
 seed: 768 to train on, 300 to tune learning rates on (`dev`, from the training file), at most 1,000 of the test file.
+`bare` has the training rows and the `dev` rows without their other options, for negatives that the model writes itself.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def read(path: str) -> list[dict]:
 
 
 def main(train: str, test: str, folder: str) -> None:
-    """Writes FOLDER/train.jsonl, FOLDER/dev.jsonl and FOLDER/test.jsonl."""
+    """Writes FOLDER/train.jsonl, FOLDER/dev.jsonl, FOLDER/test.jsonl and FOLDER/bare.jsonl."""
     rows = [row for row in read(train) if len(row["negatives"]) == 3]
     parts = {"train": rows[:TRAINING], "dev": rows[TRAINING : TRAINING + DEV], "test": read(test)[:TEST]}
+    parts["bare"] = [{key: row[key] for key in ("prompt", "completion")} for row in parts["train"] + parts["dev"]]
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)

@@ -142,8 +142,11 @@ def contents(folder: Path) -> dict[str, object]:
     found["evaluation.json"] = json.loads((folder / "evaluation.json").read_text())
     for path in folder.glob("*.manifest.json"):
         manifest = json.loads(path.read_text())
-        manifest["facts"].pop("seconds", None)
+        for name in ("seconds", "metrics"):  # of metrics.jsonl, with its speeds
+            manifest["facts"].pop(name, None)
         manifest["made_from"].pop("trained", None)
+        for name in ("checksum", "contents"):  # the contents themselves are compared above
+            manifest.pop(name)
         found[path.name] = manifest
     return found
 

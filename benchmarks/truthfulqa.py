@@ -4,10 +4,12 @@
     lowdft compare recipes/studies/truthfulqa.yaml
     python benchmarks/truthfulqa.py score TruthfulQA.csv runs/studies/truthfulqa
 
-Trained on are (question, best answer) alone; negatives are the model's own answers, never the file's wrong ones. MC1 is
-the share of questions whose best answer is more likely than every wrong one (`lowdft evaluate` says it as "rows won,
-summed log-prob"); MC2 is the mean share of the true answers in the probability of all. The split is drawn with a fixed
-seed. `score` keeps what it measured beside every run, and compares with the first objective, question by question.
+Trained on are (question, best answer) alone, and negatives are the model's own answers; train-wrong.jsonl has the
+file's wrong answers as negatives (recipes/studies/truthfulqa-wrong-answers.yaml: what ready ones can do at best). MC1
+is the share of questions whose best answer is more likely than every wrong one (`lowdft evaluate` calls it "accuracy of
+choice, summed log-prob"); MC2 is the mean share of the true answers in the probability of all. The split is drawn with
+a fixed seed. `score` keeps what it measured beside every run, and compares with the first objective, question by
+question.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from lowdft.config.recipe import load_recipe
 from lowdft.data.encode import Encoder
 from lowdft.files import read_json
 from lowdft.logprobs import Group, score
-from lowdft.study import folder_name, paired
+from lowdft.reporting.study_table import paired
+from lowdft.study import folder_name
 
 TRAINING = 317
 
@@ -51,11 +54,12 @@ def question(line: dict[str, str]) -> dict:
 
 
 def write_rows(source: str, folder: str) -> None:
-    """Writes FOLDER/train.jsonl and FOLDER/test.jsonl."""
+    """Writes FOLDER/train.jsonl, FOLDER/train-wrong.jsonl and FOLDER/test.jsonl."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("train", "test"), questions(source), strict=True):
+    trained, held = questions(source)
+    for name, part in (("train", trained), ("train-wrong", trained), ("test", held)):
         rows = [{"prompt": one["prompt"], "completion": one["best"]} for one in part]
-        if name == "test":
+        if name != "train":
             rows = [row | {"negatives": one["wrong"]} for row, one in zip(rows, part, strict=True)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(folder) / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -75,7 +79,7 @@ def score_study(source: str, folder: str) -> None:
         cells = []
         for measure in ("mc1", "mc2"):
             means = [100 * statistics.mean(run[measure]) for run in many]
-            ahead, error = paired(*([run[measure] for run in group] for group in (many, first)))
+            ahead, error, _ = paired(*([run[measure] for run in group] for group in (many, first)))
             cells.append(f"{statistics.mean(means):.1f} ± {statistics.stdev(means) if len(means) > 1 else 0:.1f}")
             cells.append("" if many is first else f"{100 * ahead:+.1f} ± {100 * error:.1f}")
         print(f"| {name} | {' | '.join(cells)} | {len(many)} |", flush=True)

@@ -12,28 +12,24 @@ import signal
 import sys
 import warnings
 
-from lowdft import __version__
 from lowdft.errors import UserError
 from lowdft.text import printable
 from lowdft.training.preemption import Stopped, on_sigterm, stop
+from lowdft.verbs import LAUNCHERS, ON_ALL_RANKS, WHOLE_WAY, make_parser
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-WHOLE_WAY = ("generate", "score", "train", "evaluate", "report", "export")
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
-LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
-ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
-READING = ("inspect", "plan")  # verbs that write no run folder
-VERBS = {
-    "run": "walk the whole way: " + ", ".join(WHOLE_WAY),
-    "generate": "let the base write negatives for every prompt",
-    "score": "score the negatives under the frozen base, once",
-    "train": "train the adapter, or go on from the last checkpoint",
-    "evaluate": "measure base and adapter on the held-out rows",
-    "report": "curves, tables and samples on one page",
-    "export": "make the adapter publishable, with its card; --push uploads it",
-    "plan": "say what a training will take: memory, steps, tokens; --probe times a pass",
-    "compare": "run a study: one recipe over a grid of settings, side by side in one table",
-    "inspect": "show rows as the model sees them, and a summary of the data",
+OPTIONS = {  # of stages, by the names of their arguments
+    "generate": ("push_data",),
+    "report": ("beside",),
+    "export": ("push", "dry_run", "merged", "extrapolate"),
+}
+READING = ("inspect", "plan", "chat", "serve")  # verbs that write no run folder
+ALONE = {  # stages with arguments of their own
+    "benchmark": lambda given: {"names": given.tasks and given.tasks.split(","), "limit": given.limit},
+    "chat": lambda given: {},
+    "serve": lambda given: {},
+    "merge": lambda given: {"into": given.into, "gguf": given.gguf},
 }
 
 
@@ -43,8 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     0: done; 1: a user's mistake (told on standard error); 2: a wrong command; 130: Ctrl-C; 143: SIGTERM. After the last
     two the same command goes on.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    # before torch loads: CUDA's allocator then grows blocks instead of fragmenting (8-10% of an H100's memory)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    arguments = make_parser().parse_args(argv)
+    if arguments.verb in ("init", "doctor"):
+        return _start(arguments)
     overrides = list(arguments.overrides)
     if arguments.skip_invalid:
         overrides.append("data.skip_invalid=true")
@@ -67,6 +67,19 @@ def main(argv: list[str] | None = None) -> int:
             print(f"lowdft: {printable(words)}", file=sys.stderr)
             return 1
         raise
+    return 0
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    """The verbs that come before there is a recipe."""
+    stage = importlib.import_module(f"lowdft.start.{arguments.verb}")
+    if arguments.verb == "doctor":
+        return stage.main()
+    try:
+        stage.main(arguments.model, arguments.data, arguments.output, arguments.gpu)
+    except UserError as error:
+        print(f"lowdft: {printable(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -116,7 +129,8 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     training_config(recipe)
     if recipe.rounds > 1 and arguments.verb == "run":
         raise UserError(ROUNDS_ALONE.format(recipe.rounds))
-    push = ["--push", arguments.push] if getattr(arguments, "push", None) else []
+    name = getattr(arguments, "push", None) or getattr(arguments, "push_data", None)
+    push = ["--push", name] if name else []
     line = [arguments.verb, arguments.recipe, *overrides, *push, *doors.arguments()]
     return launch.launch(arguments.launch, arguments.processes, line)
 
@@ -143,14 +157,14 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from lowdft.files import locked
     from lowdft.pipeline.context import Run
 
-    if arguments.verb in ("run", "export"):
-        recipe.export.push = arguments.push or recipe.export.push
     if arguments.verb == "inspect":
         importlib.import_module("lowdft.pipeline.stages.inspect").main(Run(recipe), row=arguments.row)
     elif arguments.verb == "plan":
         importlib.import_module("lowdft.pipeline.stages.plan").main(
             Run(recipe), gpu=arguments.gpu, gpus=arguments.gpus, probe=arguments.probe
         )
+    elif arguments.verb in READING:
+        _alone(arguments, Run(recipe))
     else:
         with locked(recipe.output_dir):
             _write(arguments, recipe, doors)
@@ -173,25 +187,37 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
             raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
             say(f"round {number} of {recipe.rounds}: {one.output_dir}")
-            _walk(run_of(one), WHOLE_WAY)
-    elif arguments.verb == "export":
-        run = run_of(recipe)
-        run.check()
-        importlib.import_module("lowdft.pipeline.stages.export").main(run, extrapolate=arguments.extrapolate)
+            _walk(run_of(one), _stages(one), arguments)
+    elif arguments.verb == "probe":
+        importlib.import_module("lowdft.pipeline.stages.probe").main(run_of(recipe), rows=arguments.rows)
+    elif arguments.verb in ALONE:
+        _alone(arguments, run_of(recipe))
     else:
-        _walk(run_of(recipe), WHOLE_WAY if arguments.verb == "run" else (arguments.verb,))
+        _walk(run_of(recipe), _stages(recipe) if arguments.verb == "run" else (arguments.verb,), arguments)
 
 
-def _walk(run, stages: tuple[str, ...]) -> None:
+def _alone(arguments: argparse.Namespace, run) -> None:
+    stage = importlib.import_module(f"lowdft.pipeline.stages.{arguments.verb}")
+    stage.main(run, **ALONE[arguments.verb](arguments))
+
+
+def _stages(recipe) -> tuple[str, ...]:
+    """The stages of `lowdft run`: benchmarks only if the recipe names some."""
+    return tuple(stage for stage in WHOLE_WAY if stage != "benchmark" or recipe.evaluation.benchmarks)
+
+
+def _walk(run, stages: tuple[str, ...], arguments: argparse.Namespace) -> None:
     from lowdft.distributed import collectives
-    from lowdft.models.base import whole_weights
+    from lowdft.models.base import release_memory, whole_weights
 
     run.check()
     for stage in stages:
         if stage not in ON_ALL_RANKS and collectives.rank() > 0:
             return  # nothing after it needs more than one
         with contextlib.nullcontext() if stage == "train" else whole_weights():
-            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+            options = {name: getattr(arguments, name) for name in OPTIONS.get(stage, ()) if hasattr(arguments, name)}
+            importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run, **options)
+        release_memory()
 
 
 class Lines(logging.Handler):
@@ -218,38 +244,6 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(message)}", file=sys.stderr)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lowdft", description="Discriminative Fine-Tuning on one ordinary GPU.")
-    parser.add_argument("--version", action="version", version=f"lowdft {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, what in VERBS.items():
-        verb = verbs.add_parser(name, help=what, description=what)
-        verb.add_argument("recipe", help="a YAML recipe (compare: a study), see recipes/")
-        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of recipe keys")
-        verb.add_argument("--skip-invalid", action="store_true", help="drop rows with errors, and count them")
-        verb.add_argument("--trust-remote-code", action="store_true", help="allow model.trust_remote_code")
-        if name in ("run", "train"):
-            verb.add_argument("--trust-checkpoint", action="store_true", help="resume even if that may run its code")
-        if name in ("run", "generate"):
-            verb.add_argument("--push-negatives", action="store_true", help="upload them to negatives.push")
-        if name in ("run", *ON_ALL_RANKS):
-            verb.add_argument("--launch", choices=LAUNCHERS, help="run on all GPUs: whole copies (ddp) or sharded")
-            verb.add_argument("--processes", type=int, metavar="N", help="how many with --launch, if not one a GPU")
-        if name == "inspect":
-            verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show (from 0)")
-        if name == "plan":
-            verb.add_argument("--gpu", type=float, metavar="GB", help="find the largest setting for a GPU's memory")
-            verb.add_argument(
-                "--gpus", type=int, default=1, metavar="N", help="plan for N GPUs: ZeRO-3, or whole copies"
-            )
-            verb.add_argument("--probe", action="store_true", help="load the base, time a pass, and estimate the hours")
-        if name == "export":
-            verb.add_argument("--extrapolate", type=float, metavar="A", help="scale the adapter by 1 + A (ExPO)")
-        if name in ("run", "export"):
-            verb.add_argument("--push", metavar="NAME", help="upload the adapter to the Hub under this name")
-    return parser
 
 
 if __name__ == "__main__":

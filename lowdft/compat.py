@@ -61,3 +61,10 @@ def without_deepspeed() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def unpacked_four_bit(data, state):
+    """A 4-bit weight and its state as they were before bitsandbytes repacked them for inference on a CPU."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    return _convert_weight_packed_for_cpu_inverse(data, state)

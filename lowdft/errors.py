@@ -6,3 +6,14 @@ class UserError(Exception):
 
     The message says where (file and line, or recipe key), what was found, what was wanted and what to do.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did memory run out? Also where cuBLAS finds none, or a library only passes the message on."""
+    text = str(error)
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        or "out of memory" in text.lower()
+    )

@@ -15,8 +15,16 @@ A study is a YAML file:
 An axis of the grid is a key with a list of values, or any name with cases that set several keys each:
 
       method:
-        sft: {training.objective: sft}
+        dft: {training.objective: dft}
         simpo: {training.objective: simpo, training.objective_args.beta: 10}
+
+Two lines of SFT are added to every grid, so that what is compared with it is compared fairly (`baselines: false` leaves
+them out):
+
+    sft_learning_rates: [2e-4, 4e-4]      # "sft, tuned": the best of these on rows split off the training rows
+    tune_rows: 200                        # how many rows that are
+
+and "sft, equal time": the same with so many epochs that it takes as long as the slowest line of the grid.
 """
 
 from __future__ import annotations
@@ -34,26 +42,20 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from lowdft.config.doors import CLOSED, Doors
-from lowdft.config.recipe import load_recipe
+from lowdft.config.recipe import load_recipe, training_config
+from lowdft.config.sections import Recipe
+from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 from lowdft.files import locked, read_json, replacing, write_error, write_json, write_text
 from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run, say
-from lowdft.reporting.evaluation_table import SHARES
-from lowdft.reporting.study_figures import draw, label
+from lowdft.reporting.benchmark_table import of_study
+from lowdft.reporting.figures import draw, label
+from lowdft.reporting.study_table import EQUAL_TIME, TUNED, best, markdown, tabulate
 from lowdft.training.metrics import reset_peak_memory
 
 STAGES = ("generate", "score", "train", "evaluate")
-KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper")
-MEASURES = {
-    "accuracy": "accuracy, %",
-    "wins": "rows won, %",
-    "margin": "margin, nats",
-    "logps/positive": "completions, nats",
-    "logps/negative": "negatives, nats",
-    "seconds": "training, s",
-    "peak_memory_gb": "peak GB",
-}
+KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper", "baselines", "sft_learning_rates", "tune_rows")
 
 
 def main(path: str, overrides: list[str], doors: Doors = CLOSED) -> None:
@@ -62,37 +64,113 @@ def main(path: str, overrides: list[str], doors: Doors = CLOSED) -> None:
     Raises:
         UserError: the study's file is wrong, or a run failed (told at the end, when the others are done).
     """
-    study = read_study(Path(path))
-    with locked(study["output_dir"]):
-        _run_all(study, overrides, doors)
+    keys = read_study(Path(path))
+    with locked(keys["output_dir"]):
+        _run_all(Study(keys, overrides, doors))
 
 
-def _run_all(study: dict, overrides: list[str], doors: Doors) -> None:
-    folder, failed, results = Path(study["output_dir"]), [], []
-    runs = combinations(study)
+def _run_all(study: Study) -> None:
+    rate = study.tuned_rate() if study.keys["baselines"] else None
+    runs = combinations(study.keys)
+    results = []
     for number, (chosen, settings) in enumerate(runs, 1):
+        say(f"[{number}/{len(runs)}] {folder_name(chosen)}")
+        results += study.run(chosen, settings)
+    figures_of = list(results)
+    if rate is not None and results:
+        tuned = study.baseline(TUNED, {"training.learning_rate": rate}, results)
+        epochs = study.equal_epochs(results, tuned)
+        equal = study.baseline(EQUAL_TIME, {"training.learning_rate": rate} | epochs, results) if epochs else []
+        results = tuned + equal + results
+    if results:
+        study.write(results, figures_of)
+    if study.failed:
+        raise UserError(f"{len(study.failed)} runs failed: {'; '.join(study.failed)}")
+
+
+class Study:
+    """A study at work: its checked `keys`, its folder, and the names of the runs that `failed`."""
+
+    def __init__(self, keys: dict, overrides: list[str], doors: Doors):
+        self.keys, self.overrides, self.doors = keys, overrides, doors
+        self.folder = Path(keys["output_dir"])
+        self.failed: list[str] = []
+
+    def run(self, chosen: dict, settings: dict) -> list[dict]:
+        """One run's result in a list; an empty one where it failed."""
         name = folder_name(chosen)
-        say(f"[{number}/{len(runs)}] {name}")
-        settings = settings | {"output_dir": str(folder / name)}
+        settings = settings | {"output_dir": str(self.folder / name)}
         try:
-            run_one(study["recipe"], as_overrides(settings) + overrides, folder, doors)
+            run_one(self.keys["recipe"], as_overrides(settings) + self.overrides, self.folder, self.doors)
         except Exception as error:
             known = isinstance(error, UserError) or write_error(None, error)
             say(f"failed: {error if known else f'{type(error).__name__}: {error}'}")
             if not known:
-                write_text(folder / name / "error.txt", traceback.format_exc())
-            failed.append(name)
-            continue
-        results.append({"settings": chosen, **measures_of(folder / name)})
-    if results:
-        table = tabulate(results, study["spread"], study["paper"])
+                write_text(self.folder / name / "error.txt", traceback.format_exc())
+            self.failed.append(name)
+            return []
+        return [{"settings": chosen, "overrides": settings, **measures_of(self.folder / name)}]
+
+    def tuned_rate(self) -> float | None:
+        """SFT's best learning rate on `tune_rows` of the training rows; the recipe's own where none are listed."""
+        rates = self.keys["sft_learning_rates"]
+        if len(rates) < 2:
+            return rates[0] if rates else self._recipe({}).training.get("learning_rate", DFTConfig.learning_rate)
+        found = {}
+        for rate in rates:
+            say(f"tuning SFT: learning rate {rate:g}")
+            held = {"data.tune_rows": self.keys["tune_rows"]}
+            settings = self.keys["set"] | held | {"training.objective": "sft", "training.learning_rate": rate}
+            for result in self.run({"tune": "sft", "training.learning_rate": rate}, settings):
+                found[rate] = result["after"]
+        if not found:
+            return None
+        rate = best(found)
+        say(f"SFT's learning rate: {rate:g}, the best of {', '.join(f'{r:g}' for r in found)} on training rows")
+        return rate
+
+    def baseline(self, name: str, settings: dict, results: list[dict]) -> list[dict]:
+        """SFT runs of these settings, one a repetition; a run of the grid that is the very same is used again."""
+        spread, out = self.keys["spread"], []
+        for value in self.keys["grid"].get(spread, [None]):
+            again = {} if value is None else {spread: value}
+            own = self.keys["set"] | {"training.objective": "sft"} | settings | again
+            chosen = {"baseline": name} | again
+            same = [one for one in results if self._recipe(one["overrides"]) == self._recipe(own)]
+            say(f"{name}{f', {value}' if again else ''}" + (": a run of the grid" if same else ""))
+            out += [same[0] | {"settings": chosen}] if same else self.run(chosen, own)
+        return out
+
+    def equal_epochs(self, results: list[dict], tuned: list[dict]) -> dict:
+        """Epochs in which SFT takes as long as the grid's slowest line, measured; nothing without a slower one.
+
+        (Where SFT is the slowest already, tuned SFT is SFT at equal time.)
+        """
+        if not tuned:
+            return {}
+        lines: dict[str, list[float]] = {}
+        for one in results:
+            lines.setdefault(label(one["settings"], self.keys["spread"]), []).append(one["after"]["seconds"])
+        slowest = max(map(statistics.mean, lines.values()))
+        times = max(1.0, slowest / statistics.mean(one["after"]["seconds"] for one in tuned))
+        args = training_config(self._recipe(self.keys["set"]))
+        if args.max_steps > 0:
+            return {"training.max_steps": math.ceil(times * args.max_steps)}
+        return {"training.num_train_epochs": math.ceil(10 * times * args.num_train_epochs) / 10}
+
+    def write(self, results: list[dict], figures_of: list[dict]) -> None:
+        """study.json, study.md and the figures."""
+        spread, folder = self.keys["spread"], self.folder
+        table = tabulate(results, spread, self.keys["paper"])
         write_json(folder / "study.json", {"results": results, "table": table})
-        write_text(folder / "study.md", markdown(table, study["spread"]))
-        drawn = draw(folder, results, table, study["spread"])
+        measured = [(label(one["settings"], spread), one["benchmarks"]) for one in results if one["benchmarks"]]
+        write_text(folder / "study.md", markdown(table, spread) + (f"\n{of_study(measured)}" if measured else ""))
+        drawn = draw(folder, figures_of, table, spread)
         say((folder / "study.md").read_text(encoding="utf-8"))
         say(f"{folder}: {', '.join(['study.md', 'study.json', *drawn])}")
-    if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+
+    def _recipe(self, settings: dict) -> Recipe:
+        return load_recipe(self.keys["recipe"], as_overrides(settings | {"output_dir": ""}) + self.overrides)
 
 
 def read_study(path: Path) -> dict:
@@ -111,8 +189,15 @@ def read_study(path: Path) -> dict:
         if not values or not (isinstance(values, list) or cases):
             raise UserError(f"{path}: grid.{key} is {values!r}; wanted a list of values, or cases with keys and values")
     study["recipe"] = str((path.parent / study["recipe"]).resolve())
-    study = {"set": {}, "spread": "training.seed", "paper": {}, **study}
+    defaults = {"set": {}, "spread": "training.seed", "paper": {}, "baselines": True, "sft_learning_rates": []}
+    study = defaults | {"tune_rows": 200} | study
+    if not isinstance(study["baselines"], bool):
+        raise UserError(f"{path}: baselines is {study['baselines']!r}; wanted true or false")
+    rates = study["sft_learning_rates"]
+    if not isinstance(rates, list) or not all(isinstance(rate, float) and rate > 0 for rate in rates):
+        raise UserError(f"{path}: sft_learning_rates is {rates!r}; wanted a list of numbers above 0, such as 4e-4")
     names = {"base", *(label(chosen, study["spread"]) for chosen, _ in combinations(study))}
+    names |= {TUNED, EQUAL_TIME} if study["baselines"] else set()
     stray = [name for name in study["paper"] if name not in names]
     if stray:
         raise UserError(f"{path}: paper.{stray[0]} is no line of the table; they are {', '.join(sorted(names))}")
@@ -160,6 +245,17 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors 
             if stage == "train":
                 reset_peak_memory()
             importlib.import_module(f"lowdft.pipeline.stages.{stage}").main(run)
+        if one.evaluation.benchmarks:
+            borrow_benchmarks(run.folder, study_folder)
+            importlib.import_module("lowdft.pipeline.stages.benchmark").main(run)
+
+
+def borrow_benchmarks(folder: Path, study_folder: Path) -> None:
+    """Copies the base's results from sibling runs; their names say what they were measured of."""
+    for path in study_folder.glob("*/benchmarks/*/base-*.json"):
+        target = folder / path.relative_to(path.parents[2])
+        if not target.is_file():
+            write_text(target, path.read_text(encoding="utf-8"))
 
 
 def borrow(product: Product, study_folder: Path) -> None:
@@ -191,59 +287,5 @@ def measures_of(folder: Path) -> dict:
         "base": systems["base"],
         "per_row": evaluation["per_row"]["after"],
         "curves": curves,
+        "benchmarks": read_json(folder / "benchmark.json") if (folder / "benchmark.json").is_file() else None,
     }
-
-
-def tabulate(results: list[dict], spread: str, paper: dict[str, dict]) -> list[dict]:
-    """One line a combination without `spread`: [mean, standard deviation] of every measure; the base first.
-
-    `ahead` has, for `SHARES`, [mean, standard error] of the paired difference to the first combination of the grid.
-    """
-    grouped: dict[str, list[dict]] = {"base": [{"after": results[0]["base"], "per_row": {}}]}
-    for result in results:
-        grouped.setdefault(label(result["settings"], spread), []).append(result)
-    first, table = list(grouped.values())[1], []
-    for name, many in grouped.items():
-        line: dict = {"name": name, "runs": len(many), "ahead": {}}
-        for key in MEASURES:
-            values = [one["after"][key] for one in many if one["after"].get(key) is not None]
-            if values:
-                line[key] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
-            if many is not first and all(key in one["per_row"] for one in first + many):
-                line["ahead"][key] = paired(*([one["per_row"][key] for one in group] for group in (many, first)))
-        table.append(line | {"paper": paper.get(name, {})})
-    return table
-
-
-def paired(ours: list[list[float]], theirs: list[list[float]]) -> list[float | None]:
-    """[mean, standard error] of the difference on the same rows, every row's value being its mean over runs."""
-    means = [[statistics.mean(row) for row in zip(*runs, strict=True)] for runs in (ours, theirs)]
-    differences = [a - b for a, b in zip(*means, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    return [statistics.mean(differences), error]
-
-
-def markdown(table: list[dict], spread: str) -> str:
-    """The table, with the spread over `spread` as ± one standard deviation, and the paper's numbers last."""
-    keys = [key for key in MEASURES if any(key in line for line in table)]
-    ahead = [key for key in keys if any(key in line["ahead"] for line in table)]
-    theirs = list(dict.fromkeys(name for line in table for name in line["paper"]))
-    header = [MEASURES[key] for key in keys] + [f"{key} ahead, points" for key in ahead]
-    header += ["runs", *(f"paper: {name}" for name in theirs)]
-    out = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
-    for line in table:
-        cells = [_cell(line.get(key), 100 if key in SHARES else 1) for key in keys]
-        cells += [_cell(line["ahead"].get(key), 100) for key in ahead]
-        cells += [str(line["runs"]), *(str(line["paper"].get(name, "–")) for name in theirs)]
-        out.append(f"| {line['name']} | {' | '.join(cells)} |")
-    notes = [f"Mean ± standard deviation over {spread}."]
-    if ahead:
-        notes.append(f"Ahead: difference to {table[1]['name']} on the same rows ± its standard error over rows.")
-    return "\n".join([*out, "", " ".join(notes), ""])
-
-
-def _cell(value: list | None, scale: float) -> str:
-    if value is None:
-        return "–"
-    mean, deviation = value
-    return f"{scale * mean:.2f}" + ("" if deviation is None else f" ± {scale * deviation:.2f}")

@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from lowdft import DFTConfig, DFTTrainer
+from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Recipe
+from lowdft.models import add_adapter
+from lowdft.pipeline.context import Run
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -100,6 +103,15 @@ def make_trainer(folder, rows=None, peft=True, dropout=0.0, eval_rows=None, **se
     )
 
 
+def write_benchmark(folder: Path) -> None:
+    """A benchmark.json of one task, as `lowdft benchmark` writes it."""
+    after = {"value": 0.375, "stderr": None, "ahead": {"value": 0.125, "stderr": None, "paired": False}}
+    task = {"shots": 5, "metric": "exact_match", "rows": 8, "systems": {"base": {"value": 0.25, "stderr": None},
+                                                                        "after": after}}  # fmt: skip
+    result = {"mean": {"base": 0.25, "after": 0.375}, "tasks": {"gsm8k": task}, "harness": "lm-eval 1", "limit": None}
+    (folder / "benchmark.json").write_text(json.dumps(result))
+
+
 def losses(trainer) -> list[float]:
     """The logged losses."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -125,3 +137,30 @@ def metrics(recipe: str, keys=("step", "loss", "log_u/mean")) -> list[dict]:
     """Some keys of every line of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (folder(recipe) / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in keys} for line in lines]
+
+
+def make_run_folder(folder: Path, base: Path, adapter: bool = True, **sections) -> Run:
+    """A run folder as training leaves it: six rows, the resolved recipe, a random adapter (or model)."""
+    data = folder / "rows.jsonl"
+    rows = [{"prompt": f"{i} or {i + 1}?", "completion": f"{i + 1}"} for i in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"name_or_path": str(base), "hub_id": "someone/tiny-llama", "load_in_4bit": False, "dtype": "float32"}
+    run = Run(Recipe(
+        output_dir=str(folder / "run"),
+        model=ModelSection(**model | sections.pop("model", {})),
+        adapter=AdapterSection(r=4, alpha=8) if adapter else None,
+        data=DataSection(train=str(data), eval_rows=2),
+        training={"max_length": 256, "max_prompt_length": 128, "use_cpu": True},
+        **sections,
+    ))  # fmt: skip
+    run.check()
+    run.training.begin()
+    trained = add_adapter(run.base(), run.recipe.adapter, seed=0) if adapter else run.base()
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in trained.named_parameters():
+        if "lora_B" in name or not adapter:
+            weight.data += 0.5 * torch.randn(weight.shape, generator=generator)
+    trained.save_pretrained(run.training.path)
+    run.tokenizer.save_pretrained(run.training.path)
+    run.training.finish(steps=2, seconds=1.0)
+    return run

@@ -47,9 +47,13 @@ def test_settings_are_the_papers(path):
     mathematics, adapter = "metamath" in path.stem, recipe.adapter is not None
     gpus = 1 if adapter or recipe.model.dtype == "float32" else 4
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus == 128
-    assert (args.negatives_per_step, args.num_train_epochs) == ((4, 3) if mathematics else (2, 2))
+    after_sft = args.objective in ("dpo", "simpo")  # one epoch from the SFT adapter: Table 4
+    assert (args.negatives_per_step, args.num_train_epochs) == ((4, 3) if mathematics else (2, 1 if after_sft else 2))
     assert args.learning_rate == {(0, 0): 2e-6, (0, 1): 2e-5, (1, 0): 8e-7, (1, 1): 1e-5}[mathematics, adapter]
-    assert (args.objective, args.tau, args.gamma) == ("dft", 1.0, 0.95 if mathematics else 0.85)
+    if after_sft:
+        assert args.reference_adapter == "runs/paper/ultrafeedback-sft/adapter"
+    else:
+        assert (args.objective, args.tau, args.gamma) == ("dft", 1.0, 0.95 if mathematics else 0.85)
     assert (args.max_length, args.max_prompt_length) == (512 if mathematics else 1024, 512)
     assert (args.lr_scheduler_type, args.warmup_steps) == ("cosine", 0.1)
     sampling = recipe.negatives

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from lowdft.cli import main
-from lowdft.reporting.study_figures import swept_key
-from lowdft.study import markdown, tabulate
+from lowdft.reporting.figures import swept_key
+from lowdft.reporting.study_table import EQUAL_TIME, TUNED, combined, markdown, tabulate, verdicts
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def study(tmp_path, tiny_folder):
     )
     (tmp_path / "study.yaml").write_text(
         f"recipe: recipe.yaml\noutput_dir: {tmp_path}/out\n"
-        "grid: {training.objective: [sft, dft, dpo], training.seed: [0, 1]}\n"
+        "baselines: false\ngrid: {training.objective: [sft, dft, dpo], training.seed: [0, 1]}\n"
     )
     return tmp_path / "study.yaml"
 
@@ -71,26 +72,85 @@ def test_a_failing_run_does_not_stop_the_others(study, capsys):
     assert "1 of 2 runs failed: objective=poft,seed=0" in told.err and "| sft |" in told.out
 
 
+def test_sft_is_tuned_and_given_as_much_time(study, capsys, monkeypatch):
+    """The second learning rate is made the better one, and DFT 2.5 times as slow as SFT."""
+    from lowdft import study as module
+
+    original = module.measures_of
+
+    def measured(folder):
+        found = original(folder)
+        found["after"]["seconds"] = 25.0 if "dft" in folder.name else 10.0
+        if folder.name.startswith("tune"):
+            found["after"]["accuracy"] = 0.9 if "0.002" in folder.name else 0.1
+            assert found["rows"] == 2
+        return found
+
+    monkeypatch.setattr(module, "measures_of", measured)
+    text = study.read_text().replace("baselines: false", "sft_learning_rates: [1e-2, 2e-3]\ntune_rows: 2")
+    study.write_text(text.replace("[sft, dft, dpo]", "[dft]").replace("[0, 1]", "[0]"))
+    assert main(["compare", str(study)]) == 0
+    out = study.parent / "out"
+    table = {line["name"]: line for line in json.loads((out / "study.json").read_text())["table"]}
+    assert list(table) == ["base", "sft, tuned", "sft, equal time", "dft"]
+    recipes = {path.parent.name: path.read_text() for path in out.glob("baseline*/recipe.yaml")}
+    assert all("learning_rate: 0.002" in text and "tune_rows: null" in text for text in recipes.values())
+    assert "num_train_epochs: 2.5" in recipes["baseline=sft, equal time,seed=0"]
+    assert "- dft: ahead of tuned SFT by " in (out / "study.md").read_text()
+    capsys.readouterr()
+
+
+def test_tuned_sft_that_the_grid_has_is_used_again(study, capsys):
+    """No list of learning rates: the recipe's own is taken, and the grid's SFT run is the tuned one."""
+    text = study.read_text().replace("baselines: false\n", "").replace("[sft, dft, dpo]", "[sft]")
+    study.write_text(text.replace("[0, 1]", "[0]"))
+    assert main(["compare", str(study)]) == 0
+    out = study.parent / "out"
+    assert not (out / "baseline=sft, tuned,seed=0").exists()
+    lines = {line["name"]: line for line in json.loads((out / "study.json").read_text())["table"]}
+    assert lines["sft, tuned"]["logps/positive"] == lines["sft"]["logps/positive"]
+    capsys.readouterr()
+
+
+def runs(named: dict, *per_row):
+    """Results of one line of the table, a seed each, from what every row's answer was worth."""
+    return [
+        {
+            "settings": named | {"training.seed": seed},
+            "base": {"accuracy": 0.1},
+            "after": {"accuracy": sum(rows) / len(rows)},
+            "per_row": {"accuracy": rows},
+        }
+        for seed, rows in enumerate(per_row)
+    ]
+
+
 def test_table_by_hand():
     """Two seeds each. DFT's rows are right in (1, 1), (.5, 1), (0, 0), (1, 1) of the runs, SFT's in the first alone."""
-
-    def runs(objective, *per_row):
-        after = [sum(rows) / len(rows) for rows in per_row]
-        return [
-            {
-                "settings": {"training.objective": objective, "training.seed": seed},
-                "base": {"accuracy": 0.1},
-                "after": {"accuracy": after[seed]},
-                "per_row": {"accuracy": rows},
-            }
-            for seed, rows in enumerate(per_row)
-        ]
-
-    results = runs("sft", [1, 0, 0, 0], [1, 0, 0, 0]) + runs("dft", [1, 1, 0, 1], [1, 0, 0, 1])
+    results = runs({"o": "sft"}, [1, 0, 0, 0], [1, 0, 0, 0]) + runs({"o": "dft"}, [1, 1, 0, 1], [1, 0, 0, 1])
     text = markdown(tabulate(results, "training.seed", {}), "training.seed")
     assert "| base | 10.00 | – | 1 |" in text and "| sft | 25.00 ± 0.00 | – | 2 |" in text
-    # differences 0, .5, 0, 1: their mean is .375, their standard deviation .479, the standard error half of that
-    assert "| dft | 62.50 ± 17.68 | 37.50 ± 23.94 | 2 |" in text and "accuracy ahead, points" in text
+    # differences of rows 0, .5, 0, 1: mean .375, standard deviation .479, standard error half of that; of runs .5, .25
+    assert "| dft | 62.50 ± 17.68 | 37.50 ± 23.94 (12.50) | 2 |" in text and "accuracy ahead, points" in text
+    assert "it pays" not in text  # without tuned SFT there is no verdict
+
+
+def test_verdicts_by_hand():
+    """dft is ahead of tuned SFT by 1/2 and of SFT at equal time by 1/4, in both seeds; 400 rows."""
+    results = runs({"baseline": TUNED}, *2 * [[1.0, 0.0, 0.0, 0.0] * 100])
+    results += runs({"baseline": EQUAL_TIME}, *2 * [[1.0, 1.0, 0.0, 0.0] * 100])
+    results += runs({"o": "dft"}, *2 * [[1.0, 1.0, 0.0, 1.0] * 100]) + runs({"o": "orpo"}, *2 * [[0.0] * 400])
+    table = tabulate(results, "training.seed", {})
+    error = math.sqrt(0.25 / 399)  # rows' differences are 0 or 1, half and half
+    assert table[3]["ahead"]["accuracy"] == pytest.approx([0.5, error, 0.0])
+    assert combined([0.5, 0.03, 0.04]) == (0.5, 0.05) and combined([0.5, 0.03, None]) == (0.5, 0.03)
+    told = verdicts(table)
+    assert told[0].startswith(
+        "dft: ahead of tuned SFT by +50.0 ± 2.5 points; at equal time by +25.0 ± 2.2 points, over"
+    )
+    assert told[0].endswith("over 2 seeds (accuracy): it pays.") and told[1].endswith("SFT is better.")
+    same = tabulate(results[:4] + runs({"o": "x"}, *2 * [[1.0, 0.0, 0.0, 0.0] * 100]), "training.seed", {})
+    assert verdicts(same)[0].endswith("no difference beyond two standard errors.")  # SFT with more time is better
 
 
 def test_cases_a_swept_number_and_the_papers_numbers(study, capsys):
@@ -137,3 +197,24 @@ def test_mistakes_are_told(text, told, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text(text)
     assert main(["compare", str(tmp_path / "study.yaml")]) == 1
     assert told in capsys.readouterr().err
+
+
+def test_a_study_measures_benchmarks_and_the_base_once(study, capsys, monkeypatch, tmp_path):
+    benchmarks = pytest.importorskip("lowdft.evaluation.benchmarks")
+    pytest.importorskip("lm_eval")
+    row = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    (tmp_path / "arc.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"answerKey": "B"}) + "\n")
+    measured, run = [], benchmarks.run
+    monkeypatch.setattr(benchmarks, "run", lambda *args: measured.append(1) or run(*args))
+    study.write_text(study.read_text().partition("grid:")[0] + "grid: {training.seed: [0, 1]}\n")
+    overrides = [
+        "training.objective=sft",
+        "evaluation.benchmarks=[arc_easy]",
+        f"evaluation.benchmark_data.arc_easy={tmp_path}/arc.jsonl",
+    ]
+    assert main(["compare", str(study), *overrides]) == 0
+    text = (study.parent / "out" / "study.md").read_text()
+    runs = len(list((study.parent / "out").glob("*/benchmark.json")))
+    assert len(measured) == 3 and runs == 2  # the base's result is borrowed
+    assert "| arc_easy | mean |" in text and text.count("50.00") >= runs
+    capsys.readouterr()

@@ -28,11 +28,14 @@ from lowdft.errors import UserError
 from lowdft.files import conceal, write_text
 from lowdft.text import did_you_mean
 
+UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that send checkpoints or metrics to the Hub
+
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
 
-    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe.
+    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe. A run folder stands
+    for the resolved recipe that it holds, and is its output_dir.
 
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
@@ -42,13 +45,12 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(schema, given))
+        merged = OmegaConf.merge(schema, given)
+        recipe, resolved = OmegaConf.to_object(merged), OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
-    recipe.interpolations = dict(
-        _interpolations(OmegaConf.to_container(given), OmegaConf.to_container(given, resolve=True))
-    )
+    recipe.interpolations = dict(_interpolations(OmegaConf.to_container(given), resolved))
     _check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
@@ -67,14 +69,18 @@ def _gather_adapter_options(given) -> None:
 
 def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
     """The folder that a recipe or a study writes, found without checking anything else."""
-    return _given(path, overrides).get("output_dir")
+    try:
+        return _given(path, overrides).get("output_dir")
+    except OmegaConfBaseException:  # which `load_recipe` will tell
+        return None
 
 
 def _given(path: str | Path, overrides: list[str]):
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
-    return OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist(list(overrides)))
+    given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(find_recipe(path))
+    return OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
 
 
 def computes_bfloat16() -> bool:
@@ -84,6 +90,28 @@ def computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _of_run_folder(folder: Path):
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(
+            f"{folder}: is a folder without recipe.yaml, so not a run folder. Give a recipe or a run folder."
+        )
+    return OmegaConf.merge(_read(folder / "recipe.yaml"), {"output_dir": str(folder)})
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file: the path itself, or the name of one that comes with lowdft, as in `lowdft run quickstart`."""
+    path = Path(path)
+    if path.suffix or path.exists():
+        return path
+    package = Path(__file__).parents[1]
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+    shipped = {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+    if str(path) not in shipped:
+        hint = did_you_mean(str(path), shipped)
+        raise UserError(f"{path}: there is no such file, and no recipe of this name comes with lowdft.{hint}")
+    return shipped[str(path)]
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):
@@ -172,9 +200,9 @@ def training_config(recipe: Recipe):
                 "transformers' TrainingArguments."
             )
         _check_type(f"training.{key}", value, str(known[key].type))
-    if uploads := [key for key in recipe.training if key == "push_to_hub" or key.startswith("hub_")]:
+    if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
-            f"training.{uploads[0]} is refused: checkpoints are not uploaded. `lowdft export RECIPE --push NAME` "
+            f"training.{uploads[0]} is refused: nothing is uploaded while training. `lowdft export RECIPE --push NAME` "
             "uploads the trained adapter; the Hub's token is the variable HF_TOKEN."
         )
     settings = {
@@ -222,6 +250,7 @@ def _check_values(recipe: Recipe, path: str) -> None:
         "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
         "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
         "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),
+        "negatives.keep": (recipe.negatives.keep, ("all", "wrong")),
         "negatives.backend": (recipe.negatives.backend, BACKENDS),
         "evaluation.answer": (recipe.evaluation.answer, ANSWERS),
     }
@@ -236,24 +265,39 @@ def _check_values(recipe: Recipe, path: str) -> None:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
     if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
+    _check_data_section(recipe.data, path)
     if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
         raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
-    if n.adapter and n.backend == "vllm":
-        raise UserError(f"{path}: negatives.adapter needs the backend padded or continuous, not vllm")
     at_least = {
         "rounds": (recipe.rounds, 1),
         "negatives.temperature": (n.temperature, 0),
         "negatives.top_k": (n.top_k, 0),
         "negatives.max_new_tokens": (n.max_new_tokens, 1),
         "negatives.batch_size": (n.batch_size, 1),
+        "negatives.shots": (n.shots, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
+        "evaluation.samples_every": (recipe.evaluation.samples_every, 0),
+        "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
     }
     for key, (value, least) in at_least.items():
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
     if not 0 < n.top_p <= 1:
         raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
+    if not 0 < n.gpu_memory_utilization <= 1:
+        found = n.gpu_memory_utilization
+        raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")
+
+
+def _check_data_section(data: DataSection, path: str) -> None:
+    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
+        raise UserError(f"{path}: data.prompt_template is {data.prompt_template!r}; wanted a text with {{prompt}}")
+    labels = data.labels
+    if labels is None or labels == "auto":
+        return
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(labels) or len(labels) < 2:
+        raise UserError(f"{path}: data.labels is {labels!r}; wanted auto, or a list of two or more different texts")
 
 
 def _check_type(key: str, value: object, annotation: str) -> None:

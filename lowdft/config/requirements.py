@@ -6,11 +6,12 @@ Every check runs before a model is loaded, and reports all rows that fail it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from lowdft.config.sections import NegativesSection
 from lowdft.config.training import DFTConfig
 from lowdft.data.encoded import EncodedRows
 from lowdft.errors import UserError
@@ -52,7 +53,11 @@ class RowFacts:
 
 
 def check_datasets(
-    train_rows: EncodedRows, eval_rows: EncodedRows | None, objective: Objective, args: DFTConfig, has_adapter: bool
+    train_rows: EncodedRows,
+    eval_sets: Sequence[EncodedRows],
+    objective: Objective,
+    args: DFTConfig,
+    has_adapter: bool,
 ) -> list[str]:
     """Everything that `DFTTrainer` requires of its data sets and of the model it is given; returns notes for people.
 
@@ -64,12 +69,18 @@ def check_datasets(
     """
     if args.reference_adapter and has_adapter:
         raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
-    facts = [RowFacts.of(rows, objective) for rows in (train_rows, eval_rows) if rows is not None]
+    facts = [RowFacts.of(rows, objective) for rows in (train_rows, *eval_sets)]
     notes = [note for i, one in enumerate(facts) for note in check_rows(one, objective, args, training=i == 0)]
     all_scored = all(one.has_reference_N.all() for one in facts)
     if args.reference_prompt == "proposal" and not all_scored:
         raise UserError(
             "training.reference_prompt: proposal requires rows with ref_negative_logps; run `lowdft score` first"
+        )
+    asked = all(rows.has("sampling_prompt_ids").all() for rows in (train_rows, eval_rows) if rows is not None)
+    if args.reference_prompt == "sampling" and objective.uses_reference and not (all_scored or asked):
+        raise UserError(
+            "training.reference_prompt: sampling requires the prompt that the negatives were sampled from in every "
+            "row: sampling_prompt (text or messages) or sampling_prompt_ids. Add it, or set reference_prompt: training."
         )
     check_adapter(args, objective, has_adapter or args.reference_adapter is not None, all_scored)
     return notes
@@ -123,6 +134,15 @@ def check_steps(args: DFTConfig, n: int) -> list[str]:
     return [f"{n} rows are fewer than one step of {per_step}; every epoch is one smaller step"]
 
 
+def check_evaluations(args: DFTConfig, held_out: int) -> None:
+    """Raises UserError when a recipe evaluates while it trains, without rows for that."""
+    if args.eval_strategy != "no" and not held_out:
+        raise UserError(
+            f"training.eval_strategy is {args.eval_strategy.value}, but no rows are held out. Set data.eval or "
+            "data.eval_rows, or leave eval_strategy out: held-out rows are evaluated after the training anyway."
+        )
+
+
 def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str]:
     """Whether `negatives.per_prompt` generated negatives are enough for n prompts; returns notes for people."""
     if per_prompt is None:
@@ -133,6 +153,31 @@ def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str
             "that many per prompt. Raise the first, or lower the second."
         )
     return _reuse(n if per_prompt < negatives_used(args, n) else 0, args, n)
+
+
+def check_proposal(negatives: NegativesSection, args: DFTConfig, objective: Objective, ready: bool) -> None:
+    """Raises UserError when `reference_prompt: proposal` asks for the density of negatives that were not sampled so.
+
+    Args:
+        ready: the rows bring their own negatives.
+    """
+    if args.reference_prompt != "proposal" or not objective.uses_reference:
+        return
+    unlike = {
+        "the rows bring their own negatives": ready,
+        "negatives.stop ends them early": bool(negatives.stop),
+        "negatives.resample replaces some of them": negatives.resample > 0,
+        "negatives.temperature 0 draws nothing": negatives.temperature == 0,
+        "negatives.adapter wrote them, which is not training.reference_model": (
+            negatives.adapter is not None and negatives.adapter != args.reference_adapter
+        ),
+    }
+    found = [reason for reason, holds in unlike.items() if holds]
+    if found:
+        raise UserError(
+            "training.reference_prompt: proposal is the density of the sampler that wrote the negatives, which cannot "
+            f"be had here: {'; '.join(found)}. Set training.reference_prompt: training or sampling, or change that."
+        )
 
 
 def check_adapter(args: DFTConfig, objective: Objective, has_adapter: bool, all_scored: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-STRATEGIES = ("direct", "chat", "good_system", "bad_system", "custom")
+STRATEGIES = ("direct", "chat", "good_system", "bad_system", "custom", "few_shot")
 ANSWERS = ("auto", "none", "number", "choice", "regex", "math")
 BACKENDS = ("padded", "continuous", "vllm")
 
@@ -16,6 +16,7 @@ class ModelSection:
 
     name_or_path: str = "???"
     revision: str | None = None
+    license: str | None = None  # of the base, for the card; None: what the base's own card says
     hub_id: str | None = None  # what to call a local base in the exported adapter and its card
     load_in_4bit: bool = True  # NF4 with double quantization
     dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware computes it, else float32
@@ -53,8 +54,11 @@ class DataSection:
     columns: dict[str, str] = field(default_factory=dict)
     prompt_style: str = "chat"  # or direct: string prompts as they are, no template
     system_prompt: str | None = None
+    prompt_template: str | None = None  # text with {prompt}, e.g. "Question: {prompt}\nAnswer:"; for rows of text
+    labels: Any = None  # classification: a list of texts, or auto (the completions that occur); the others: negatives
     train_rows: int | None = None
     eval_rows: int | None = None
+    tune_rows: int | None = None  # the last of the training rows, held out in the others' place (`lowdft compare`)
     skip_invalid: bool = False
 
 
@@ -75,9 +79,12 @@ class NegativesSection:
     seed: int = 0
     adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
     backend: str = "padded"
-    batch_size: int = 32
+    batch_size: int | None = None  # samples at once; None: 32 on a CPU, on a GPU as many as half of its memory holds
+    gpu_memory_utilization: float = 0.9  # the share of the GPU's memory that the backend vllm takes
     stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
-    resample: int = 0  # tries to replace a negative that is empty or equals the completion
+    resample: int = 0  # tries to replace a negative that is empty, equals the completion or (keep: wrong) is right
+    keep: str = "all"  # or wrong: right answers, as evaluation.answer checks them, are not negatives
+    shots: int = 5  # of strategy few_shot: training rows, solved, that stand before the prompt
     push: str | None = None  # a Hub data set to upload them to
     private: bool = True
 
@@ -90,7 +97,11 @@ class EvaluationSection:
     pattern: str | None = None  # of answer regex: its first group is the answer
     max_new_tokens: int = 256
     batch_size: int = 32
+    samples_every: int = 0  # training steps between sample answers to a few held-out prompts; 0: none
     compare: dict[str, str] = field(default_factory=dict)  # name: run folder or adapter, measured beside this one
+    benchmarks: list[str] = field(default_factory=list)  # suites (paper, math), alpaca_eval, or lm-eval's tasks
+    benchmark_limit: int | None = None  # rows per task; None: all
+    benchmark_data: dict[str, Any] = field(default_factory=dict)  # task: file of its rows, or {split: file}
 
 
 @dataclass

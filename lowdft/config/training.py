@@ -9,11 +9,12 @@ from transformers import TrainingArguments
 from lowdft import objectives
 
 REFERENCES = ("precomputed", "online")
-UNSUPPORTED = {  # fields of transformers that its own step would read, and what they must be
-    "label_smoothing_factor": 0.0,
-    "torch_compile": False,
-    "use_liger_kernel": False,
-    "neftune_noise_alpha": 0.0,
+UNSUPPORTED = {  # fields of transformers that only its own step reads, and the values that they may have
+    "label_smoothing_factor": (0.0,),
+    "torch_compile": (False,),
+    "use_liger_kernel": (False,),
+    "neftune_noise_alpha": (0.0,),
+    "train_sampling_strategy": ("random", "sequential"),
 }
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
@@ -113,10 +114,10 @@ class DFTConfig(TrainingArguments):
         if chosen.uses_mismatched:
             batch = self.per_device_train_batch_size
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
-        for name, off in UNSUPPORTED.items():
-            _require(
-                getattr(self, name) in (off, None), name, getattr(self, name), f"{off} (lowdft does not support it)"
-            )
+        for name, supported in UNSUPPORTED.items():
+            found = getattr(self, name)
+            wanted = f"{supported[0]}: lowdft does not support it"
+            _require(found is None or found in supported, name, found, wanted)
         _require(
             self.gradient_checkpointing or not self.offload_checkpoints,
             "offload_checkpoints",

@@ -21,10 +21,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, numbers: Sequence[int]) -> Batch:
-        """Some of the rows, in the order given."""
-        return Batch(self.index_M[list(numbers)], [self.rows[i] for i in numbers])
-
     @property
     def completion_tokens(self) -> int:
         """Scored tokens of all completions."""
@@ -71,5 +67,5 @@ def visit_range(visit: int, count: int, pool: int) -> list[int]:
 
 def collate(items: list[tuple[int, dict]]) -> dict:
     """Positions and rows (`EncodedRows.__getitems__`) as {"batch": Batch, "index": [M]}."""
-    index = torch.tensor([i for i, _ in items])
+    index = torch.tensor([i for i, _ in items], dtype=torch.int64)
     return {"index": index, "batch": Batch(index, [row for _, row in items])}

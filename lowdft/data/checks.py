@@ -27,7 +27,8 @@ import re
 from collections.abc import Iterator
 
 from lowdft.data.example import Row, Turn, canonical_json, is_blank, is_empty, normal, opening_turns
-from lowdft.data.formats import SPEAKERS, kind_of
+from lowdft.data.formats import SPEAKERS
+from lowdft.data.layouts import kind_of
 from lowdft.data.read import REMOVE, Finding, cut
 from lowdft.text import nearest
 

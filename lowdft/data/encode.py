@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from lowdft.data.turns import Turns, thinks
 from lowdft.errors import UserError
 
-REFERENCES = ("ref_negative_logps", "ref_logps")
-KEPT = ("example_id", *REFERENCES, "aligned_logps", "sampling_prompt_ids")  # of a row, beside its text or ids
+KEPT = ("example_id", "ref_negative_logps", "ref_logps", "aligned_logps", "sampling_prompt_ids")  # of a row, if given
 
 
 @dataclass
@@ -166,7 +165,7 @@ class Encoder:
         return "; ".join(said) or None
 
     def row(self, row: dict) -> dict:
-        """One dataset row of text (`prompt`, `completion`, optional `negatives`, `tools`) as one of ids.
+        """One dataset row of text (`prompt`, `completion`, optional `negatives`, `tools`, `sampling_prompt`) as ids.
 
         A row that already has `prompt_ids`, `completion_ids` (and `negative_ids`) keeps them; both are cut to length.
         Reference log-probabilities that the row brings are dropped when what they score was cut.
@@ -188,17 +187,19 @@ class Encoder:
             "negative_ids": [self.fit(prompt_ids, ids, "negatives") for ids in negative_ids],
         }
         kept = {key: row[key] for key in KEPT if row.get(key) is not None}
-        stale = set()
+        if "prompt_ids" not in row and row.get("sampling_prompt") is not None:
+            kept["sampling_prompt_ids"] = self.prompt(row["sampling_prompt"], tools, thinking)
+        prompt_cut = prompt_ids != given
         if "sampling_prompt_ids" in kept:
-            kept["sampling_prompt_ids"] = self._cut_prompt(list(row["sampling_prompt_ids"]))
-            stale |= (
-                {"ref_negative_logps"} if kept["sampling_prompt_ids"] != list(row["sampling_prompt_ids"]) else set()
-            )
-        stale |= set(REFERENCES) if prompt_ids != given else set()
-        stale |= {"ref_negative_logps"} if encoded["negative_ids"] != negative_ids else set()
-        stale |= {"ref_logps"} if encoded["completion_ids"] != completion_ids else set()
-        self.truncation.unscored += bool(stale & set(kept))
-        return encoded | {key: value for key, value in kept.items() if key not in stale}
+            asked = list(kept["sampling_prompt_ids"])
+            kept["sampling_prompt_ids"] = self._cut_prompt(asked)
+            prompt_cut |= kept["sampling_prompt_ids"] != asked
+        cut = {
+            "ref_negative_logps": prompt_cut or encoded["negative_ids"] != negative_ids,
+            "ref_logps": prompt_cut or encoded["completion_ids"] != completion_ids,
+        }
+        self.truncation.unscored += any([kept.pop(name, None) is not None for name in cut if cut[name]])
+        return encoded | kept
 
     def rows(self, rows: Iterable[dict]) -> list[dict]:
         """`row` for each, with `example_id` set to the position where none is given."""

@@ -107,20 +107,27 @@ def is_empty(turn: Turn) -> bool:
     return not turn.message.get("tool_calls") and (turn.text is None or is_blank(turn.text))
 
 
-def to_example(row: Row, prompt_style: str = "chat", system_prompt: str | None = None) -> Example:
+def to_example(
+    row: Row, prompt_style: str = "chat", system_prompt: str | None = None, prompt_template: str | None = None
+) -> Example:
     """The example of a row that passed the checks; its id is the one given, or one made from its content.
 
     With `prompt_style` "chat" text becomes messages; with "direct" it stays text. `system_prompt` goes before messages
-    that have no system message. Opening assistant turns and empty negatives are left out.
+    that have no system message. Opening assistant turns and empty negatives are left out. A prompt of text is put in
+    the place of {prompt} in `prompt_template`; where it then stays text and does not end in white space, a space comes
+    before the completion and the negatives, as a model writes them after "Answer:".
     """
     dropped = [id(turn) for turn in opening_turns(row.prompt)]
     turns = [turn for turn in row.prompt if id(turn) not in dropped]
     kept = [negative for negative in row.negatives if not is_empty(negative[0])]
     if row.is_text and prompt_style == "direct":
-        prompt = "\n\n".join(turn.text for turn in turns)
-        completion, negatives = row.completion[0].text, [negative[0].text for negative in kept]
+        prompt = _templated("\n\n".join(turn.text for turn in turns), prompt_template)
+        space = " " if prompt_template and not prompt[-1:].isspace() else ""
+        completion, *negatives = (_after(space, turn.text) for (turn,) in [row.completion, *kept])
     else:
         prompt = [_message(turn) for turn in turns]
+        if row.is_text:
+            prompt[-1]["content"] = _templated(prompt[-1]["content"], prompt_template)
         if system_prompt is not None and all(turn.role != "system" for turn in turns):
             prompt.insert(0, {"role": "system", "content": system_prompt})
         completion = [_message(turn) for turn in row.completion]
@@ -128,6 +135,14 @@ def to_example(row: Row, prompt_style: str = "chat", system_prompt: str | None =
     made = hashlib.sha256(canonical_json([prompt, completion, row.tools]).encode()).hexdigest()[:16]
     name = row.given_id or made
     return Example(name, prompt, completion, negatives, row.tools, row.where, row.answer, row.aligned_logps)
+
+
+def _templated(prompt: str, template: str | None) -> str:
+    return template.replace("{prompt}", prompt.strip()) if template else prompt
+
+
+def _after(space: str, text: str) -> str:
+    return space + text.lstrip() if space else text
 
 
 def _message(turn: Turn) -> dict:

@@ -12,6 +12,7 @@ turn remembers its place under the user's own column names, for messages such as
 | question + answer, prompt + answer | question or prompt | answer |
 | query + response (MetaMathQA) | query | response |
 | instruction (+ input) + output (Alpaca) | instruction, blank line, input | output |
+| question + choices + answer, label or answerKey | question | the right option; see `choices` |
 
 Beside these: negatives (a list), rejected, generated, rejected_0… and generated_0… are negatives; system is the system
 message; tools; example_id or id; answer, where it is not the completion, is the bare answer; aligned_logps is a number.
@@ -19,92 +20,27 @@ message; tools; example_id or id; answer, where it is not the completion, is the
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Collection
 
+from lowdft.data.choices import Choice, read_choice
 from lowdft.data.example import Row, Turn, contents
+from lowdft.data.layouts import (
+    CONVERSATIONS,
+    LAYOUTS,
+    BadRow,
+    detect_layout,
+    fitting_layouts,
+    json_list,
+    kind_of,
+)
 from lowdft.data.read import REMOVE, Record, cut
-from lowdft.errors import UserError
-from lowdft.text import nearest
 
-LAYOUTS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt+completion": ("prompt", "completion"),
-    "prompt+chosen": ("prompt", "chosen"),
-    "prompt+real": ("prompt", "real"),
-    "question+answer": ("question", "answer"),
-    "instruction+output": ("instruction", "output"),
-    "chosen": ("chosen",),
-    "real": ("real",),
-    "prompt+answer": ("prompt", "answer"),
-    "query+response": ("query", "response"),
-}
-ONLY_ALONE = ("chosen", "real", "prompt+answer", "query+response")  # taken where no other layout fits
-CONVERSATIONS = ("messages", "conversations", "chosen", "real")
-MAPPABLE = ("prompt", "completion", "messages", "negatives", "example_id", "tools", "system", "answer", "aligned_logps")
-KNOWN_COLUMNS = [*dict.fromkeys(c for needed in LAYOUTS.values() for c in needed), "input", "negatives", "rejected"]
 SPEAKERS = {
     "role": {name: name for name in ("system", "user", "assistant", "tool", "function")},
     "from": {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
              "tool": "tool", "function": "function"},
 }  # fmt: skip
-
-
-class BadRow(UserError):
-    """A row that fits no layout: `field` is where, `text` what was found, what was wanted and the fix."""
-
-    def __init__(self, field: str, text: str):
-        super().__init__(f"{field} {text}".strip())
-        self.field, self.text = field, text
-
-
-def detect_layout(columns: Collection[str], mapped: Collection[str] = (), expected: str | None = None) -> str:
-    """The layout that these columns make. Names in `mapped` win over others; `expected` is the layout of the file.
-
-    Raises:
-        BadRow: no layout fits; the message has the columns found and the nearest known name or all layouts.
-    """
-    fitting = _fitting(columns, mapped)
-    if not fitting:
-        raise _no_layout(list(columns), expected)
-    return fitting[0]
-
-
-def _fitting(columns: Collection[str], mapped: Collection[str]) -> list[str]:
-    fitting = [name for name, needed in LAYOUTS.items() if all(c in columns for c in needed)]
-    fitting = [name for name in fitting if name not in ONLY_ALONE] or fitting[:1]
-    by_map = {name: len(set(LAYOUTS[name]) & set(mapped)) for name in fitting}
-    return [name for name in fitting if by_map[name] == max(by_map.values())]
-
-
-def _no_layout(columns: list[str], expected: str | None) -> BadRow:
-    if not columns:
-        return BadRow("", f"the row has no columns; one of these is wanted: {', '.join(LAYOUTS)}. {REMOVE}")
-    found = cut(", ".join(map(str, columns)))
-    for column in columns:
-        near = nearest(str(column), KNOWN_COLUMNS)
-        if near and near != column and near not in columns:
-            return BadRow(
-                cut(column),
-                f'is no known column (found: {found}); did you mean "{near}"? Rename it, or map it with data.columns.',
-            )
-    if "text" in columns:
-        return BadRow(
-            "text",
-            f"is plain text (found: {found}); nothing says where the prompt ends and the answer "
-            "begins, so no token can be scored. Write a prompt and a completion column.",
-        )
-    if expected:
-        missing = next(c for c in LAYOUTS[expected] if c not in columns)
-        return BadRow(missing, f"is missing ({found} found); the layout of this file is {expected}. {REMOVE}")
-    return BadRow(
-        cut(columns[0]),
-        f"is of no known layout (columns found: {found}); known are {', '.join(LAYOUTS)}. "
-        "Rename the columns, or map them with data.columns: {prompt: …, completion: …}.",
-    )
 
 
 def to_row(record: Record, columns: dict[str, str] | None = None, expected: str | None = None) -> Row:
@@ -115,31 +51,47 @@ def to_row(record: Record, columns: dict[str, str] | None = None, expected: str 
     """
     columns = columns or {}
     view = _view(record.columns, columns)
-    mapped = [ours for ours in columns if ours in view]
-    not_null = [name for name, value in view.items() if value is not None]
-    fitting = _fitting(not_null, mapped) or [detect_layout(view, mapped, expected)]
-    layout = fitting[0]
-    prompt, completion = _split(layout, view, columns)
-    for other in fitting[1:]:
-        if contents(sum(_split(other, view, columns), [])) != contents(prompt + completion):
-            raise BadRow(
-                "",
-                f"two layouts in one row that disagree: {layout} and {other}; one is wanted. Remove a "
-                "column, or say which with data.columns.",
-            )
+    choice = read_choice(view, columns)
+    layout, prompt, completion = _of_choice(choice) if choice else _of_layout(view, columns, expected)
     system = view.get("system")
     if system not in (None, "") and all(turn.text != system for turn in prompt if turn.role == "system"):
         prompt = [Turn({"role": "system", "content": system}, columns.get("system", "system")), *prompt]
-    negatives, used = _negatives(view, columns, prompt)
-    own_answer = "answer" if "answer" in view and "answer" not in LAYOUTS[layout] else ""
+    if choice:
+        negatives, used = [_turns(text, path, "assistant") for path, text in choice.wrong], [choice.options_path]
+        answer = choice.right[1]
+    else:
+        negatives, used = _negatives(view, columns, prompt)
+        own_answer = "answer" if "answer" in view and "answer" not in LAYOUTS[layout] else ""
+        answer = _plain(record.columns, columns.get("answer") or own_answer, strict="answer" in columns)
     id_column = columns.get("example_id") or ("example_id" if view.get("example_id") is not None else "id")
     return Row(
         record.where, layout, prompt, completion, negatives, used,
         tools=_tools(view.get("tools"), columns.get("tools", "tools")),
-        answer=_plain(record.columns, columns.get("answer") or own_answer, strict="answer" in columns),
+        answer=answer,
         given_id=_plain(record.columns, id_column, strict=True),
         aligned_logps=_mean_logp(view.get("aligned_logps"), columns.get("aligned_logps", "aligned_logps")),
     )  # fmt: skip
+
+
+def _of_choice(choice: Choice) -> tuple[str, list[Turn], list[Turn]]:
+    path, text = choice.right
+    return "choices", _turns(choice.question, choice.question_path, "user"), _turns(text, path, "assistant")
+
+
+def _of_layout(view: dict, columns: dict[str, str], expected: str | None) -> tuple[str, list[Turn], list[Turn]]:
+    """Layout, prompt and completion; layouts that fit beside the first must say the same."""
+    mapped = [ours for ours in columns if ours in view]
+    not_null = [name for name, value in view.items() if value is not None]
+    fitting = fitting_layouts(not_null, mapped) or [detect_layout(view, mapped, expected)]
+    prompt, completion = _split(fitting[0], view, columns)
+    for other in fitting[1:]:
+        if contents(sum(_split(other, view, columns), [])) != contents(prompt + completion):
+            raise BadRow(
+                "",
+                f"two layouts in one row that disagree: {fitting[0]} and {other}; one is wanted. Remove a "
+                "column, or say which with data.columns.",
+            )
+    return fitting[0], prompt, completion
 
 
 def _view(row: dict, columns: dict[str, str]) -> dict:
@@ -179,14 +131,6 @@ def _split(layout: str, view: dict, columns: dict[str, str]) -> tuple[list[Turn]
     return prompt, answer[-1:]
 
 
-def kind_of(value: object) -> str:
-    """A JSON value's type in words, with the value cut short."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return f"{names.get(type(value), type(value).__name__)} ({cut(value, 40)})"
-
-
 def _turns(value: object, path: str, role: str) -> list[Turn]:
     """Text as one turn of `role`; a message or a list of messages as they are."""
     if isinstance(value, dict):
@@ -197,7 +141,7 @@ def _turns(value: object, path: str, role: str) -> list[Turn]:
 
 
 def _conversation(value: object, path: str, sharegpt: bool = False) -> list[Turn]:
-    value = _json_list(value)
+    value = json_list(value)
     wanted = "a list of {from, value}" if sharegpt else "a list of {role, content}"
     if not isinstance(value, list):
         raise BadRow(path, f"is {kind_of(value)}; {wanted} is needed. {REMOVE}")
@@ -221,16 +165,6 @@ def _turn(message: object, path: str, sharegpt: bool) -> Turn:
     return Turn(canonical | others, path, keys)
 
 
-def _json_list(value: object) -> object:
-    """A list written as JSON text, as CSV and many parquet files hold it; anything else unchanged."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _negatives(view: dict, columns: dict[str, str], prompt: list[Turn]) -> tuple[list[list[Turn]], list[str]]:
     names = [name for name in view if re.fullmatch(r"negatives|(rejected|generated)(_\d+)?", str(name))]
     names.sort(key=lambda name: (name != "negatives", name.split("_")[0], int(name.partition("_")[2] or -1)))
@@ -251,7 +185,7 @@ def _negatives(view: dict, columns: dict[str, str], prompt: list[Turn]) -> tuple
 def _items(name: str, value: object, path: str) -> list[tuple[str, object]]:
     """The negatives of one column, each with its path: a conversation is one, other lists are several."""
     if name == "negatives":
-        value = _json_list(value)
+        value = json_list(value)
         if isinstance(value, str) and path == name:
             raise BadRow(
                 path,
@@ -266,7 +200,7 @@ def _items(name: str, value: object, path: str) -> list[tuple[str, object]]:
 
 
 def _tools(value: object, path: str) -> list[dict] | None:
-    value = _json_list(value)
+    value = json_list(value)
     if value in (None, "", []):
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from lowdft.data import toy
 from lowdft.data.checks import check_row, check_table, place
 from lowdft.data.example import Example, Row, canonical_json, normal, to_example
-from lowdft.data.formats import CONVERSATIONS, MAPPABLE, BadRow, to_row
+from lowdft.data.formats import to_row
+from lowdft.data.layouts import CONVERSATIONS, MAPPABLE, BadRow
 from lowdft.data.read import REMOVE, Finding, Record, cut, read_records
 from lowdft.errors import UserError
 from lowdft.text import nearest
@@ -38,6 +39,7 @@ def load_examples(
     columns: dict[str, str] | None = None,
     prompt_style: str = "chat",
     system_prompt: str | None = None,
+    prompt_template: str | None = None,
     skip_invalid: bool = False,
 ) -> Loaded:
     """Read, understand and check all rows of `source`.
@@ -48,6 +50,7 @@ def load_examples(
         columns: our name -> the user's column, e.g. {"prompt": "question_text", "negatives": "bad"}.
         prompt_style: "chat" makes messages of text; "direct" leaves text as it is.
         system_prompt: goes before messages that have no system message.
+        prompt_template: text with {prompt}, in whose place a prompt of text is put; rows of messages have none.
         skip_invalid: leave out bad rows, and say so among the warnings, where otherwise they raise.
 
     Raises:
@@ -70,7 +73,9 @@ def load_examples(
     if errors and (not skip_invalid or not rows):
         told = [f"{name}: warning: {line}" for line in summaries([f for f in found if f.where not in bad])]
         raise UserError("\n".join([_refusal(errors, len(bad), len(records), name, skip_invalid), *told]))
-    examples = _examples(rows, prompt_style, system_prompt)
+    if prompt_template is not None:
+        _check_template(rows)
+    examples = _examples(rows, prompt_style, system_prompt, prompt_template)
     warnings = [_skipped(errors, len(bad), len(records))] if bad else []
     warnings += summaries([finding for finding in found if finding.where not in bad])
     layout = Counter(row.layout for row in rows).most_common(1)[0][0]
@@ -150,12 +155,21 @@ def _skipped(errors: list[Finding], bad: int, total: int) -> str:
     return f"{bad} of {total} rows skipped as invalid: {places(ordered)} ({told})"
 
 
-def _examples(rows: list[Row], prompt_style: str, system_prompt: str | None) -> list[Example]:
+def _check_template(rows: list[Row]) -> None:
+    messages = [row for row in rows if not row.is_text]
+    if messages:
+        raise UserError(
+            f"{messages[0].where}: {messages[0].trained_turn} is a message, and data.prompt_template is for prompts of "
+            f"text ({len(messages)} of {len(rows)} rows have messages). Leave the key out, or write these rows as text."
+        )
+
+
+def _examples(rows: list[Row], *how: str | None) -> list[Example]:
     """Examples whose ids are all different: a repeated content gets "-2", "-3" and so on."""
     seen: Counter[str] = Counter()
     examples = []
     for row in rows:
-        example = to_example(row, prompt_style, system_prompt)
+        example = to_example(row, *how)
         if row.given_id is None:
             seen[example.example_id] += 1
             if seen[example.example_id] > 1:

@@ -1,8 +1,15 @@
-"""How the base is asked for a negative: the paper's prompting strategies (arXiv 2502.18679, Section 5 and Table 9)."""
+"""How the base is asked for a negative: the paper's prompting strategies (arXiv 2502.18679, Section 5 and Figure 7).
+
+One more, `few_shot`, asks after some solved training rows, so that an answer has the completion's form.
+"""
 
 from __future__ import annotations
 
-from lowdft.data.example import Example, Message
+import json
+import random
+from collections.abc import Sequence
+
+from lowdft.data.example import Example, Message, normal
 
 SYSTEM_PROMPTS = {
     "good_system": "You are a helpful assistant.",
@@ -11,15 +18,22 @@ SYSTEM_PROMPTS = {
 
 
 def sampling_prompt(
-    example: Example, strategy: str, system_prompt: str | None = None, template: str | None = None
+    example: Example,
+    strategy: str,
+    system_prompt: str | None = None,
+    template: str | None = None,
+    shots: Sequence[Example] = (),
 ) -> str | list[Message]:
     """The prompt that negatives are sampled from.
 
     Args:
         strategy: "direct" (the bare text), "chat" (the chat template), "good_system" or "bad_system" (the chat template
-            under a system message, which takes the place of the row's own), "custom" (`template` with {prompt}).
+            under a system message, which takes the place of the row's own), "custom" (`template` with {prompt}),
+            "few_shot" (`shots`, each as training shows it, before the row's own prompt).
         system_prompt: the system message of good_system and bad_system; None takes `SYSTEM_PROMPTS`.
     """
+    if strategy == "few_shot":
+        return _after_shots(example, shots)
     if strategy == "direct":
         return plain_text(example.prompt)
     if strategy == "custom":
@@ -31,6 +45,40 @@ def sampling_prompt(
         return messages
     system = {"role": "system", "content": system_prompt or SYSTEM_PROMPTS[strategy]}
     return [system, *(m for m in messages if m["role"] != "system")]
+
+
+def choose_shots(example: Example, rows: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """`count` rows of the example's own form, drawn by `seed` and its id; none has its id or its prompt.
+
+    All that there are, where they are fewer.
+    """
+    own, is_text = normal(plain_text(example.prompt)), isinstance(example.prompt, str)
+    rng, chosen, seen = random.Random(json.dumps([seed, example.example_id])), [], set()
+    while len(chosen) < count and len(seen) < len(rows):
+        pick = int(rng.random() * len(rows))
+        row = rows[pick]
+        same_form = isinstance(row.prompt, str) == is_text and row.tools == example.tools
+        is_own = row.example_id == example.example_id or normal(plain_text(row.prompt)) == own
+        if pick not in seen and same_form and not is_own:
+            chosen.append(row)
+        seen.add(pick)
+    return chosen
+
+
+def _after_shots(example: Example, shots: Sequence[Example]) -> str | list[Message]:
+    if isinstance(example.prompt, str):
+        return "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in shots) + example.prompt
+    system = [m for m in example.prompt if m["role"] == "system"]
+    solved = [m for shot in shots for m in [*shot.prompt, *shot.completion] if m["role"] != "system"]
+    return [*system, *solved, *(m for m in example.prompt if m["role"] != "system")]
+
+
+def shot_stop(completions: Sequence[str | list[Message]]) -> list[str]:
+    """What ends an answer after shots of text: a line break, or a blank line where completions have line breaks."""
+    texts = [completion for completion in completions if isinstance(completion, str)]
+    if not texts:
+        return []
+    return ["\n"] if not any("\n" in text.strip() for text in texts) else ["\n\n"]
 
 
 def fold_system(messages: list[Message]) -> list[Message]:
@@ -46,3 +94,9 @@ def plain_text(prompt: str | list[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(m["content"] for m in prompt if m.get("content"))
+
+
+def other_form(completion: str, negative: str) -> bool:
+    """Is a negative over 3 times longer or shorter (characters, from 4 up), or has only one of the two line breaks?"""
+    shorter, longer = sorted(max(4, len(text.strip())) for text in (completion, negative))
+    return longer > 3 * shorter or ("\n" in negative.strip()) != ("\n" in completion.strip())

@@ -12,6 +12,7 @@ from lowdft.config.sections import DataSection
 from lowdft.data.arrow import map_table, write_table
 from lowdft.data.cache import cached
 from lowdft.data.examples import SCHEMA, Examples, record_batches
+from lowdft.data.labels import find_labels, with_labels
 from lowdft.data.load import Loaded, load_examples, overlap
 from lowdft.errors import UserError
 from lowdft.files import digest_of
@@ -62,7 +63,13 @@ def _make(section: DataSection, paths: dict[str, Path]) -> dict:
         if section.eval_rows >= len(rows):
             raise UserError(f"data.eval_rows is {section.eval_rows}, but data.train has {len(rows)} rows; wanted fewer")
         rows, held = rows[: -section.eval_rows], rows[-section.eval_rows :]
+    if section.tune_rows:
+        rows, held = rows[: -section.tune_rows], rows[-section.tune_rows :]
     rows = rows[: section.train_rows]
+    if section.labels is not None:
+        labels = find_labels(rows) if section.labels == "auto" else section.labels
+        lines.append(f"labels: {', '.join(map(str, labels))}")
+        rows, held = with_labels(rows, labels), with_labels(held, labels)
     lines += [f"warning: {warning}" for warning in overlap(rows, held)]
     found = {}
     for name, examples in zip(SPLITS, (rows, held), strict=True):
@@ -79,6 +86,7 @@ def _load(section: DataSection, source: str, split: str, revision: str | None, l
         columns=dict(section.columns),
         prompt_style=section.prompt_style,
         system_prompt=section.system_prompt,
+        prompt_template=section.prompt_template,
         skip_invalid=section.skip_invalid,
     )
     lines += [f"{source}: {note}" for note in [*loaded.notes, *(f"warning: {w}" for w in loaded.warnings)]]

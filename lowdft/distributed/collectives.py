@@ -96,24 +96,3 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat /= world_size()
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
-
-
-def repeated(index_by_micro_batch: list[Tensor], visits: Tensor) -> list[list[bool]]:
-    """For every example of this rank's step: is it one that a sampler repeats to give all ranks equally many?
-
-    An example is repeated when this epoch has visited it already (it is ahead of the least visited), or when it stands
-    earlier in this step, in the order of micro-batches and ranks. Each example is then used once an epoch, as by one
-    process.
-    """
-    mine = [index.tolist() for index in index_by_micro_batch]
-    everyone = from_all(mine)
-    behind, seen = int(visits.min()), set()
-    out = [[False] * len(index) for index in mine]
-    for step in range(max(map(len, everyone))):
-        for owner, batches in enumerate(everyone):
-            for place, i in enumerate(batches[step] if step < len(batches) else []):
-                again = i in seen or int(visits[i]) > behind
-                seen.add(i)
-                if owner == rank():
-                    out[step][place] = again
-    return out

@@ -21,7 +21,12 @@ from torch import Tensor
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 
-DEEPSPEED_GLOBALS: frozenset[str] = frozenset()
+DEEPSPEED_GLOBALS = {  # classes without code of their own on loading, which DeepSpeed puts into its checkpoints
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 LIBRARIES = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP"}
 
 

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 from lowdft.errors import UserError
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-CHOICE = re.compile(r"\(?\b([A-Z])\b\)?")
+MINUS = str.maketrans("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-" * 7)  # minus signs, hyphens and dashes
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+# A minus is a sign where it stands at the number and at nothing else: "10-5" and "10 - 5" end in 5.
+NUMBER = re.compile(rf"(?:(?<![\w.)\]%-])(-))?\$?({DIGITS})(?:\s?/\s?({DIGITS}))?")
+
+_LETTER = r"[\s(\[\"'*_]*(?:option\s+|choice\s+)?[(\[\"'*_]*([A-Z])(?![\w'])"
+# "A" and "I" are words of a sentence unless it ends there or goes on so
+_ENDS = r"(?:(?<=[B-HJ-Z])|(?=[ \t]*\n|\s*(?:$|[^\w\s]|because\b|since\b|as\b|and\b|is\b)))"
+STATED = re.compile(
+    r"(?i:\b(?:answer|choice)\b(?:\s+(?:is|was|(?:would|must|should|has\s+to)\s+be)|\s*[:=])+)"
+    + _LETTER
+    + _ENDS
+    + r"|(?i:\b(?:choose|chose|pick|picked|select|go\s+with))"
+    + _LETTER
+    + _ENDS
+    + r"|(?<![\w'])([A-Z])[)\]\"'*_]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))\b"
+    + r"|\\boxed\{[({\s]*(?:\\text\{)?\(?([A-Z])\b"
+)
+LEADING = re.compile(r"^[\s(\[\"'*_]*(?:([A-Z])[)\]\"'*_]*\s*$|([A-HJ-Z])(?:[).:,\]*_]|[ \t]*\n)|\(([A-Z])\))")
+MARKED = re.compile(r"\(([A-Z])\)|\[([A-Z])\]|\*\*([A-Z])\*\*")
+CLOSING = re.compile(r"(?<!not\s)(?<!n't\s)(?<![\w'])([A-HJ-Z])[\s).\]\"'*_!]*$")
 
 
 def checker(kind: str, pattern: str | None = None) -> Callable[[str, str], bool]:
     """`check(answer, truth) -> bool` for kind "number", "choice", "regex" or "math".
 
-    number: after "####" where it stands, else the last number of the text; commas and trailing zeros do not count.
-    choice: a letter standing alone, the last of the text. regex: the first group of the last match of `pattern`.
-    math: `math-verify` decides (an optional package).
+    number: the first after "####" where it stands, else the last number of the text. Commas and trailing zeros do not
+    count, 3/4 is one number, and `math-verify` (an optional package) decides where an answer has LaTeX.
+    choice: a capital letter that is said as an answer: stated ("the answer is B", "B is correct", a box), at the
+    beginning ("B.", "(B)"), else the last one in brackets or at the very end.
+    regex: the first group of the last match of `pattern`. math: `math-verify` decides.
+
+    Raises:
+        UserError: kind "math" without `math-verify`, when the first answer is checked.
     """
     if kind == "math":
         return _math
     extract = extractor(kind, pattern)
 
     def check(answer: str, truth: str) -> bool:
+        if kind == "number" and "\\" in answer and importlib.util.find_spec("math_verify"):
+            found = extract(truth)
+            return found is not None and _math(answer, f"${found}$")
         wanted = extract(truth)
         if wanted is None and kind == "regex":
             wanted = truth.strip()  # a bare answer needs no pattern around it
@@ -35,7 +64,9 @@ def extractor(kind: str, pattern: str | None = None) -> Callable[[str], object]:
     """What of a text is its answer; None when there is none."""
     if kind == "number":
         return _number
-    compiled = CHOICE if kind == "choice" else re.compile(pattern)
+    if kind == "choice":
+        return _choice
+    compiled = re.compile(pattern)
 
     def extract(text: str) -> str | None:
         found = [m.group(1) if compiled.groups else m.group(0) for m in compiled.finditer(text)]
@@ -46,17 +77,28 @@ def extractor(kind: str, pattern: str | None = None) -> Callable[[str], object]:
 
 def detect(truths: list[str]) -> str:
     """ "number" when every true answer has one after "####", or is nothing but a number; else "none"."""
-    if truths and all("####" in truth or NUMBER.fullmatch(truth.strip()) for truth in truths):
+    numbers = (NUMBER.fullmatch(truth.strip().translate(MINUS)) for truth in truths)
+    if truths and all("####" in truth or number for truth, number in zip(truths, numbers, strict=True)):
         return "number"
     return "none"
 
 
-def _number(text: str) -> float | None:
-    found = NUMBER.findall(text.rsplit("####", 1)[-1]) or NUMBER.findall(text)
+def _number(text: str) -> Fraction | None:
+    text = text.translate(MINUS)
+    found = list(NUMBER.finditer(text.rsplit("####", 1)[-1])) or list(NUMBER.finditer(text))
     if not found:
         return None
-    first_or_last = found[0] if "####" in text else found[-1]
-    return float(first_or_last.replace(",", ""))
+    sign, above, below = found[0 if "####" in text else -1].groups()
+    value, divisor = (Fraction(part.replace(",", "")) for part in (above, below or "1"))
+    return (-value if sign else value) / divisor if divisor else None
+
+
+def _choice(text: str) -> str | None:
+    for form, which in ((STATED, -1), (LEADING, 0), (MARKED, -1), (CLOSING, -1)):
+        found = [next(filter(None, match.groups())) for match in form.finditer(text)]
+        if found:
+            return found[which]
+    return None
 
 
 def _math(answer: str, truth: str) -> bool:

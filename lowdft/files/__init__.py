@@ -13,11 +13,12 @@ from lowdft.files.atomic import (
     write_json,
     write_text,
 )
-from lowdft.files.digest import contents_of, damage_in, digest_of
+from lowdft.files.digest import checksum_of, contents_of, damage_in, digest_of
 from lowdft.files.lock import check_free, locked
 
 __all__ = [
     "check_free",
+    "checksum_of",
     "conceal",
     "concealed",
     "contents_of",

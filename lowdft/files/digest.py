@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,11 @@ def contents_of(path: str | Path) -> dict[str, list]:
         return {".": [path.stat().st_size, digest_of(path)]}
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return {p.relative_to(path).as_posix(): [p.stat().st_size, digest_of(p)] for p in files}
+
+
+def checksum_of(value: dict) -> str:
+    """A hash of a JSON object, for the file that holds it."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def damage_in(path: str | Path, noted: dict[str, list]) -> str | None:

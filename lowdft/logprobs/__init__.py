@@ -1,7 +1,8 @@
 """The log-probability engine: prompt groups -> rows, mask, positions; hidden states -> log-probabilities."""
 
 from lowdft.logprobs.attention import packed_attention
-from lowdft.logprobs.engine import CompletionLogps, bare, choose_layout, score
+from lowdft.logprobs.check import choose_layout
+from lowdft.logprobs.engine import CompletionLogps, bare, layers_in, score
 from lowdft.logprobs.head import Head, proposal_logps, token_logps, truncate
 from lowdft.logprobs.rows import Group, lay_out
 
@@ -12,6 +13,7 @@ __all__ = [
     "bare",
     "choose_layout",
     "lay_out",
+    "layers_in",
     "packed_attention",
     "proposal_logps",
     "score",

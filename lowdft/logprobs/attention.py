@@ -1,9 +1,9 @@
 """Attention of a packed row: every prompt over itself, every completion over its prompt and itself.
 
-The row's linear layers see tokens only. Here queries and keys are gathered into one small batch for the prompts and one
-for the completions, so that nothing attends, or pays, across them. In bfloat16 a sequence gets the same bits whatever
-stands beside it (measured on CPUs: rows and tiles are aligned so that no kernel splits its sums otherwise), and so
-policy and reference agree exactly.
+The row's linear layers see tokens only. Here queries and keys are gathered into small batches of pieces of like length,
+so that nothing attends, or pays, across them. On a CPU a sequence gets the same bits in bfloat16 whatever stands beside
+it (measured: rows and tiles are aligned so that no kernel splits its sums otherwise), and so policy and reference agree
+exactly. On a GPU the matrix products choose their kernels by the number of tokens, and the bits may differ.
 
 Shape suffixes: T tokens of the packed row, N pieces (prompts or completions), Q queries, K keys, H query heads,
 J key-value heads, E size of a head.
@@ -12,6 +12,7 @@ J key-value heads, E size of a head.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,8 @@ from transformers import AttentionInterface
 
 NAME = "lowdft_packed"
 QUERY_ALIGNMENT, KEY_ALIGNMENT = 16, 128
+# (places in the packed row, places in a gathered batch): within a turn no place of the row comes twice
+Turns = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Part:
     length_N: Tensor
     place_X: Tensor  # the valid queries' places in the packed row, and in N * Q
     source_X: Tensor
+    key_turns: Turns  # the valid keys' places in the packed row, and in N * K
     masks: dict = field(default_factory=dict, compare=False)
 
     def to(self, device: torch.device) -> Part:
         """The same part on another device."""
         names = ("query_NQ", "key_NK", "before_N", "length_N", "place_X", "source_X")
-        return replace(self, masks={}, **{name: getattr(self, name).to(device) for name in names})
+        turns = tuple((place.to(device), source.to(device)) for place, source in self.key_turns)
+        return replace(self, masks={}, key_turns=turns, **{name: getattr(self, name).to(device) for name in names})
 
     def mask(self, window: int | None, dtype: torch.dtype, times: int) -> Tensor:
         """Additive [N, 1, times * Q, K]: may a query see a key, within a sliding window of `window` positions?"""
@@ -55,8 +60,22 @@ class Part:
         return self.masks[window, dtype, times]
 
 
+def make_parts(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[Part, ...]:
+    """Parts from (start of what comes before, its length, start of the piece, its length) for each piece.
+
+    Pieces share a part when neither their queries nor their keys are more than twice as long as the others', so one
+    long completion does not pad the short ones to its length.
+    """
+    alike: dict[tuple[int, int], list] = {}
+    for piece in pieces:
+        _, before, _, length = piece
+        size = _doubling(length, QUERY_ALIGNMENT), _doubling(before + length, KEY_ALIGNMENT)
+        alike.setdefault(size, []).append(piece)
+    return tuple(make_part(some) for some in alike.values())
+
+
 def make_part(pieces: Sequence[tuple[int, int, int, int]]) -> Part:
-    """A part from (start of what comes before, its length, start of the piece, its length) for each piece."""
+    """One part of all pieces, padded to the longest; see `make_parts`."""
     num_queries = _aligned(max(length for *_, length in pieces), QUERY_ALIGNMENT)
     num_keys = _aligned(max(before + length for _, before, _, length in pieces), KEY_ALIGNMENT)
     places = torch.cat([torch.arange(start, start + length) for *_, start, length in pieces])
@@ -65,11 +84,60 @@ def make_part(pieces: Sequence[tuple[int, int, int, int]]) -> Part:
     query, key = torch.arange(num_queries), torch.arange(num_keys)
     query_NQ = start + query.minimum(length - 1)
     key_NK = torch.where(key < before, before_start + key, start + (key - before).minimum(length - 1))
-    return Part(query_NQ, key_NK, before[:, 0], length[:, 0], places, sources)
+    return Part(query_NQ, key_NK, before[:, 0], length[:, 0], places, sources, _key_turns(pieces, num_keys))
+
+
+def _key_turns(pieces: Sequence[tuple[int, int, int, int]], num_keys: int) -> Turns:
+    """Every piece once as keys of its own; what comes before it in the turn of as many pieces as had it already."""
+    own, turns, seen = [], [], Counter()
+    for n, (before_start, before, start, length) in enumerate(pieces):
+        first = n * num_keys
+        own.append((torch.arange(start, start + length), torch.arange(first + before, first + before + length)))
+        if not before:
+            continue
+        turn = seen[before_start]
+        seen[before_start] += 1
+        if turn == len(turns):
+            turns.append([])
+        places = torch.arange(before_start, before_start + before)
+        turns[turn].append((places, torch.arange(first, first + before)))
+    turns = [own + turns[0], *turns[1:]] if turns else [own]
+    return tuple(tuple(torch.cat(column) for column in zip(*turn, strict=True)) for turn in turns)
 
 
 def _aligned(n: int, to: int) -> int:
     return -(-n // to) * to
+
+
+def _doubling(n: int, least: int) -> int:
+    """The first of least, 2 * least, 4 * least, … that is at least n."""
+    return least << (-(-n // least) - 1).bit_length()
+
+
+class _Gather(torch.autograd.Function):
+    """x[index] along the first dimension, with gradients added in an order of their own, in float32 or better.
+
+    `index_select` alone goes back through atomic additions on a GPU: another order, and in bfloat16 other rounding,
+    every time.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, turns):
+        """`turns` says what of the result has a gradient: (places in x, places in the result)."""
+        ctx.length, ctx.turns = len(x), turns
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Turn by turn; in each, no place comes twice."""
+        shape = (ctx.length, *grad.shape[1:])
+        if len(ctx.turns) == 1:
+            place, source = ctx.turns[0]
+            return grad.new_zeros(shape).index_copy_(0, place, grad.index_select(0, source)), None, None
+        total = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for place, source in ctx.turns:
+            total.index_add_(0, place, grad.index_select(0, source).to(total.dtype))
+        return total.to(grad.dtype), None, None
 
 
 @contextlib.contextmanager
@@ -104,7 +172,7 @@ def attend(
     """
     window = kwargs.get("sliding_window")
     if s_aux is not None or ("sliding_window" not in kwargs and getattr(module.config, "sliding_window", None)):
-        raise ValueError("this model's attention is more than packed rows can tell")
+        raise ValueError("packed rows do not support this attention (sinks, or a sliding window in the mask)")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     settings = dict(window=window, scale=scaling, dropout=dropout, softcap=softcap)
     out = torch.cat([_attend_part(q, k, v, part, **settings) for part in parts])
@@ -117,9 +185,10 @@ def _attend_part(q: Tensor, k: Tensor, v: Tensor, part: Part, window, scale, dro
     (n, num_queries), num_keys = part.query_NQ.shape, part.key_NK.shape[1]
     heads, size, shared = q.shape[1], q.shape[2], k.shape[1]
     each = heads // shared
-    q = q.index_select(0, part.query_NQ.flatten()).view(n, num_queries, shared, each, size)
-    q = q.permute(0, 2, 3, 1, 4).reshape(n, shared, each * num_queries, size)
-    k, v = (x.index_select(0, part.key_NK.flatten()).view(n, num_keys, shared, -1).transpose(1, 2) for x in (k, v))
+    q = _Gather.apply(q, part.query_NQ.flatten(), ((part.place_X, part.source_X),))
+    q = q.view(n, num_queries, shared, each, size).permute(0, 2, 3, 1, 4).reshape(n, shared, each * num_queries, size)
+    k, v = (_Gather.apply(x, part.key_NK.flatten(), part.key_turns) for x in (k, v))
+    k, v = (x.view(n, num_keys, shared, -1).transpose(1, 2) for x in (k, v))
     mask = part.mask(window, q.dtype, each)
     if softcap is None:
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: prompt groups in, one number a scored token out.
+"""Log-probabilities of completions: prompt groups in, one number per scored token out.
 
 Policy and reference go through the same function and the same layout: in bfloat16 two layouts of one sequence differ by
 nats, and DFT exponentiates sums.
@@ -6,7 +6,9 @@ nats, and DFT exponentiates sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,20 @@ from lowdft.logprobs.attention import packed_attention
 from lowdft.logprobs.forward_redirect import in_forward
 from lowdft.logprobs.head import Head, greedy_tokens, token_logps
 from lowdft.logprobs.rows import Group, Rows, lay_out
+
+GRID = 2.0**30  # steps per nat of the log-probabilities that are summed
+HALF = (torch.bfloat16, torch.float16)
+_LAYERS_IN: ContextVar[torch.dtype | None] = ContextVar("layers_in", default=None)
+
+
+@contextlib.contextmanager
+def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """While this lasts the layers of a float32 model compute in a half precision, by autocast; its head does not."""
+    token = _LAYERS_IN.set(dtype)
+    try:
+        yield
+    finally:
+        _LAYERS_IN.reset(token)
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,9 @@ def score(
 ) -> CompletionLogps:
     """Scores every completion of every group in one forward pass, in nats.
 
+    Models whose rotary embedding changes beyond a length (Phi-3's longrope, dynamic NTK) take a pass for each of their
+    settings, so that no neighbour changes a score.
+
     With gradient checkpointing and the packed layout, the backward pass must run inside `packed_attention` too.
 
     Args:
@@ -55,6 +74,28 @@ def score(
         predicted_share: share of the model's own greedy prediction of a token in the embedding of every completion
             token, which takes one more forward pass, without gradient.
     """
+    causal_lm = bare(model)
+    settings = (layout, chunk_size, head_logps, token_weight, predicted_share)
+    passes = by_rope_setting(causal_lm.config.get_text_config(), groups)
+    if len(passes) == 1:
+        return _score(model, groups, *settings)
+    outs, places = [], []  # a place: which completion of which group
+    for numbers in passes:
+        outs.append(_score(model, [groups[g].select(chosen) for g, chosen in numbers], *settings))
+        places += [(g, k) for g, chosen in numbers for k in chosen]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    tokens_C = torch.cat([out.tokens_C for out in outs])
+    per_token = torch.cat([out.per_token_logps_S for out in outs]).split(tokens_C.tolist())
+    return CompletionLogps(
+        torch.cat([per_token[c] for c in order]),
+        torch.cat([out.logps_C for out in outs])[order],
+        tokens_C[order],
+        sum(out.computed for out in outs),
+    )
+
+
+def _score(model, groups, layout, chunk_size, head_logps, token_weight, predicted_share) -> CompletionLogps:
+    """See `score`; one forward pass."""
     causal_lm = bare(model)
     weight_VD = Head.of(causal_lm).weight_VD
     device, dtype = weight_VD.device, weight_VD.dtype
@@ -74,37 +115,56 @@ def score(
 
     per_token_S = in_forward(model, from_rows)
     tokens_C = torch.tensor([n for group in groups for n in group.scored_tokens], device=per_token_S.device)
-    zeros_C = torch.zeros(len(tokens_C), dtype=per_token_S.dtype, device=per_token_S.device)
     weighted_S = per_token_S if token_weight is None else token_weight(per_token_S, rows.completion_S) * per_token_S
-    logps_C = zeros_C.index_add(0, rows.completion_S, weighted_S)
+    logps_C = _sums(weighted_S, rows.completion_S, len(tokens_C))
     return CompletionLogps(per_token_S, logps_C, tokens_C, rows.input_ids_RL.numel())
+
+
+def _sums(values_S: Tensor, completion_S: Tensor, completions: int) -> Tensor:
+    """Sums [C] of every completion's values, the same bits in whatever order they are added.
+
+    Values are rounded to multiples of 2**-30 nats, of which float64 adds up to 4 million nats without rounding.
+    """
+    exact_S = values_S.double()
+    if values_S.dtype != torch.float64:
+        exact_S = exact_S + (torch.round(exact_S.detach() * GRID) / GRID - exact_S.detach())
+    zeros_C = torch.zeros(completions, dtype=torch.float64, device=values_S.device)
+    return zeros_C.index_add(0, completion_S, exact_S).to(values_S.dtype)
+
+
+def by_rope_setting(config, groups: Sequence[Group]) -> list[list[tuple[int, Sequence[int]]]]:
+    """(group, its completions) that may share a forward pass; all of them but for rotary embeddings that depend on
+    the longest sequence of a pass."""
+    setting = _rope_setting(config)
+    together: dict = {}
+    for g, group in enumerate(groups):
+        alike: dict = {}
+        for k, completion in enumerate(group.completions):
+            alike.setdefault(setting(len(group.prompt_ids) + len(completion)), []).append(k)
+        for key, chosen in alike.items():
+            together.setdefault(key, []).append((g, chosen))
+    return list(together.values())
+
+
+def _rope_setting(config) -> Callable[[int], object]:
+    """What tells apart, by a sequence's length, the settings of the model's rotary embedding."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    settings = []
+    for kind in kinds:
+        name = kind.get("rope_type") or ""
+        if name == "longrope":
+            original = kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            settings.append(lambda n, original=original: n > original)
+        elif "dynamic" in name:
+            settings.append(lambda n, original=config.max_position_embeddings: max(n, original))
+    return lambda n: tuple(setting(n) for setting in settings)
 
 
 def bare(model: nn.Module) -> nn.Module:
     """The causal language model itself, without DeepSpeed's and peft's wrappers (adapter layers stay in place)."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def choose_layout(model: nn.Module) -> str:
-    """ "packed" if this model scores a small packed group as it scores its completions one by one, else "padded".
-
-    Two tiny forward passes decide: a model whose attention does not follow the packed row gives itself away.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = bare(model).config.get_text_config().vocab_size
-
-    def draw(n: int) -> list[int]:
-        return torch.randint(vocabulary, (n,), generator=generator).tolist()
-
-    groups = [Group(draw(5), [draw(4), draw(7), draw(3)]), Group(draw(2), [draw(6)])]
-    with torch.no_grad():
-        alone = score(model, groups, "padded").per_token_logps_S
-        try:
-            packed = score(model, groups, "packed").per_token_logps_S
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return "padded"
-    return "packed" if torch.allclose(packed, alone, atol=0.25, rtol=0.02) else "padded"
 
 
 @torch.no_grad()
@@ -128,10 +188,10 @@ def _partly_predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chun
 
 def _predictors(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, embeddings_RLD: Tensor | None = None) -> Tensor:
     """[S, D]: the hidden states that predict the scored tokens, in the head's dtype."""
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    half = dtype if dtype in HALF else _LAYERS_IN.get() or torch.float32
     # adapters keep float32 weights beside a half base; one region a pass, because older versions of torch would take
     # autocast's copies of them from a pass without gradient into the next
-    with torch.autocast(rows.input_ids_RL.device.type, half, enabled=dtype == half):
+    with torch.autocast(rows.input_ids_RL.device.type, half, enabled=half in HALF):
         return _hidden_states(causal_lm, rows, embeddings_RLD).flatten(0, 1)[rows.predictor_S].to(dtype)
 
 
@@ -140,6 +200,8 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | No
     inputs = dict(position_ids=rows.position_ids_RL, use_cache=False)
     inputs |= dict(input_ids=rows.input_ids_RL) if embeddings_RLD is None else dict(inputs_embeds=embeddings_RLD)
     decoder = causal_lm.get_decoder()
+    if decoder is causal_lm or decoder is causal_lm.get_output_embeddings():  # it names none (Llama 4, ModernBERT)
+        return _before_head(causal_lm, inputs)
     if rows.parts is None:
         return decoder(attention_mask=torch.ones_like(rows.input_ids_RL), **inputs).last_hidden_state
     # an empty 4-D mask: passed through as it is by every model, and an error for any attention but ours
@@ -148,3 +210,19 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | No
     mask = {kind: empty for kind in kinds} if kinds else empty
     with packed_attention(causal_lm):
         return decoder(attention_mask=mask, parts=rows.parts, **inputs).last_hidden_state
+
+
+def _before_head(causal_lm: nn.Module, inputs: dict) -> Tensor:
+    """What a whole forward pass of the model gives its output head, [R, L, D]; padded rows only."""
+    head, found = causal_lm.get_output_embeddings(), []
+
+    def caught(hidden_RLD: Tensor) -> Tensor:
+        found.append(hidden_RLD)
+        return hidden_RLD.new_zeros(*hidden_RLD.shape[:-1], 1)
+
+    head.forward = caught
+    try:
+        type(causal_lm).forward(causal_lm, **inputs)  # in place of its own there may stand `from_rows`
+    finally:
+        del head.forward
+    return found[0]

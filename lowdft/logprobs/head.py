@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # what configurations call it
+
 
 @dataclass(frozen=True)
 class Head:
     """The output projection: logits = softcap(scale * (weight @ hidden + bias)).
 
-    `scale` and `softcap` are those of families that bend their logits (Cohere, Granite; Gemma 2).
+    `scale` and `softcap` are those of families that bend their logits (Cohere, Granite, HyperCLOVA X, Falcon-H1;
+    Gemma 2, RecurrentGemma, xLSTM).
     """
 
     weight_VD: Tensor
@@ -36,9 +39,11 @@ class Head:
                 f"the output head is a {type(module).__name__}; lowdft computes log-probabilities from a plain linear "
                 "head. Leave lm_head out of the adapter's target_modules and out of the quantization."
             )
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+        scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+        scaling = getattr(config, "logits_scaling", None) or 1.0  # Granite divides by it, HyperCLOVA X multiplies
+        scale *= scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
+        softcaps = (getattr(config, name, None) for name in SOFTCAPS)
+        return cls(module.weight, module.bias, scale, next((cap for cap in softcaps if cap), None))
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Float32 (or better) logits [S, V]."""
@@ -68,11 +73,17 @@ def greedy_tokens(hidden_SD: Tensor, head: Head, chunk_size: int = 256) -> Tenso
 def proposal_logps(
     hidden_SD: Tensor, head: Head, target_S: Tensor, temperature: float, top_p: float, top_k: int, chunk_size: int = 256
 ) -> Tensor:
-    """log-density [S] of a sampler that applies temperature, then top-k, then top-p. -inf for a token it cut off."""
+    """log-density [S] of a sampler that applies temperature, then top-k, then top-p, at tokens that it drew.
+
+    A drawn token was among those kept, so it counts as kept: near-ties at the edge of top-k and top-p fall on either
+    side with rounding, which differs between the batches of sampling and of scoring.
+    """
     out = []
     for hidden, target in zip(hidden_SD.split(chunk_size), target_S.split(chunk_size), strict=True):
-        logits = truncate(head.logits(hidden) / temperature, top_p, top_k)
-        out.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+        scaled, place_S1 = head.logits(hidden) / temperature, target[:, None]
+        drawn_S1 = scaled.gather(1, place_S1)
+        kept = truncate(scaled, top_p, top_k).scatter(1, place_S1, drawn_S1)
+        out.append(drawn_S1[:, 0] - kept.logsumexp(1))
     return torch.cat(out)
 
 

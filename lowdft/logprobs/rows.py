@@ -2,7 +2,7 @@
 
 Layout "packed": one row without padding, `[prompt][completion 1]…[completion K][prompt]…`. Positions of a completion
 start right after its prompt; `attention.Part` says which tokens each piece attends to, so that a prompt is computed
-once for all of its completions. Layout "padded": one row a completion, for models whose attention cannot be told so.
+once for all of its completions. Layout "padded": one row per completion, for models whose attention cannot be told so.
 Both give the same log-probabilities.
 
 Shape suffixes: R rows, L tokens of the longest row, S scored tokens, C completions, G groups.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lowdft.logprobs.attention import Part, make_part
+from lowdft.logprobs.attention import Part, make_parts
 
 ROW_ALIGNMENT = 16
 
@@ -63,7 +63,7 @@ class Rows:
     target_S: Tensor  # the token's id
     place_S: Tensor  # flat index into R * L of the token itself
     completion_S: Tensor  # which completion it belongs to, counted through all groups
-    parts: tuple[Part, Part] | None = None  # packed: the prompts' and the completions' attention
+    parts: tuple[Part, ...] | None = None  # packed: the attention of prompts, then of completions
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
@@ -110,7 +110,7 @@ def _pack(groups: Sequence[Group]) -> Rows:
         target_S=input_ids[place_S],
         place_S=place_S,
         completion_S=torch.cat(owners),
-        parts=(make_part(prompts), make_part(completions)),
+        parts=(*make_parts(prompts), *make_parts(completions)),
     )
 
 

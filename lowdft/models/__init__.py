@@ -12,6 +12,8 @@ from lowdft.models.base import (
     locate,
     made_from,
     public_name,
+    release_memory,
+    set_up_cuda,
     whole_weights,
 )
 
@@ -29,6 +31,8 @@ __all__ = [
     "made_from",
     "make_policy",
     "public_name",
+    "release_memory",
     "require_adapter",
+    "set_up_cuda",
     "whole_weights",
 ]

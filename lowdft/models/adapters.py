@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
+from lowdft.models.base import set_up_cuda
 from lowdft.text import did_you_mean
 
 # by type: peft's configuration, and its names for the recipe's short ones
@@ -49,6 +50,7 @@ REFERENCE = "reference"  # the name of a frozen second adapter, where the refere
 
 def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn.Module:
     """The model to train: loaded where it is a name, under a fresh adapter or a copy of the reference's."""
+    set_up_cuda()
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if args.reference_adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -86,6 +87,7 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
     Raises:
         UserError: a 4-bit base under ZeRO-3.
     """
+    set_up_cuda()
     in_parts = is_deepspeed_zero3_enabled()
     if in_parts and section.load_in_4bit:
         raise UserError("model.load_in_4bit with ZeRO-3 is not supported; use --launch fsdp (FSDP-QLoRA), zero2 or ddp")
@@ -113,6 +115,24 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
     )
     guard_four_bit(model)
     return model
+
+
+def set_up_cuda() -> None:
+    """On a GPU: no cuDNN attention, and bfloat16 products that add up in float32.
+
+    cuDNN makes a plan for every new shape (some 30 ms), has had NaN gradients with masks, and breaks checkpointing
+    (pytorch#196678, NeMo-RL#1676).
+    """
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def release_memory() -> None:
+    """Gives back the memory of models that no name is left of; 4-bit ones are in cycles until a collection."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -165,11 +165,15 @@ def _store(rows: EncodedRows, scored: Tensor, objective: Objective) -> int:
     return start
 
 
+def is_trained(model: nn.Module) -> bool:
+    """Does an adapter change the base?"""
+    return any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name)
+
+
 def _check_online(model: nn.Module, resuming: bool) -> None:
     if REFERENCE in model.peft_config:
         return
-    trained = any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name)
-    if trained and not resuming:
+    if is_trained(model) and not resuming:
         raise UserError(
             "reference: online would take the bare base, but this adapter is already trained, so the policy "
             "starts elsewhere. Name it as reference_model: adapter:PATH, or use reference: precomputed."

@@ -6,9 +6,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lowdft import compat
 from lowdft.errors import UserError
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def switch_off_dropout(model: nn.Module) -> float:
@@ -22,10 +21,9 @@ def switch_off_dropout(model: nn.Module) -> float:
     for module in model.modules():
         if id(module) in of_adapters or isinstance(module, BaseTunerLayer):
             continue
-        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
-        for name in list(names):
-            value = getattr(module, name)
-            if (name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
+        is_dropout = "Dropout" in type(module).__name__
+        for name, value in list(vars(module).items()):
+            if (is_dropout and name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
                 largest = max(largest, value)
                 setattr(module, name, 0.0)
     return largest
@@ -37,8 +35,19 @@ def _own(layer: BaseTunerLayer) -> list[nn.Module]:
     return [module for module in layer.modules() if id(module) not in base]
 
 
+def train_in_float32(model: nn.Module) -> int:
+    """Makes float32 weights of trained ones in bfloat16, where an update below a 256th of a weight is lost.
+
+    Returns how many numbers that are. Their layers should compute in bfloat16 as before (`logprobs.layers_in`).
+    """
+    lifted = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    for parameter in lifted:
+        parameter.data = parameter.data.float()
+    return sum(parameter.numel() for parameter in lifted)
+
+
 def guard_four_bit(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit layers for inference, and checks a gradient through one of them.
+    """Keeps bitsandbytes from repacking 4-bit layers for inference, undoes it, and checks a gradient through one.
 
     On CPUs with AVX512-BF16 one forward pass without gradient in eval mode repacks a layer, and from then on gradients
     through it are silently wrong.
@@ -49,8 +58,16 @@ def guard_four_bit(model: nn.Module) -> None:
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
+        _unpack(layer)
     if layers:
         _check_gradient(layers[0])
+
+
+def _unpack(layer: nn.Module) -> None:
+    """A layer that was repacked for inference, as it was before."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        layer.weight.data, layer.weight.quant_state = compat.unpacked_four_bit(layer.weight.data, state)
 
 
 def _check_gradient(layer: nn.Module) -> None:
@@ -60,8 +77,6 @@ def _check_gradient(layer: nn.Module) -> None:
     if state is None or layer.weight.device.type == "meta" or layer.weight.data.is_floating_point():
         return  # not quantized yet, or in parts on several ranks
     advice = "Load the model again, and hand it over before it runs."
-    if getattr(state, "packing_format_for_cpu", False):
-        raise UserError(f"the model's 4-bit layers were repacked for inference; their gradients are wrong. {advice}")
     dtype = layer.compute_dtype or torch.float32
     generator = torch.Generator().manual_seed(0)
     draw = lambda size: torch.randn(4, size, generator=generator).to(layer.weight.device, dtype)  # noqa: E731

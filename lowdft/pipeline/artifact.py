@@ -7,7 +7,6 @@ was made with other settings or its content is no longer what was written.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from lowdft import __version__
 from lowdft.errors import UserError
-from lowdft.files import concealed, contents_of, damage_in, read_json, write_json
+from lowdft.files import checksum_of, concealed, contents_of, damage_in, read_json, write_json
 
 VERSION = "version."  # begins the keys of `made_from` that may differ
 
@@ -80,25 +79,21 @@ class Product:
     def content(self) -> str | None:
         """A hash of all that the finished product holds; None when it is not finished."""
         contents = self._read().get("contents") if self.manifest.is_file() else None
-        return contents and _checksum(contents)
+        return contents and checksum_of(contents)
 
     def _write(self, value: dict) -> None:
         value = _as_written({"lowdft": __version__, "made_from": self.made_from, **value})
-        write_json(self.manifest, value | {"checksum": _checksum(value)})
+        write_json(self.manifest, value | {"checksum": checksum_of(value)})
 
     def _read(self) -> dict:
         found = read_json(self.manifest)
         checksum = found.pop("checksum", None)
-        if checksum not in (None, _checksum(found)) or not {"done", "made_from"} <= found.keys():
+        if checksum not in (None, checksum_of(found)) or not {"done", "made_from"} <= found.keys():
             raise UserError(
                 f"{self.manifest}: was changed or damaged, so nobody knows what {self.path.name} was made from. "
                 f"Restore it, or delete it and {self.path.name} to make both anew."
             )
         return found
-
-
-def _checksum(value: dict) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _as_written(value: dict) -> dict:

@@ -35,6 +35,7 @@ def make_in_parts(
     work: Callable[[Sequence], list[dict]],
     what: str,
     count: Callable[[pa.Table], dict] = lambda table: {},
+    noted: dict | None = None,
 ) -> dict:
     """Turns items into one row each and stores them as `product` (a parquet file); resumes from the parts at hand.
 
@@ -46,6 +47,7 @@ def make_in_parts(
         work: rows of one part, in order.
         what: for the progress bar, which shows the first rank's share, its rate and the time left.
         count: numbers about a piece of the table; their sums over all pieces are noted in the manifest and returned.
+        noted: other facts for the manifest.
     """
     folder, began = product.path.with_suffix(".parts"), time.perf_counter()
     if collectives.rank() == 0:
@@ -67,7 +69,7 @@ def make_in_parts(
     for batch in pq.ParquetFile(product.path).iter_batches(ROWS_IN_MEMORY):
         facts.update(count(pa.Table.from_batches([batch])))
     if collectives.rank() == 0:
-        product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts)
+        product.finish(rows=len(items), seconds=round(time.perf_counter() - began, 1), **facts, **(noted or {}))
     return dict(facts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.examples import Examples
 from lowdft.data.prepare import Tokenizing, prepare
-from lowdft.data.prompting import fold_system, sampling_prompt
+from lowdft.data.prompting import choose_shots, fold_system, plain_text, sampling_prompt
 from lowdft.data.splits import SPLITS, Splits, load_splits
 from lowdft.data.turns import thinks
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
+from lowdft.evaluation import answers
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.pipeline import identity
 from lowdft.pipeline.artifact import Product
@@ -68,16 +70,20 @@ class Run:
     def _requirements(self) -> list[str]:
         args, rows, has_adapter = self.args, self.examples("train"), self.recipe.adapter is not None
         notes = requirements.check_steps(args, len(rows))
+        requirements.check_evaluations(args, len(self.examples("heldout")))
         if args.reference_adapter and not has_adapter:
             raise UserError(
                 "training.reference_model: adapter:… trains a copy of it; with `adapter: null` there is none"
             )
         requirements.check_adapter(args, self.objective, has_adapter)
         ready, none = self.ready_negatives(), np.zeros(len(rows), bool)
+        requirements.check_proposal(self.recipe.negatives, args, self.objective, ready)
         negatives_N = rows.negatives_N if ready else None
         facts = RowFacts(rows.sources, negatives_N, rows.has_aligned_N, none, np.flatnonzero(none))
         notes += requirements.check_rows(facts, self.objective, args)
         if self.objective.uses_negatives and not ready:
+            if self.recipe.negatives.keep == "wrong":
+                _ = self.right_answer  # raises where answers cannot be checked
             notes += requirements.check_generated(self.recipe.negatives.per_prompt, args, len(rows))
         return notes
 
@@ -113,6 +119,25 @@ class Run:
             return 0
         return section.per_prompt or requirements.negatives_used(self.args, len(self.examples("train")))
 
+    @cached_property
+    def right_answer(self) -> Callable[[str, str], bool]:
+        """How an answer is checked, `check(answer, truth)`, as `evaluation.answer` says, for `negatives.keep: wrong`.
+
+        Raises:
+            UserError: the training rows' answers cannot be checked.
+        """
+        section = self.recipe.evaluation
+        kind = section.answer
+        if kind == "auto":
+            kind = answers.detect([truth_of(example) for example in self.examples("train")])
+        if kind == "none":
+            raise UserError(
+                f"negatives.keep is wrong, but evaluation.answer is {section.answer}"
+                + (", and not every row's answer is a number" if section.answer == "auto" else "")
+                + "; wanted one of number, choice, regex, math, which tells right answers from wrong ones"
+            )
+        return answers.checker(kind, section.pattern)
+
     # ---- base -----------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -144,7 +169,7 @@ class Run:
 
     def sampling_ids(self, example: Example) -> list[int]:
         """Ids of the prompt that this example's negatives are sampled from."""
-        return sampling_ids(self.recipe.negatives, self.encoder, example)
+        return sampling_ids(self.recipe.negatives, self.examples("train"), self.encoder, example)
 
     def encoded(self, split: str, with_negatives: bool = True) -> EncodedRows:
         """The rows of a split as training and evaluation take them, with their negatives, joined by example_id."""
@@ -153,7 +178,8 @@ class Run:
         if with_negatives and not ready and self.negatives_wanted(split):
             generated = _made(self.negatives(split), "generate").path
         sampled = self.args.reference_prompt != "training"
-        prompts = functools.partial(sampling_ids, self.recipe.negatives) if sampled else None
+        shots_from = self.examples("train") if self.recipe.negatives.strategy == "few_shot" else ()
+        prompts = functools.partial(sampling_ids, self.recipe.negatives, shots_from) if sampled else None
         rows, self.encoder.truncation = prepare(
             self.folder / "data" / f"{split}_ids.arrow",
             identity.encoding(self, split, with_negatives),
@@ -218,9 +244,19 @@ class Run:
         return Product(self.folder / "base_evaluation.json", identity.base_evaluation(self))
 
 
-def sampling_ids(section: NegativesSection, encoder: Encoder, example: Example) -> list[int]:
-    """Ids of the prompt that an example's negatives are sampled from; folds a system message that is refused."""
-    prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template)
+def truth_of(example: Example) -> str:
+    """What an answer is checked against: the row's bare answer where it has one, else its completion."""
+    return example.answer or plain_text(example.completion)
+
+
+def sampling_ids(section: NegativesSection, rows: Sequence[Example], encoder: Encoder, example: Example) -> list[int]:
+    """Ids of the prompt that an example's negatives are sampled from; folds a system message that is refused.
+
+    Args:
+        rows: the training rows, which strategy few_shot takes its shots from.
+    """
+    shots = choose_shots(example, rows, section.shots, section.seed) if section.strategy == "few_shot" else []
+    prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template, shots)
     thinking = thinks(example.completion)
     try:
         return encoder.prompt(prompt, example.tools, thinking)

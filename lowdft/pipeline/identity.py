@@ -23,14 +23,21 @@ from lowdft.models.adapters import adapter_digest, adapter_identity
 from lowdft.models.reference import REFERENCE_NEEDS
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-# of negatives: where they come from and go to, and how many are drawn at once
-NOT_OF_SAMPLES = ("source", "push", "private", "per_prompt", "eval_per_prompt", "batch_size", "adapter")
+NOT_OF_SAMPLES = (  # of negatives: where they come from and go to, and how many are drawn at once
+    "source",
+    "push",
+    "private",
+    "per_prompt",
+    "eval_per_prompt",
+    "batch_size",
+    "gpu_memory_utilization",
+    "adapter",
+)
 TRAINING = (
     "log_u_init",
     "negatives_per_step",
     "reference",
     "freeze_half",
-    "skip_negligible",
     "prompts_per_step",
     "num_train_epochs",
     "max_steps",
@@ -115,6 +122,12 @@ def negatives(run, split: str) -> dict:
     """Of the negatives that the base (or base + `negatives.adapter`) writes for the rows of a split."""
     section = dataclasses.asdict(run.recipe.negatives)
     how = {f"negatives.{k}": v for k, v in section.items() if k not in NOT_OF_SAMPLES}
+    if section["strategy"] == "few_shot":
+        how["negatives.shots_from"] = run.splits.digests["train"]
+    else:
+        del how["negatives.shots"]
+    if section["keep"] == "wrong":
+        how |= {f"evaluation.{name}": getattr(run.recipe.evaluation, name) for name in ("answer", "pattern")}
     trained = section["adapter"] if split == "train" else None  # held-out ones are the base's: runs and rounds compare
     how["negatives.adapter"] = trained and adapter_digest(trained, "negatives.adapter")
     how["negatives.per_prompt"] = run.negatives_wanted(split)
@@ -134,7 +147,7 @@ def rows(run, split: str, with_negatives: bool = True) -> dict:
 def encoding(run, split: str, with_negatives: bool) -> dict:
     """Of the file that keeps a split's encoded rows, which holds the sampling prompts too where they are used."""
     section = run.recipe.negatives
-    prompts = {"strategy": section.strategy, "system_prompt": section.system_prompt, "template": section.template}
+    prompts = {name: getattr(section, name) for name in ("strategy", "system_prompt", "template", "shots", "seed")}
     sampled = run.args.reference_prompt != "training"
     return rows(run, split, with_negatives) | {"sampling_prompts": prompts if sampled else None}
 

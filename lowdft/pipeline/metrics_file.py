@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -15,20 +16,27 @@ from lowdft.training.checkpoints import step_of
 class MetricsFile(TrainerCallback):
     """Appends every log line to metrics.jsonl; `mend` cuts it back to the checkpoint on resume.
 
+    `seconds` in a line counts from the beginning of its session.
+
     Raises:
         UserError: a line could not be written.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.began = path, time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Starts the clock."""
+        self.began = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """One JSON line a log."""
         if not (state.is_world_process_zero and "loss" in (logs or {})):
             return
+        seconds = round(time.monotonic() - self.began, 3)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **logs, "seconds": seconds}) + "\n")
         except OSError as error:
             raise write_error(self.path, error) from error
 
@@ -53,16 +61,17 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def mend(path: Path, checkpoint: str | None, resuming: bool) -> None:
+def mend(path: Path, checkpoint: str | None, resuming: bool, log: bool = True) -> None:
     """Drops lines that are cut off, and adds those that the checkpoint has and the file lacks.
 
     Args:
         checkpoint: a whole one, which keeps its last 200 log lines; None: there is none.
         resuming: drop the lines of later steps too, which will be made again.
+        log: the file holds log lines, which the checkpoint has too.
     """
     step = step_of(checkpoint) if checkpoint else 0
     lines = [line for line in read_lines(path) if not resuming or line["step"] <= step]
-    if checkpoint:
+    if checkpoint and log:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
         have = {line["step"] for line in lines}
         logged = [entry for entry in state["log_history"] if "loss" in entry and entry["step"] not in have]

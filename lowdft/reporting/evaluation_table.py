@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-METRICS = {
-    "accuracy": "accuracy of greedy answers",
-    "wins": "rows won, summed log-prob",
-    "wins_per_token": "rows won, log-prob a token",
-    "margin": "margin, nats",
-    "logps/positive": "log-prob of completions, nats",
-    "logps/negative": "log-prob of negatives, nats",
-    "logps/positive_per_token": "log-prob of completions a token, nats",
-}
-SHARES = ("accuracy", "wins", "wins_per_token")
+import math
+import statistics
+
+from lowdft.reporting.metrics import EVALUATION, SHARES
 
 
 def cells(evaluation: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text; a metric that a system lacks is "–", one that no system has is left out."""
+    """Header and rows as text, with the difference of "after" to "base" where both were measured.
+
+    A metric that a system lacks is "–", one that no system has is left out.
+    """
     systems = evaluation["systems"]
     found = {key for metrics in systems.values() for key in metrics if not key.endswith("_stderr")}
-    keys = [key for key in METRICS if key in found] + sorted(found - set(METRICS))
-    rows = [[METRICS.get(key, key), *(_cell(key, metrics) for metrics in systems.values())] for key in keys]
-    return ["", *systems], rows
+    keys = [key for key in EVALUATION if key in found] + sorted(found - set(EVALUATION))
+    rows = [[EVALUATION.get(key, key), *(_cell(key, metrics) for metrics in systems.values())] for key in keys]
+    if not {"base", "after"} <= systems.keys():
+        return ["", *systems], rows
+    return ["", *systems, "difference"], [
+        [*row, _difference(key, evaluation)] for key, row in zip(keys, rows, strict=True)
+    ]
+
+
+def paired(base: list[float], after: list[float]) -> tuple[float, float | None]:
+    """Mean of the differences on the same rows and its standard error (None for a single row)."""
+    differences = [a - b for a, b in zip(after, base, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return statistics.mean(differences), error
+
+
+def _difference(key: str, evaluation: dict) -> str:
+    base, after = (evaluation["systems"][name].get(key) for name in ("base", "after"))
+    if base is None or after is None:
+        return "–"
+    if key not in SHARES:
+        return f"{after - base:+.2f}"
+    per_row = [evaluation.get("per_row", {}).get(name, {}).get(key) for name in ("base", "after")]
+    if None in per_row:
+        return f"{100 * (after - base):+.1f} points"
+    mean, error = paired(*per_row)
+    return f"{_points(mean, error)} points"
+
+
+def _points(difference: float, error: float | None) -> str:
+    return f"{100 * difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def title(evaluation: dict) -> str:
     """What the table was measured on."""
     count = evaluation["negatives_per_row"]
-    beside = f", {count:.3g} negative{'' if count == 1 else 's'} a row" if count else ""
+    beside = f", {count:.3g} negative{'' if count == 1 else 's'} per row" if count else ""
     rows = evaluation["rows"]
     return f"{rows} held-out row{'' if rows == 1 else 's'}{beside}"
 

@@ -12,9 +12,22 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
+from transformers.utils import is_flash_attn_2_available
 
-from lowdft.errors import UserError
-from lowdft.sampling.draw import Request, Sample, SamplingSettings, draw, finish, generating, only, uniforms
+from lowdft.errors import UserError, is_out_of_memory
+from lowdft.sampling.draw import (
+    Request,
+    Sample,
+    SamplingSettings,
+    cache_bytes,
+    draw,
+    fewer,
+    finish,
+    fitting,
+    generating,
+    only,
+    uniforms,
+)
 
 
 class ContinuousSampler:
@@ -22,10 +35,11 @@ class ContinuousSampler:
 
     The cache has room for `batch_size` samples (fewer if there are fewer requests) of the longest prompt and
     `max_new_tokens` each, and on a GPU takes at most half of the free memory: what does not fit waits. A forward pass
-    takes up to 512 tokens, or one a sample if `batch_size` is larger. Eager attention is paged for the time of a run.
+    takes up to 512 tokens, or one per sample if `batch_size` is larger. Eager attention is paged for the time of a run.
+    On a GPU flash attention is used where it is installed. After out-of-memory the rest runs with half as many samples.
     """
 
-    def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int):
+    def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int | None):
         self.model, self.end_ids, self.settings, self.batch_size = model, end_ids, settings, batch_size
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
@@ -36,30 +50,45 @@ class ContinuousSampler:
         """
         if not requests:
             return []
+        samples: dict[int, Sample] = {}
         with generating(self.model, self.end_ids, self.settings) as model:
-            attention = model.config._attn_implementation
-            try:
-                return self._run(model, requests)
-            except (ValueError, MemoryError, RuntimeError) as error:
+            if _has_alibi(model.config.get_text_config()):
                 raise UserError(
-                    f"continuous batching failed ({error}). A smaller negatives.batch_size takes less memory; "
-                    "negatives.backend=padded works for every model."
-                ) from error
-            finally:
-                if model.config._attn_implementation != attention:
-                    model.set_attn_implementation(attention)
+                    f"negatives.backend is continuous, which writes wrong tokens for {model.config.model_type}: its "
+                    "positions are a bias on attention (ALiBi). Set negatives.backend=padded."
+                )
+            attention = model.config._attn_implementation
+            batch_size = self.batch_size or fitting(model, requests, self.settings)
+            while len(samples) < len(requests):
+                try:
+                    self._run(model, requests, batch_size, samples)
+                except (ValueError, MemoryError, RuntimeError) as error:
+                    if is_out_of_memory(error) and batch_size > 1:
+                        batch_size = self.batch_size = fewer(min(batch_size, len(requests) - len(samples)), error)
+                        continue
+                    raise UserError(
+                        f"continuous batching failed ({error}). A smaller negatives.batch_size takes less memory; "
+                        "negatives.backend=padded works for every model."
+                    ) from error
+                finally:
+                    if model.config._attn_implementation != attention:
+                        model.set_attn_implementation(attention)
+        return [samples[number] for number in range(len(requests))]
 
-    def _run(self, model, requests: Sequence[Request]) -> list[Sample]:
-        manager = model.init_continuous_batching(model.generation_config, self._cache(model, requests))
+    def _run(self, model, requests: Sequence[Request], batch_size: int, samples: dict[int, Sample]) -> None:
+        """Adds to `samples`, by number, those of the requests that are not there yet; longest prompts first."""
+        left = [number for number in range(len(requests)) if number not in samples]
+        left.sort(key=lambda number: -len(requests[number].prompt_ids))
+        config = self._cache(model, [requests[number] for number in left], batch_size)
+        manager = model.init_continuous_batching(model.generation_config, config)
         drawing = LogitsProcessorList([_ContinuousDraw(requests, self.settings)])
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(drawing)
         manager.logit_processor.tensors_required = 1
-        samples: dict[int, Sample] = {}
         try:
             manager.warmup()
             manager.start()
-            for number, request in enumerate(requests):
-                manager.add_request(list(request.prompt_ids), str(number))
+            for number in left:
+                manager.add_request(list(requests[number].prompt_ids), str(number))
             while len(samples) < len(requests):
                 output = manager.get_result(timeout=1)
                 if output is None and not manager.is_running():
@@ -70,20 +99,17 @@ class ContinuousSampler:
                     samples[int(output.request_id)] = finish(output.generated_tokens, self.end_ids)
         finally:
             manager.stop(hard_stop=True)  # after an error or Ctrl-C there are requests left, which no one waits for
-        return [samples[number] for number in range(len(requests))]
 
-    def _cache(self, model, requests: Sequence[Request]) -> ContinuousBatchingConfig:
-        config = model.config.get_text_config()
-        page = 256 if "flash" in config._attn_implementation else 32  # flash-attn reads pages of 256 tokens
+    def _cache(self, model, requests: Sequence[Request], batch_size: int) -> ContinuousBatchingConfig:
+        on_gpu = model.device.type == "cuda"
+        flash = "flash" in model.config._attn_implementation or (on_gpu and is_flash_attn_2_available())
+        page = 256 if flash else 32  # flash-attn reads pages of 256 tokens
         longest = max(len(request.prompt_ids) for request in requests) + self.settings.max_new_tokens
-        at_once, pages = min(self.batch_size, len(requests)), math.ceil(longest / page) + 1
+        at_once, pages = min(batch_size, len(requests)), math.ceil(longest / page) + 1
         blocks = at_once * pages
-        if model.device.type == "cuda":
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            block_bytes = page * config.num_hidden_layers * 2 * heads * head_dim * model.dtype.itemsize
+        if on_gpu:
             torch.cuda.empty_cache()
-            blocks = min(blocks, torch.cuda.mem_get_info(model.device)[0] // 2 // block_bytes)
+            blocks = min(blocks, torch.cuda.mem_get_info(model.device)[0] // 2 // (page * cache_bytes(model)))
         if blocks < pages:
             raise MemoryError(f"a request of {longest} tokens takes {pages} blocks of the cache, and {blocks} fit")
         return ContinuousBatchingConfig(
@@ -91,8 +117,14 @@ class ContinuousSampler:
             num_blocks=blocks,
             max_batch_tokens=max(512, at_once),
             max_requests_per_batch=at_once,
-            auto_switch_to_flash=False,
+            auto_switch_to_flash=flash,
         )
+
+
+def _has_alibi(config) -> bool:
+    attention = getattr(config, "attn_config", None)
+    own = attention.get("alibi") if isinstance(attention, dict) else getattr(attention, "alibi", False)
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or own)
 
 
 class _ContinuousDraw(ContinuousBatchingLogitsProcessor):

@@ -11,6 +11,7 @@ Dimension suffixes: R requests, V vocabulary, T new tokens, P prompt tokens, C c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lowdft.errors import UserError
 from lowdft.logprobs import truncate
+from lowdft.models.safeguards import guard_four_bit
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Temperature (0: greedy), then top-k (0: off), then top-p (1: off); at most `max_new_tokens` tokens a sample."""
+    """Temperature (0: greedy), then top-k (0: off), then top-p (1: off); at most `max_new_tokens` tokens per sample."""
 
     temperature: float = 0.7
     top_p: float = 1.0
@@ -53,7 +56,11 @@ class Sampler(Protocol):
     """A backend."""
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """One sample a request, in the order of the requests."""
+        """One sample per request, in the order of the requests.
+
+        Raises:
+            UserError: memory does not hold one of them.
+        """
         ...
 
 
@@ -106,6 +113,7 @@ def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterato
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],
     )
+    guard_four_bit(model)
     model.eval()
     try:
         with torch.no_grad():
@@ -114,3 +122,42 @@ def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterato
         plain.generation_config = own
         for module in training:
             module.training = True
+
+
+def fitting(model, requests: Sequence[Request], settings: SamplingSettings) -> int:
+    """Samples at work at once: 32 on a CPU; on a GPU as many of the longest as half of its free memory holds."""
+    if model.device.type != "cuda":
+        return 32
+    longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
+    each = longest * cache_bytes(model) + 32 * model.config.get_text_config().vocab_size  # logits, and their copies
+    torch.cuda.empty_cache()
+    return max(1, min(len(requests), int(torch.cuda.mem_get_info(model.device)[0] / 2 / each)))
+
+
+def cache_bytes(model) -> int:
+    """Bytes of keys and values per token, in all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers * 2 * heads * head_dim * model.dtype.itemsize
+
+
+def fewer(batch_size: int, error: BaseException) -> int:
+    """Half as many samples at once after memory ran out, with a warning.
+
+    Raises:
+        UserError: it ran out with one.
+    """
+    if batch_size == 1:
+        raise UserError(
+            "out of memory while sampling a single answer: lower negatives.max_new_tokens (or "
+            "evaluation.max_new_tokens), load the base in 4 bit, or free the device"
+        ) from error
+    warnings.warn(
+        f"out of memory: from here {batch_size // 2} samples are drawn at once; set batch_size={batch_size // 2} to "
+        "save the attempt",
+        stacklevel=3,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return batch_size // 2

@@ -6,39 +6,88 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lowdft.sampling.draw import Request, Sample, SamplingSettings, draw, finish, generating, only, uniforms
+from lowdft.errors import is_out_of_memory
+from lowdft.sampling.draw import (
+    Request,
+    Sample,
+    SamplingSettings,
+    draw,
+    fewer,
+    finish,
+    fitting,
+    generating,
+    only,
+    uniforms,
+)
 
 
 class PaddedSampler:
-    """transformers' `generate` on left-padded batches of prompts of like length."""
+    """transformers' `generate` on left-padded batches of prompts of like length.
 
-    def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int):
+    A prompt with several samples in a batch is computed once, and its keys and values are copied. After out-of-memory
+    batches have half as many samples.
+    """
+
+    def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int | None):
         self.model, self.end_ids, self.settings, self.batch_size = model, end_ids, settings, batch_size
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """See `Sampler`."""
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
+        waiting = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
         samples: dict[int, Sample] = {}
         with generating(self.model, self.end_ids, self.settings) as model:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                samples |= zip(batch, self._sample_batch(model, [requests[i] for i in batch]), strict=True)
+            batch_size = self.batch_size or (fitting(model, requests, self.settings) if requests else 0)
+            while waiting:
+                batch = waiting[:batch_size]
+                try:
+                    samples |= zip(batch, self._sample_batch(model, [requests[i] for i in batch]), strict=True)
+                    waiting = waiting[batch_size:]
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    batch_size = self.batch_size = fewer(len(batch), error)
         return [samples[i] for i in range(len(requests))]
 
     def _sample_batch(self, model, batch: list[Request]) -> list[Sample]:
         width = max(len(request.prompt_ids) for request in batch)
-        pads = [width - len(request.prompt_ids) for request in batch]
-        ids = [[self.end_ids[0]] * pad + list(request.prompt_ids) for pad, request in zip(pads, batch, strict=True)]
+        rows = {tuple(request.prompt_ids): None for request in batch}
+        rows = {prompt: row for row, prompt in enumerate(rows)}
+        ids_UP = torch.tensor([[self.end_ids[0]] * (width - len(p)) + list(p) for p in rows], device=model.device)
+        mask_UP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=model.device)
+        row_R = torch.tensor([rows[tuple(request.prompt_ids)] for request in batch], device=model.device)
         u_RT = torch.stack([uniforms(request.seed, self.settings.max_new_tokens) for request in batch])
         written = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device),
+            input_ids=ids_UP[row_R],
+            attention_mask=mask_UP[row_R],
             generation_config=model.generation_config,
+            past_key_values=_prefilled(model, ids_UP, mask_UP, row_R) if len(rows) < len(batch) else None,
             logits_processor=LogitsProcessorList([_PaddedDraw(u_RT.to(model.device), width, self.settings)]),
         )
         return [finish(row, self.end_ids) for row in written[:, width:].tolist()]
+
+
+def _prefilled(model, ids_UP: Tensor, mask_UP: Tensor, row_R: Tensor) -> DynamicCache | None:
+    """Keys and values of all tokens of the prompts but the last, computed once per prompt, for rows `row_R`.
+
+    None for models with another kind of cache (recurrent states), and for prompts of one token.
+    """
+    if ids_UP.shape[1] == 1 or model._is_stateful or not model._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=model.config)
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None
+    model.generate(
+        input_ids=ids_UP[:, :-1],
+        attention_mask=mask_UP[:, :-1],
+        generation_config=model.generation_config,
+        past_key_values=cache,
+        max_new_tokens=1,
+    )
+    cache.batch_select_indices(row_R)
+    return cache
 
 
 class _PaddedDraw(LogitsProcessor):

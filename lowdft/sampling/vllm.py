@@ -1,39 +1,164 @@
-"""Sampling by vLLM."""
+"""Sampling by vLLM, in a child process: its memory on the GPU is free again when the sampler is gone.
+
+The base is quantized as it is loaded where the recipe has it in 4 bit (NF4, without the double quantization of ours).
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import multiprocessing
+import traceback
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 from lowdft.errors import UserError
 from lowdft.sampling.draw import Request, Sample, SamplingSettings
 
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+SAMPLES_AT_WORK = 256
+
+
+@dataclass(frozen=True)
+class VllmModel:
+    """What vLLM loads.
+
+    Args:
+        path, revision: of the base.
+        dtype: of the arithmetic.
+        load_in_4bit: quantize it to NF4.
+        max_length: longest prompt and answer in tokens, which the cache must have room for; None: the model's context.
+        memory: share of the GPU's memory that vLLM takes.
+        adapter: a LoRA adapter's folder.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    load_in_4bit: bool = False
+    max_length: int | None = None
+    memory: float = 0.9
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+    def engine_arguments(self, samples: int) -> dict:
+        """The arguments of `vllm.LLM`, with `samples` at work at once."""
+        arguments = {
+            "model": self.path,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "max_num_seqs": samples,
+            "max_model_len": self.max_length,
+            "gpu_memory_utilization": self.memory,
+            "trust_remote_code": self.trust_remote_code,
+            "generation_config": "vllm",  # its own: the model's may hold a repetition penalty
+        }
+        if self.load_in_4bit:
+            arguments["quantization"] = "bitsandbytes"
+        if self.adapter:
+            arguments |= {"enable_lora": True, "max_lora_rank": served_rank(self.adapter)}
+        return arguments
+
+
+def served_rank(adapter: str | Path) -> int:
+    """The max_lora_rank that vLLM needs for an adapter.
+
+    Raises:
+        UserError: the adapter is none of LoRA, trains more than that, or its rank is too high for vLLM.
+    """
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
+        raise UserError(f"{adapter}: vLLM serves plain LoRA; merge the adapter, or use another backend")
+    if config.get("modules_to_save"):
+        raise UserError(f"{adapter}: vLLM loads no modules_to_save; merge the adapter, or use another backend")
+    rank = next((rank for rank in RANKS if rank >= config["r"]), None)
+    if rank is None:
+        raise UserError(f"{adapter}: its rank is {config['r']}, and vLLM takes {RANKS[-1]} at most")
+    return rank
+
 
 class VllmSampler:
-    """vLLM, offline. Its samples follow its own random numbers, seeded a request, and its own arithmetic: they
-    differ from those of the other backends. Not run in this project's tests."""
+    """vLLM, offline. Its samples follow its own random numbers, seeded per request, and its own arithmetic: they
+    differ from those of the other backends.
 
-    def __init__(self, source, end_ids: list[int], settings: SamplingSettings, batch_size: int):
-        try:
-            import vllm
-        except ImportError as error:
+    The child process starts with the first request and ends with this object.
+    """
+
+    def __init__(self, model: VllmModel, end_ids: list[int], settings: SamplingSettings, batch_size: int | None):
+        if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 'negatives.backend is vllm, which is not installed: pip install "lowdft[vllm]", '
                 "or set negatives.backend=padded"
-            ) from error
-        self.vllm, self.end_ids, self.settings = vllm, end_ids, settings
-        self.engine = vllm.LLM(model=source.path, revision=source.revision, max_num_seqs=batch_size)
+            )
+        common = {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k or -1,
+            "max_tokens": settings.max_new_tokens,
+            "stop_token_ids": end_ids,
+        }
+        self.job = (model.engine_arguments(batch_size or SAMPLES_AT_WORK), common, model.adapter)
+        self.connection: Connection | None = None
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """See `Sampler`."""
-        common = {
-            "temperature": self.settings.temperature,
-            "top_p": self.settings.top_p,
-            "top_k": self.settings.top_k or -1,
-            "max_tokens": self.settings.max_new_tokens,
-            "stop_token_ids": self.end_ids,
-        }
-        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        params = [self.vllm.SamplingParams(seed=request.seed, **common) for request in requests]
-        outputs = [result.outputs[0] for result in self.engine.generate(prompts, params)] if prompts else []
-        # Its own word for why: it also stops at the end tokens of the model's generation settings.
-        return [Sample(list(output.token_ids), output.finish_reason) for output in outputs]
+        """See `Sampler`.
+
+        Raises:
+            UserError: vLLM failed, or its process was killed.
+        """
+        if not requests:
+            return []
+        if self.connection is None:
+            self._start()
+        try:
+            self.connection.send([(list(request.prompt_ids), request.seed) for request in requests])
+            found = self.connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            found = "its process was killed: not enough memory?"
+        if isinstance(found, str):
+            raise UserError(
+                f"vLLM failed: {found}. A smaller negatives.gpu_memory_utilization leaves more for other programs; "
+                "negatives.backend=continuous needs no vLLM."
+            )
+        return [Sample(ids, reason) for ids, reason in found]
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
+        self.connection, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(theirs, *self.job))
+        process.start()
+        theirs.close()
+        self.close = weakref.finalize(self, _end, self.connection, process)
+
+
+def _end(connection: Connection, process) -> None:
+    connection.close()  # the child reads its end and leaves
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _serve(connection: Connection, engine_arguments: dict, common: dict, adapter: str | None) -> None:
+    """The child process: answers lists of (prompt ids, seed) by lists of (token ids, finish reason), or an error."""
+    try:
+        import vllm
+        from vllm.lora.request import LoRARequest
+
+        engine = vllm.LLM(**engine_arguments)
+        lora = LoRARequest("adapter", 1, str(Path(adapter).resolve())) if adapter else None
+        while True:
+            requests = connection.recv()
+            prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
+            params = [vllm.SamplingParams(seed=seed, **common) for _, seed in requests]
+            outputs = [result.outputs[0] for result in engine.generate(prompts, params, lora_request=lora)]
+            # Its own word for why: it also stops at the end tokens of the model's generation settings.
+            connection.send([(list(output.token_ids), output.finish_reason) for output in outputs])
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

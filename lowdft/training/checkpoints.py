@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.files import (
+    checksum_of,
     contents_of,
     damage_in,
     flush,
@@ -107,7 +108,7 @@ def damage_of(checkpoint: str | Path) -> str | None:
     except UserError:
         return f"{path} is damaged"
     files = noted.get("files")
-    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 for v in files.values()):
+    if not isinstance(files, dict) or noted.get("checksum") != checksum_of(files):
         return f"{path} is damaged"
     if not any("optim" in name for name in files):
         return f"{checkpoint} has no optimizer state (training.save_only_model leaves it out)"
@@ -207,7 +208,8 @@ class WholeCheckpoints(Trainer):
     def _name(self, written: Path, checkpoint: Path) -> None:
         """Gives a checkpoint its place, once it and the log lines up to it are on the disk itself."""
         remove(written / UNNEEDED)
-        write_json(written / MANIFEST, {"files": contents_of(written)})
+        files = contents_of(written)
+        write_json(written / MANIFEST, {"files": files, "checksum": checksum_of(files)})
         flush(written)
         for callback in self.callback_handler.callbacks:
             getattr(callback, "flush", lambda: None)()

@@ -18,6 +18,7 @@ from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.objectives import Losses, Objective, Scores
+from lowdft.reporting.metrics import became_negligible
 from lowdft.training.token_budget import Scored
 
 
@@ -88,6 +89,8 @@ class StepMetrics:
         if computed:
             out["padding"] = 1 - needed / computed
         out["peak_memory_gb"] = peak_memory_gb()
+        if torch.cuda.is_available():
+            out["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         self._sums, self._since = Sums(), time.perf_counter()
         return out
 
@@ -134,24 +137,18 @@ def finite_mean(values: Tensor) -> float:
 
 
 class Faded:
-    """Says once, in words, when the negatives have stopped pulling: from there DFT is SFT with a bill."""
-
-    WEIGHT, LINES = 0.01, 5
+    """Warns once when the negatives contribute almost nothing: DFT then costs more than SFT for the same result."""
 
     def __init__(self):
-        self._lines = 0
+        self._weights: list[float] = []
 
     def see(self, mean_weight: float | None) -> None:
         """Takes the mean weight of a log line (None: it has none)."""
-        self._lines = self._lines + 1 if mean_weight is not None and mean_weight < self.WEIGHT else 0
-        if self._lines == self.LINES:
-            warnings.warn(
-                f"the mean weight of the negatives has been under {self.WEIGHT} for {self.LINES} log lines (now "
-                f"{mean_weight:.1e}): they are already so unlikely that training is supervised fine-tuning at a "
-                "higher price. Try a lower learning rate, harder negatives (negatives.strategy), a larger tau, or "
-                "fewer epochs.",
-                stacklevel=3,
-            )
+        if mean_weight is None:
+            return
+        self._weights.append(mean_weight)
+        if warning := became_negligible(self._weights):
+            warnings.warn(warning, stacklevel=3)
 
 
 def peak_memory_gb() -> float:
@@ -160,6 +157,14 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def hardware() -> str:
+    """What trains: every rank's GPU by name, or the CPU with its cores."""
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    names = collectives.from_all(torch.cuda.get_device_name())
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
 def reset_peak_memory() -> None:

@@ -22,19 +22,27 @@ from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.prepare import encode_rows
-from lowdft.distributed import collectives, sharding
+from lowdft.distributed import sharding
 from lowdft.errors import UserError
-from lowdft.logprobs import choose_layout
-from lowdft.models.adapters import adapter_digest, make_policy
+from lowdft.logprobs import layers_in
+from lowdft.models.adapters import adapter_digest
+from lowdft.models.fused_lora import fused_lora
 from lowdft.models.reference import attach_reference, check_reference
-from lowdft.models.safeguards import guard_four_bit, switch_off_dropout
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
+from lowdft.training.datasets import as_list, check_evaluation, encoded, train_loader
 from lowdft.training.engine import StepEngine
 from lowdft.training.log_u import LogU, load_table, save_table, table_identity
 from lowdft.training.metrics import Faded, StepMetrics
 from lowdft.training.rows import encoder_for
-from lowdft.training.support import check_arguments, check_model, check_peft, peft_config_of
-from lowdft.training.token_budget import Passes
+from lowdft.training.setup import (
+    choose_precision,
+    layout_of,
+    make_passes,
+    ready_model,
+    starts_as_reference,
+    starts_from_base,
+)
+from lowdft.training.support import check_arguments, check_peft, peft_config_of
 
 STATE_FILE = "log_u.safetensors"
 
@@ -72,60 +80,44 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
         encoder = encoder_for(model, processing_class, args)
-        train_rows = encode_rows(train_dataset, encoder)
-        eval_rows = None if eval_dataset is None else encode_rows(eval_dataset, encoder)
+        self._encode = partial(encoded, encoder=encoder)
+        train_rows, eval_sets = encode_rows(train_dataset, encoder), self._encode(eval_dataset)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        for note in check_datasets(train_rows, eval_rows, self.objective, args, has_adapter):
+        for note in check_datasets(train_rows, as_list(eval_sets), self.objective, args, has_adapter):
             warnings.warn(note, stacklevel=2)
         if cut := encoder.cuts():
             warnings.warn(cut, stacklevel=2)
         needs_base = args.reference == "online" or self.objective.uses_mismatched
         check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
-        model = make_policy(model, args, peft_config)
-        check_model(model, args)
-        guard_four_bit(model)
-        if (dropped := switch_off_dropout(model)) > 0:
-            warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=2)
+        model = ready_model(model, args, peft_config)
+        self._starts_from_base = starts_from_base(model)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            eval_dataset=eval_sets,
             processing_class=processing_class,
             data_collator=collate,
             **kwargs,
         )
         self.sharded = sharding.is_sharded(self.accelerator)
+        self._layers_in = choose_precision(model, args, self.sharded)
         reference = adapter_digest(args.reference_adapter) if args.reference_adapter else "base"
         self._fingerprint, self._faded = table_identity(train_rows, args, reference), Faded()
-        self.engine = self._make_engine(model)
-        if not self.sharded:  # else no pass is possible before the parameters have their places
-            self._choose_layout(self.model)
-
-    def _make_engine(self, model: nn.Module) -> StepEngine:
-        args, settings, weight = self.args, self.args.hyperparameters(), self.objective.token_weight
-        passes = Passes(
-            args.layout or "padded",
-            args.logits_chunk_size,
-            args.tokens_per_pass,
-            knows_last=self.objective.linear,
-            token_weight=weight and partial(weight, **settings),
-            predicted_share=settings["predicted_share"] if self.objective.uses_predictions else 0.0,
-            in_step=self.sharded,
-            device=args.device,
-        )
-        return StepEngine(
+        self.engine = StepEngine(
             model,
             self.objective,
-            settings,
-            LogU(len(self.train_dataset), args.log_u_init),
-            passes,
+            args.hyperparameters(),
+            LogU(len(train_rows), args.log_u_init),
+            make_passes(args, self.objective, self.sharded),
             args.negatives_per_step,
             args.reference_prompt,
             backward=lambda loss, last: sharding.backward(self.accelerator, loss, last),
             around=self._around_passes,
-            spare=self.train_dataset[0],
+            spare=train_rows[0],
         )
+        if not self.sharded:  # else no pass is possible before the parameters have their places
+            self._choose_layout(self.model)
 
     @property
     def log_u(self) -> Tensor:
@@ -138,24 +130,17 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         return self.engine.passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
-        if self.args.layout is not None:
-            return
-        training = model.training
-        model.eval()  # dropout would tell the layouts apart
-        self.engine.passes.layout = choose_layout(model)
-        model.train(training)
-        if self.layout == "padded":
-            warnings.warn(
-                "this model's attention does not take packed rows: every completion becomes a row of its own, and "
-                "the prompt is computed once for each",
-                stacklevel=2,
-            )
+        """In the weights' own precision, in which the model's own logits are what scores are checked against."""
+        self.engine.passes.layout = layout_of(model, self.args.layout)
 
     @contextlib.contextmanager
     def _around_passes(self) -> Iterator[None]:
         """Only lowdft's own passes run in it: a callback finds the model as it was."""
         with contextlib.ExitStack() as stack:
-            if self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
+            if not self.sharded:  # sharded weights are gathered by hooks, which one function for both would pass over
+                stack.enter_context(fused_lora(self.model))
+            stack.enter_context(layers_in(self._layers_in))
+            if self._layers_in or self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
                 stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
             if self.args.offload_checkpoints and torch.is_grad_enabled():
                 stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
@@ -163,13 +148,13 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
 
     # ---- what transformers' loop calls ------------------------------------------------------------------------------
 
+    def get_train_dataloader(self):
+        """This rank's micro-batches of every epoch, the last ones of which may be empty."""
+        return train_loader(self.train_dataset, self.args)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Takes the micro-batches of one optimizer step and begins it."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if collectives.world_size() > 1 and not self.args.dataloader_drop_last:
-            again = collectives.repeated([inputs["batch"].index_M for inputs in samples], self.engine.log_u.visits)
-            for inputs, skip in zip(samples, again, strict=True):
-                inputs["batch"] = inputs["batch"].select([i for i, skipped in enumerate(skip) if not skipped])
         return samples, self.engine.begin([inputs["batch"] for inputs in samples], self.state.global_step + 1)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
@@ -186,6 +171,18 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation's loss."""
         return self.compute_loss(model, inputs), None, None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """transformers' evaluate; the rows may be text or ids, as for the training.
+
+        Raises:
+            UserError: the rows lack reference log-probabilities that the model can no longer give.
+        """
+        chosen = self._encode(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if not isinstance(chosen, str):
+            at_hand = self._starts_from_base and (self.state.global_step == 0 or isinstance(self.model, PeftModel))
+            check_evaluation(as_list(chosen), self.objective, self.args, at_hand)
+        return super().evaluate(None if eval_dataset is None else chosen, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -237,7 +234,8 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         if self.sharded:
             self._choose_layout(self.engine.policy)
         if self.objective.uses_any_reference:
-            rows, self.engine.starts_as_reference = self._datasets(), self._starts_as_reference()
+            rows = self._datasets()
+            self.engine.starts_as_reference = starts_as_reference(self.model, self.args)
             with self._around_passes():
                 attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
 
@@ -250,13 +248,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         self.engine.model = model if self.sharded else self.accelerator.unwrap_model(model)
 
     def _datasets(self) -> list[EncodedRows]:
-        return [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
-
-    def _starts_as_reference(self) -> bool:
-        fresh = [p for name, p in self.model.named_parameters() if "lora_B" in name]
-        return (
-            self.args.reference_prompt == "training" and bool(fresh) and not any(bool(p.detach().any()) for p in fresh)
-        )
+        return [self.train_dataset, *as_list(self.eval_dataset)]
 
     def save_beside(self, folder: Path) -> None:
         """What an exact resume needs beside weights and optimizer: `log_u`, and how a step is split into passes."""

@@ -100,3 +100,49 @@ def test_an_answer_that_is_not_rendered_is_refused():
     call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]
     with pytest.raises(UserError, match="renders nothing of the answer"):
         Encoder(tokenizer).completion(USER, call)
+
+
+@pytest.mark.parametrize(
+    "lengths, kept, said",
+    [
+        (dict(max_length=16, max_prompt_length=16), (12, 4), "12 tokens, as max_prompt_length 16 leaves less than a"),
+        (dict(max_length=17, max_prompt_length=16), (13, 4), "a quarter of max_length 17 for answers"),
+        (dict(max_length=16), (12, 4), "as max_prompt_length None leaves less than a quarter of max_length 16"),
+        (dict(max_prompt_length=16, context=16), (12, 4), "leaves less than a quarter of the model's context 16"),
+        (dict(max_length=64, max_prompt_length=16, context=20), (15, 5), "the model's context 20"),
+        (dict(max_length=20, max_prompt_length=6), (6, 14), "1 prompts (max_prompt_length 6; beginning dropped)"),
+        (dict(max_length=2, max_prompt_length=6), (1, 1), "max_length 2"),
+    ],
+)
+@pytest.mark.parametrize("as_ids", [False, True], ids=["text", "ids"])
+def test_room_for_answers_is_kept_and_the_limit_named(tokenizer, lengths, kept, said, as_ids):
+    """`max_prompt_length` may not leave an answer a single token; the same limits hold for rows of ids."""
+    row = {"prompt": "q" * 30, "completion": "a" * 30, "negatives": ["n" * 30]}
+    if as_ids:
+        row = {"prompt_ids": [5] * 30, "completion_ids": [6] * 30, "negative_ids": [[7] * 30]}
+    encoder = Encoder(None if as_ids else tokenizer, **lengths)
+    row = encoder.row(row)
+    assert (len(row["prompt_ids"]), len(row["completion_ids"]), len(row["negative_ids"][0])) == (*kept, kept[1])
+    assert said in encoder.cuts()
+
+
+def test_no_room_at_all_is_refused(tokenizer):
+    with pytest.raises(UserError, match="training.max_length is 1; wanted 2 or more"):
+        Encoder(tokenizer, max_length=1)
+
+
+def test_reference_logps_of_what_is_cut_are_dropped():
+    """What they score is no longer in the row: of a negative, of the completion, or of both under a cut prompt."""
+    ids = {"prompt_ids": [5] * 4, "completion_ids": [6] * 3, "negative_ids": [[7] * 3, [8] * 3]}
+    given = ids | {"ref_negative_logps": [-1.0, -2.0], "ref_logps": -3.0}
+    assert Encoder(None, max_length=8).row(given) == given
+    encoder = Encoder(None, max_length=8)
+    row = encoder.row(given | {"negative_ids": [[7] * 3, [8] * 9]})
+    assert "ref_negative_logps" not in row and row["ref_logps"] == -3.0
+    assert "log-probabilities of 1 rows were dropped" in encoder.cuts()
+    row = Encoder(None, max_length=8).row(given | {"completion_ids": [6] * 9})
+    assert row["ref_negative_logps"] == [-1.0, -2.0] and "ref_logps" not in row
+    row = Encoder(None, max_prompt_length=3).row(given)
+    assert not {"ref_negative_logps", "ref_logps"} & set(row)
+    row = Encoder(None, max_prompt_length=4).row(given | {"sampling_prompt_ids": [9] * 5})
+    assert row["sampling_prompt_ids"] == [9] * 4 and not {"ref_negative_logps", "ref_logps"} & set(row)

@@ -8,7 +8,8 @@ import pytest
 
 from lowdft.data import load_examples
 from lowdft.data.example import to_example
-from lowdft.data.formats import BadRow, detect_layout, to_row
+from lowdft.data.formats import to_row
+from lowdft.data.layouts import BadRow, detect_layout
 from lowdft.data.read import Record
 from lowdft.errors import UserError
 

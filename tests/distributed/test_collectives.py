@@ -8,10 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import TESTS
-
-from lowdft.distributed.collectives import repeated
 
 SCRIPT = """
 import json, os, sys
@@ -84,11 +81,3 @@ def test_saved_on_two_resumed_on_one_and_three(tmp_path):
         folder = tmp_path / str(processes)
         train(folder, 2, "dft", size=3, stop=4)
         assert_same(train(folder, processes, "dft", size=size), whole)
-
-
-def test_what_a_sampler_repeats_is_found():
-    """Ahead of the least visited, or twice in one step; the first copy counts."""
-    visits = torch.tensor([1, 0, 0, 0])
-    index = [torch.tensor([1, 2]), torch.tensor([0, 2])]
-    assert repeated(index, visits) == [[False, False], [True, True]]
-    assert repeated(index, torch.ones(4, dtype=torch.int64)) == [[False, False], [False, True]]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,8 +19,9 @@ from accelerate.commands.config import load_config_from_file
 from helpers import ROOT
 from safetensors.torch import load_file
 
-from lowdft.cli import LAUNCHERS, main
+from lowdft.cli import main
 from lowdft.distributed import launch
+from lowdft.verbs import LAUNCHERS
 
 ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(9)]
 
@@ -86,3 +90,49 @@ def test_configurations_are_accelerates_own():
 def test_what_cannot_be_launched_is_told(recipe, arguments, words, capsys):
     assert main(["train", recipe, *arguments]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def launched(recipe, tmp_path):
+    """A training that takes long on two processes, with a checkpoint written; its process and its ranks'."""
+    overrides = ["training.objective=dft2", "training.num_train_epochs=40", "training.save_steps=2"]
+    overrides += ["training.negatives_per_step=1", "training.per_device_train_batch_size=1"]
+    command = [sys.executable, "-m", "lowdft", "run", recipe, *overrides, "--launch", "ddp", "--processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    while not list((tmp_path / "one" / "checkpoints").glob("checkpoint-*[0-9]")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    yield process, psutil.Process(process.pid).children()
+    process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "send, status, words",
+    [
+        (lambda process: process.terminate(), 143, "stopped by SIGTERM after step"),
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "stopped; the same command"),
+    ],
+)
+def test_signals_have_their_status_and_no_traceback(launched, send, status, words):
+    process, ranks = launched
+    send(process)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == status, error[-3000:]
+    assert error.count(words) == 1 and "Traceback" not in error
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no parent death signal")
+def test_ranks_end_with_a_killed_launcher(launched, recipe, tmp_path):
+    """And the second command for a folder in use is refused before they do."""
+    process, ranks = launched
+    second = lowdft("train", recipe)
+    assert second.returncode == 1 and f"process {ranks[0].pid} on" in second.stderr
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []

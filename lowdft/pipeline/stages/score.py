@@ -27,7 +27,7 @@ def main(run: Run) -> None:
     if run.args.reference_adapter:
         model = models.load_adapter(model, run.args.reference_adapter)
     args, section = run.args, run.recipe.negatives
-    passes = Passes(args.layout or choose_layout(model), args.logits_chunk_size, args.tokens_per_pass)
+    passes = Passes(choose_layout(model, args.layout), args.logits_chunk_size, args.tokens_per_pass)
     if args.reference_prompt == "proposal":
         sampler = {"temperature": section.temperature, "top_p": section.top_p, "top_k": section.top_k}
         passes.head_logps = partial(proposal_logps, chunk_size=args.logits_chunk_size, **sampler)
@@ -37,7 +37,7 @@ def main(run: Run) -> None:
         part_size=part_size(len(rows), 4 * args.per_device_train_batch_size),
         work=lambda part: score_rows(run, model, part, passes),
         what="reference",
-        count=lambda table: {"negatives": run.negatives_content},
+        noted={"negatives": run.negatives_content},
     )
     say(f"{product.path}: {len(rows)} rows scored")
 

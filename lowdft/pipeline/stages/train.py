@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers import ProgressCallback
-
 from lowdft import models
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.files import digest_of, replacing
 from lowdft.models.adapters import REFERENCE
 from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.live import LivePage, watch
 from lowdft.pipeline.metrics_file import MetricsFile, mend
 from lowdft.pipeline.publishable import clean
+from lowdft.reporting import run_page
 from lowdft.training.checkpoints import newest_whole
+from lowdft.training.metrics import hardware
 from lowdft.training.trainer import DFTTrainer
 
 
@@ -48,18 +49,18 @@ def main(run: Run) -> None:
     if checkpoint:
         say(f"resuming from {checkpoint}")
     lines = MetricsFile(metrics)
-    trainer = DFTTrainer(model, run.args, rows, processing_class=run.tokenizer, callbacks=[lines])
+    held_out = run.encoded("heldout") if run.args.eval_strategy != "no" else None
+    callbacks = [lines, LivePage(run)]
+    trainer = DFTTrainer(model, run.args, rows, held_out, processing_class=run.tokenizer, callbacks=callbacks)
     trainer.trust_checkpoint = run.trust_checkpoint
-    if not run.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress())
+    watch(run, trainer, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     lines.flush()
-    save(run, trainer)
+    save(run, trainer, truncation=cut, hardware=hardware())
 
 
-def save(run: Run, trainer: DFTTrainer) -> None:
-    """Writes what was trained, as it may be published, and its manifest."""
+def save(run: Run, trainer: DFTTrainer, **facts) -> None:
+    """Writes what was trained, as it may be published, its manifest with these facts, and the report."""
     if collectives.rank() > 0:
         trainer.save_model()  # gives its part to the first rank, which writes the whole
         return
@@ -75,15 +76,8 @@ def save(run: Run, trainer: DFTTrainer) -> None:
         seconds=trainer.state.log_history[-1].get("train_runtime"),
         objective=run.args.hyperparameters(),
         metrics=digest_of(metrics) if metrics.is_file() else None,
+        **facts,
     )
+    if metrics.is_file():
+        run_page.write(run)
     say(f"{product.path}: trained in {trainer.state.global_step} steps")
-
-
-class Progress(ProgressCallback):
-    """transformers' bar with the numbers to watch beside it, in place of a dictionary a step."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Shows the last step's loss, margin and weights."""
-        shown = {"loss": "loss", "margin": "margin", "weights/mean": "weight"}
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix({shown[k]: f"{logs[k]:.3g}" for k in shown if k in logs})

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+import re
+import shutil
 
 import peft
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError
+import yaml
+from helpers import write_benchmark
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowdft import models
 from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Recipe
 from lowdft.errors import UserError
+from lowdft.pipeline import hub
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import export
+from lowdft.reporting import markdown, model_card
 
 
 def make_run(folder, base, adapter: bool = True, hub_id: str | None = "someone/tiny-llama", **training) -> Run:
@@ -60,23 +64,19 @@ def readme(run: Run) -> str:
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A Hub that notes what would have left the machine."""
+def pushed(monkeypatch):
+    """What would have left this machine: (name, private, {file: size}) of every push."""
     calls = []
 
-    class FakeApi:
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create", repo_id, kwargs))
-            return SimpleNamespace(repo_id=repo_id)
+    def push(files, name, private, kind="model"):
+        calls.append((name, private, {file.name: file.size for file in files}))
+        return f"https://hub/{name}"
 
-        def upload_folder(self, **kwargs):
-            calls.append(("upload", kwargs["repo_id"], sorted(p.name for p in kwargs["folder_path"].iterdir())))
-
-    monkeypatch.setattr(export, "HfApi", FakeApi)
+    monkeypatch.setattr(hub, "push", push)
     return calls
 
 
-def test_the_exported_adapter_loads_with_plain_peft(tmp_path, tiny_folder, hub):
+def test_the_exported_adapter_loads_with_plain_peft(tmp_path, tiny_folder, pushed):
     run = make_run(tmp_path, tiny_folder)
     ids = torch.tensor([[1, 20, 30, 40]])
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_the_exported_adapter_loads_with_plain_peft(tmp_path, tiny_folder, hub):
     tokenizer = AutoTokenizer.from_pretrained(run.training.path)
     assert tokenizer("9.9").input_ids == run.tokenizer("9.9").input_ids
     assert tokenizer.chat_template == run.tokenizer.chat_template
-    assert hub == []  # nothing leaves unless told to
+    assert pushed == []  # nothing leaves unless told to
 
 
 def test_configuration_names_the_base_and_never_a_path(tmp_path, tiny_folder):
@@ -108,7 +108,7 @@ def test_configuration_names_the_base_and_never_a_path(tmp_path, tiny_folder):
     for path in folder.rglob("*"):
         assert str(tmp_path.parent).encode() not in path.read_bytes(), path
     assert "is_local" not in json.loads((folder / "tokenizer_config.json").read_text())
-    assert 'from_pretrained("someone/tiny-llama", revision="0123abc")' in readme(run)
+    assert 'from_pretrained("someone/tiny-llama", revision="0123abc", dtype=torch.float32)' in readme(run)
 
 
 def test_card(tmp_path, tiny_folder):
@@ -161,7 +161,7 @@ def test_a_local_base_goes_by_its_bare_name(tmp_path, tiny_folder):
     assert f"`{tiny_folder.name}` (a local model)" in readme(run)
 
 
-def test_full_parameters(tmp_path, tiny_folder, hub):
+def test_full_parameters(tmp_path, tiny_folder, pushed):
     run = make_run(tmp_path, tiny_folder, adapter=False)
     config = run.folder / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(tiny_folder)}))
@@ -171,73 +171,109 @@ def test_full_parameters(tmp_path, tiny_folder, hub):
     assert data.library_name == "transformers" and "lora" not in data.tags
     assert "PeftModel" not in readme(run) and "full-parameter fine-tune" in readme(run)
     assert AutoModelForCausalLM.from_pretrained(run.folder / "model").config.hidden_size == 32
-    assert "model.safetensors" in hub[1][2]
+    assert {"model.safetensors", "config.json", "generation_config.json"} <= set(pushed[0][2])
 
 
 def test_data_of_the_hub_is_named(tmp_path, tiny_folder):
     run = make_run(tmp_path, tiny_folder)
     run.recipe.data.train = "openai/gsm8k:main"
-    card = export.card(run)
+    card = model_card.card(run)
     assert card.data.datasets == ["openai/gsm8k"]
     assert "4 rows of `openai/gsm8k:main` (split `train`)" in str(card)
     for other in ("toy:bigger-number?n=8", "data/rows.jsonl", str(tmp_path / "rows.jsonl")):
         run.recipe.data.train = other
-        assert export.card(run).data.datasets is None
+        assert model_card.card(run).data.datasets is None
 
 
-def test_push_creates_privately_and_uploads_the_folder(tmp_path, tiny_folder, hub, capsys):
+def test_nothing_leaves_without_a_name_on_the_command_line(tmp_path, tiny_folder, pushed, capsys):
     run = make_run(tmp_path, tiny_folder)
     run.recipe.export.push = "me/from-recipe"
-    export.main(run, push="me/tiny-dft")
-    assert hub[0] == ("create", "me/tiny-dft", {"private": True, "exist_ok": True})
-    assert hub[1][:2] == ("upload", "me/tiny-dft")
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
-            "tokenizer_config.json", "chat_template.jinja"} == set(hub[1][2])  # fmt: skip
     export.main(run)
-    assert hub[2][1] == "me/from-recipe"
-    assert "pushed to" in capsys.readouterr().out
+    assert pushed == [] and f"lowdft export {run.folder} --push me/from-recipe" in capsys.readouterr().out
+    (run.training.path / ".env").write_text("KEY=1")
+    (run.training.path / "notes.md").write_text("mine")
+    export.main(run, push="me/tiny-dft")
+    [(name, private, files)] = pushed
+    assert (name, private) == ("me/tiny-dft", True)
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+                          "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
+    out = capsys.readouterr().out
+    assert "staying here: .env, notes.md" in out and "adapter_model.safetensors\n" in out
+    assert 'PeftModel.from_pretrained(base, "me/tiny-dft")' in readme(run)
 
 
-def test_push_refuses_a_local_path_and_names_the_place(tmp_path, tiny_folder, hub, capsys):
+def test_dry_run_shows_everything_and_writes_nothing(tmp_path, tiny_folder, pushed, capsys):
+    run = make_run(tmp_path, tiny_folder)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    export.main(run, push="me/tiny-dft", dry_run=True)
+    out = capsys.readouterr().out
+    assert pushed == [] and before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    assert "adapter_model.safetensors" in out and "## Loading" in out and "staying here: training_args.bin" in out
+    assert "missing: the licence" in out and "missing: an evaluation" in out and "missing: benchmarks" in out
+
+
+def test_licence_language_and_results_are_in_the_hubs_form(tmp_path, tiny_folder):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlanguage:\n- en\n---\n")
+    run = make_run(tmp_path, base)
+    write_benchmark(run.folder)
+    export.main(run)
+    data = ModelCard.load(run.training.path / "README.md").data
+    assert (data.license, data.license_name, data.language) == ("other", "tiny", ["en"])
+    assert "The base's licence is `other`" in readme(run)
+    assert "exact\\_match | 25.00 | 37.50 | \\+12.50 |" in readme(run)
+    [entry] = parse_eval_result_entries(yaml.safe_load((run.training.path / export.RESULTS).read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 37.5)
+    assert export.RESULTS in [file.name for file in hub.select(run.training.path)[0]]
+    run.recipe.model.license = "apache-2.0"
+    assert model_card.card(run).data.license == "apache-2.0"
+
+
+def test_loading_as_it_was_trained(tmp_path, tiny_folder):
+    run = make_run(tmp_path, tiny_folder)
+    run.recipe.model.load_in_4bit, run.recipe.model.dtype = True, "bfloat16"
+    text = str(model_card.card(run, "me/tiny"))
+    assert 'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True' in text and "quantization_config=nf4)" in text
+    assert "dtype=torch.bfloat16)" in text and 'messages = [{"role": "user"' in text
+    for snippet in re.findall(r"```python\n(.*?)\n```", text, re.DOTALL):
+        compile(snippet, "card", "exec")
+
+
+def test_markup_from_users_stays_text(tmp_path, tiny_folder):
+    run = make_run(tmp_path, tiny_folder)
+    run.recipe.negatives.system_prompt = "Be ``bad`` <img src=x onerror=alert(1)>\n\n# now"
+    run.recipe.data.system_prompt = "```\n<script>"
+    text = str(model_card.card(run))
+    assert "```Be ``bad`` <img src=x onerror=alert(1)> # now```" in text  # code, in more backticks than it has
+    assert "````python" in text
+    assert markdown.plain("a <b> [c](d) | `e`") == "a \\<b\\> \\[c\\]\\(d\\) \\| \\`e\\`"
+
+
+def test_a_local_path_stops_the_push_and_its_place_is_named(tmp_path, tiny_folder, capsys):
     run = make_run(tmp_path, tiny_folder)
     path = run.training.path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eva_config": {"cache": ["/home/someone/cache"]}}))
-    with pytest.raises(UserError, match="not pushed.*adapter_config.json: eva_config.cache.0 says '/home/someone/c"):
+    with pytest.raises(UserError, match="not pushed.*adapter_config.json: eva_config.cache.0 has a local path"):
         export.main(run, push="me/tiny-dft")
-    assert hub == []
-    export.main(run)  # without a push it is only told
+    export.main(run)  # without a push it is only reported
     assert "warning" in capsys.readouterr().out
     path.write_text(path.read_text().replace("/home/someone/cache", "elsewhere"))
     run.recipe.negatives.system_prompt = "Read /home/someone/notes.txt first."
-    with pytest.raises(UserError, match=r"README.md:\d+ says"):
-        run.training.finish()
+    run.training.finish()
+    with pytest.raises(UserError, match=r"README.md:\d+ has a local path"):
         export.main(run, push="me/tiny-dft")
 
 
-@pytest.mark.parametrize("text, local", [
-    ("/home/me/base", True), ("/mnt/disk", True), ("see ~/models", True), ("C:\\Users\\me", True), ("file:///x", True),
-    ("runs in `/tmp/x`", True), ("hf_" + "Ab1" * 11, True), ("path=/data/llama", True),
-    ("https://huggingface.co/someone/tiny", False), ("someone/tiny", False), ("and/or/else", False),
-    ("</think>", False), ("model.layers.0", False), ("`P(y'|x)^(1/tau) / P_base(y'|x)`", False), ("1/2/3", False),
-    ("base_model:adapter:/work/base", True),
-])  # fmt: skip
-def test_what_looks_like_a_local_path(text, local):
-    assert bool(export.LOCAL.search(text)) == local
-
-
-@pytest.mark.parametrize("error", [LocalTokenNotFoundError("no token"), ConnectionError("no network"), ValueError("x")])
-def test_a_failed_upload_is_told_in_words_and_loses_nothing(tmp_path, tiny_folder, monkeypatch, error):
+def test_a_merged_model_needs_a_merge(tmp_path, tiny_folder, pushed):
     run = make_run(tmp_path, tiny_folder)
-
-    class Broken:
-        def create_repo(self, *args, **kwargs):
-            raise error
-
-    monkeypatch.setattr(export, "HfApi", Broken)
-    with pytest.raises(UserError, match="me/tiny-dft: could not be pushed.*hf auth login") as told:
-        export.main(run, push="me/tiny-dft")
-    assert type(error).__name__ in str(told.value)
-    assert (run.training.path / "adapter_model.safetensors").is_file() and "## Loading" in readme(run)
+    with pytest.raises(UserError, match="no merged model; run `lowdft merge"):
+        export.main(run, merged="bf16")
+    shutil.copytree(tiny_folder, run.folder / "merged-bf16")
+    export.main(run, push="me/merged", merged="bf16")
+    assert "model.safetensors" in pushed[0][2] and "adapter_config.json" not in pushed[0][2]
+    text = (run.folder / "merged-bf16" / "README.md").read_text()
+    assert "A LoRA adapter merged into" in text and 'AutoModelForCausalLM.from_pretrained("me/merged"' in text
 
 
 def test_nothing_trained_is_told(tmp_path, tiny_folder):

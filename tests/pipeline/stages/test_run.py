@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowdft.cli import main
 from lowdft.config.recipe import load_recipe
+from lowdft.pipeline import negatives
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import generate
 from lowdft.sampling import Sample
@@ -304,9 +305,9 @@ def test_a_negative_ends_before_a_stop_text(recipe):
         return tokenizer(text, add_special_tokens=False).input_ids
 
     long = Sample(ids("no") + ids("|") + ids("yes"), "length")
-    assert generate.end_at(["?", "|"], long, tokenizer, 7) == Sample([*ids("no"), 7], "stop")
+    assert negatives.end_at(["?", "|"], long, tokenizer, 7) == Sample([*ids("no"), 7], "stop")
     for stop in ([], ["?"]):
-        assert generate.end_at(stop, long, tokenizer, 7) is long
+        assert negatives.end_at(stop, long, tokenizer, 7) is long
 
 
 def test_sft_then_preference(recipe, tmp_path):

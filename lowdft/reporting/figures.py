@@ -1,12 +1,36 @@
-"""A study's figures: log-probabilities over training, the measure against a swept number, what each method costs."""
+"""Figures as PNG files: a run's log-probabilities, and a study's curves, swept number and costs."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
 
+from lowdft.reporting.charts import smooth
+from lowdft.reporting.metrics import LOGPS, STUDY
+
 TITLES = {"logps/positive": "log-probability of completions, nats", "logps/negative": "of negatives, nats"}
-COSTS = {"seconds": "training, s", "peak_memory_gb": "peak memory, GB"}
+COSTS = ("seconds", "peak_memory_gb")
+
+
+def logps(steps: list[dict]):
+    """The paper's Figure 3: mean log-probabilities of completions and negatives over the steps of one run.
+
+    Each is smoothed, with its raw curve faint behind.
+    """
+    figure, (axis,) = _figure(1, size=(7.2, 4.2))
+    for (key, label), style in zip(LOGPS.items(), ("-", "--"), strict=True):
+        points = [(step["step"], step[key]) for step in steps if key in step]
+        if points:
+            x, y = zip(*points, strict=True)
+            (line,) = axis.plot(x, y, alpha=0.3, linewidth=0.8)
+            marker = "o" if len(x) == 1 else None
+            axis.plot(x, smooth(list(y)), style, color=line.get_color(), linewidth=1.8, label=label, marker=marker)
+    axis.set_title("Mean log-probability of a sequence", loc="left")
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("log-probability (nats)")
+    axis.grid(alpha=0.2)
+    axis.legend(frameon=False)
+    return figure
 
 
 def label(settings: dict, *without: str) -> str:
@@ -87,17 +111,17 @@ def cost(path: Path, table: list[dict]) -> Path:
     """Time and peak memory of each method's training, as bars (the paper's Figure 4)."""
     lines = [line for line in table if "seconds" in line]
     figure, axes = _figure(2)
-    for axis, (key, title) in zip(axes, COSTS.items(), strict=True):
+    for axis, key in zip(axes, COSTS, strict=True):
         shown = [line for line in lines if key in line]
         axis.barh([line["name"] for line in shown], [line[key][0] for line in shown])
         axis.invert_yaxis()
-        axis.set_title(title)
+        axis.set_title(STUDY[key])
     figure.savefig(path, dpi=120)
     return path
 
 
-def _figure(panels: int, **options):
+def _figure(panels: int, size: tuple[float, float] | None = None, **options):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * panels, 4), layout="constrained")
+    figure = Figure(figsize=size or (4.5 * panels, 4), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False, **options)[0]

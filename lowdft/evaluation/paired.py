@@ -1,0 +1,25 @@
+"""How far one system is ahead of another, with its standard error."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+
+def difference(ours: dict[str, float], theirs: dict[str, float], our: dict, their: dict) -> dict:
+    """The difference of two scores, `value`, and its standard error, `stderr` (None where it is not known).
+
+    Paired over rows where both have a value for the same rows: what all systems find hard or easy cancels. Else both
+    standard errors add up as of independent scores.
+
+    Args:
+        ours, theirs: values by row; empty where the score is not their mean.
+        our, their: the scores, as {"value", "stderr"}.
+    """
+    value = our["value"] - their["value"]
+    if ours and ours.keys() == theirs.keys():
+        rows = [ours[key] - theirs[key] for key in ours]
+        error = statistics.stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else None
+        return {"value": value, "stderr": error, "paired": True}
+    errors = [our["stderr"], their["stderr"]]
+    return {"value": value, "stderr": None if None in errors else math.hypot(*errors), "paired": False}

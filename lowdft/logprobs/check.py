@@ -1,0 +1,108 @@
+"""The check at the start: log-probabilities as scored here against the model's own logits, on one small group."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lowdft.errors import UserError
+from lowdft.logprobs.engine import bare, score
+from lowdft.logprobs.rows import Group
+
+LENGTH = 12  # tokens of every sequence of the small group
+ON_DEVICE = ("CUDA", "CUBLAS", "CUDNN", "HIP", "out of memory")  # in messages of errors that are no property of a model
+CUDA_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
+def choose_layout(model: nn.Module, layout: str | None = None) -> str:
+    """ "packed" where this model scores packed rows right, else "padded"; always checked against its own logits.
+
+    Three small forward passes in eval mode decide. Scores are right when they differ from the float32 log-softmax of
+    the model's own logits by no more than rounding in its dtype: by 5e-4 nats (root mean square) in float32, by 0.13
+    in bfloat16, and by more in proportion where log-probabilities go beyond 20 nats.
+
+    Args:
+        model: see `score`.
+        layout: check this one alone.
+
+    Raises:
+        UserError: the scores differ from the model's own, or those are not finite.
+    """
+    groups, sequences = small_group(bare(model).config.get_text_config().vocab_size)
+    with _evaluating(model), torch.no_grad():
+        weight = bare(model).get_output_embeddings().weight
+        own_S = own_logps(model, sequences.to(weight.device), groups)
+        if not own_S.isfinite().all():
+            raise UserError(
+                f"the model's own log-probabilities are not finite ({own_S.tolist()[:4]}, …): its weights hold NaN or "
+                "infinity, or its dtype overflows. Check the checkpoint, or set model.dtype=bfloat16 or float32."
+            )
+        if layout != "padded":
+            with contextlib.suppress(NotPacked):
+                if _close(_packed(model, groups), own_S, weight.dtype):
+                    return "packed"
+            if layout == "packed":
+                raise UserError(
+                    "training.layout is packed, but this model does not score packed rows as it scores single ones; "
+                    "set training.layout=padded"
+                )
+        found_S = score(model, groups, "padded").per_token_logps_S
+    if not _close(found_S, own_S, weight.dtype):
+        worst = (found_S.double() - own_S).abs().argmax()
+        raise UserError(
+            f"{type(bare(model)).__name__}: log-probabilities computed from its hidden states and output head differ "
+            f"from those of its own forward pass (a token has {found_S[worst]:.4f} nats, {own_S[worst]:.4f} by its own "
+            "logits), so this model changes its logits in a way that is not known here. Its training would be wrong; "
+            "use another model, or report this one."
+        )
+    return "padded"
+
+
+def small_group(vocabulary: int) -> tuple[list[Group], Tensor]:
+    """Groups of random ids, and their sequences [3, LENGTH]; one more completion is the beginning of another."""
+    ids = torch.randint(vocabulary, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids[1, :5] = ids[0, :5]
+    first, second, other = ids.tolist()
+    return [Group(first[:5], [first[5:], first[5:9], second[5:]]), Group(other[:3], [other[3:]])], ids
+
+
+def own_logps(model: nn.Module, sequences: Tensor, groups: list[Group]) -> Tensor:
+    """float64 [S]: log-probabilities of the small group's tokens by the model's own forward pass."""
+    logits = model(input_ids=sequences, use_cache=False).logits.float().log_softmax(-1).double()
+    logps = logits[:, :-1].gather(2, sequences[:, 1:, None])[..., 0]  # [3, LENGTH - 1]: of all tokens but the first
+    start = [len(group.prompt_ids) - 1 for group in groups]
+    prefix = len(groups[0].completions[1])
+    return torch.cat([logps[0, start[0] :], logps[0, start[0] :][:prefix], logps[1, start[0] :], logps[2, start[1] :]])
+
+
+class NotPacked(Exception):
+    """The model's code does not take packed rows."""
+
+
+def _packed(model: nn.Module, groups: list[Group]) -> Tensor:
+    try:
+        return score(model, groups, "packed").per_token_logps_S
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        if isinstance(error, CUDA_ERRORS) or any(word in str(error) for word in ON_DEVICE):
+            raise
+        raise NotPacked from error
+
+
+def _close(found_S: Tensor, own_S: Tensor, dtype: torch.dtype) -> bool:
+    """Do they differ by rounding in `dtype` alone? See `choose_layout`."""
+    most = 1.5 * torch.finfo(dtype).eps ** 0.5 * max(1.0, own_S.square().mean().sqrt().item() / 20)
+    return (found_S.double() - own_S).square().mean().sqrt().item() <= most
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,46 @@
+"""An adapter merged into its base: into the base's own weights, or into what its 4-bit form stands for.
+
+Never into live 4-bit layers, which would round the adapter away.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from pathlib import Path
+
+import torch
+
+from lowdft.config.sections import ModelSection
+from lowdft.errors import UserError
+from lowdft.models.adapters import load_adapter
+from lowdft.models.base import Source, load_base
+
+WAYS = ("bf16", "dequantized")
+
+
+def merged(source: Source, section: ModelSection, adapter: Path, way: str):
+    """The merged model in bfloat16.
+
+    Args:
+        way: "bf16": into the base's own weights, as its publisher gives them; "dequantized": into the weights that its
+            NF4 form stands for, which are those that the adapter was trained on.
+
+    Raises:
+        UserError: a merged weight is not finite.
+    """
+    if way == "dequantized":
+        base = load_base(source, section).dequantize()
+        base.config = copy.deepcopy(base.config)
+        if hasattr(base.config, "quantization_config"):
+            del base.config.quantization_config
+    else:
+        base = load_base(source, dataclasses.replace(section, load_in_4bit=False, dtype="bfloat16"))
+    try:
+        model = load_adapter(base, adapter).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"{adapter}: could not be merged ({error})") from error
+    gc.collect()
+    model.config.dtype = torch.bfloat16
+    return model.to(torch.bfloat16)

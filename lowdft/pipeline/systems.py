@@ -1,0 +1,119 @@
+"""The models of a run that are measured, compared or talked to: base, trained, and others beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from lowdft import models
+from lowdft.errors import UserError
+from lowdft.files import read_json
+from lowdft.models.adapters import adapter_digest
+from lowdft.models.reference import reference_on
+from lowdft.pipeline.context import Run
+from lowdft.pipeline.identity import adapter_folder
+from lowdft.sampling import Request, SamplingSettings, get_sampler
+
+
+def trained_folder(run: Run) -> Path:
+    """The trained adapter or model of the run.
+
+    Raises:
+        UserError: nothing is trained yet, or it was trained on another base than the recipe's.
+    """
+    folder = run.folder / ("adapter" if run.recipe.adapter else "model")  # found without reading any data
+    if not folder.exists():
+        raise UserError(f"{folder}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
+    if run.recipe.adapter:
+        require_same_base(run, folder)
+    return folder
+
+
+def require_same_base(run: Run, adapter: Path) -> None:
+    """Raises UserError when the manifest beside an adapter says that it was trained on another base."""
+    manifest = adapter.with_name(adapter.name + ".manifest.json")
+    if not manifest.is_file():
+        return
+    found = read_json(manifest)["made_from"].get("base")
+    if found != run.source.identity:
+        raise UserError(
+            f"{adapter}: was trained on another base ({found}) than this recipe's ({run.source.identity}). Set "
+            "model.name_or_path and model.revision to that base."
+        )
+
+
+def compared_adapters(run: Run) -> dict[str, Path]:
+    """The adapters of `evaluation.compare` by name."""
+    found = {}
+    for name, given in run.recipe.evaluation.compare.items():
+        found[name] = adapter_folder(given)
+        require_same_base(run, found[name])
+    return found
+
+
+def identities(run: Run) -> dict[str, str]:
+    """Every system of the run ("base", "after", those compared) and what its weights on top of the base are called."""
+    trained = trained_folder(run)
+    if run.recipe.adapter:
+        after = adapter_digest(trained, "adapter")
+    else:
+        after = models.locate(dataclasses.replace(run.recipe.model, name_or_path=str(trained))).identity
+    compared = compared_adapters(run)
+    return {"base": "base", "after": after} | {
+        name: adapter_digest(path, f"evaluation.compare.{name}") for name, path in compared.items()
+    }
+
+
+def systems(run: Run, wanted: set[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """(name, model) of base, after and every compared adapter, one in memory at a time; None: all of them.
+
+    Base and after are one model under an adapter that is off and on, unless all parameters were trained.
+    """
+    trained = trained_folder(run)
+    compared = compared_adapters(run)
+    wanted = {"base", "after", *compared} if wanted is None else wanted
+    if "base" in wanted or (run.recipe.adapter and "after" in wanted):
+        with loaded(run, trained if run.recipe.adapter else None) as model:
+            if "base" in wanted:
+                with reference_on(model):
+                    yield "base", model
+            if run.recipe.adapter and "after" in wanted:
+                yield "after", model
+            del model
+    if not run.recipe.adapter and "after" in wanted:
+        yield "after", models.load_base(models.Source(str(trained), None, "", True), run.recipe.model)
+    for name, adapter in compared.items():
+        if name in wanted:
+            with loaded(run, adapter) as model:
+                yield name, model
+                del model
+
+
+@contextlib.contextmanager
+def loaded(run: Run, adapter: Path | None) -> Iterator[nn.Module]:
+    """The run's base, under an adapter if one is given, once the memory of what was loaded before is free."""
+    models.release_memory()
+    model = run.base()
+    if adapter:
+        model = models.load_adapter(model, adapter)
+    yield model
+
+
+def greedy_answers(run: Run, model: nn.Module, prompts: list[list[int]], name: str) -> list[str]:
+    """The greedy answer to every prompt (token ids), as text, under a progress bar called `name`."""
+    section = run.recipe.evaluation
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
+    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
+    texts = []
+    with tqdm(total=len(prompts), desc=f"answers, {name}", unit="row") as bar:
+        for start in range(0, len(prompts), 4 * section.batch_size):
+            part = prompts[start : start + 4 * section.batch_size]
+            samples = sampler.sample([Request(prompt, 0) for prompt in part])
+            texts += [run.encoder.text(sample.token_ids) for sample in samples]
+            bar.update(len(part))
+    return texts

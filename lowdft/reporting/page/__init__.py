@@ -1,0 +1,22 @@
+"""The report's page: one HTML file that needs nothing beside it. Every value is escaped by the template engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+FOLDER = Path(__file__).parent
+
+
+def render(**values: object) -> str:
+    """The page of these values (see page.html.j2)."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=select_autoescape(["j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    return environment.get_template("page.html.j2").render(style=style, script=script, **values)

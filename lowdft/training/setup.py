@@ -1,0 +1,89 @@
+"""From arguments to what a step engine takes: the model made ready, its precision and layout, and its passes."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import torch
+from torch import nn
+
+from lowdft.config.training import DFTConfig
+from lowdft.logprobs import choose_layout
+from lowdft.models.adapters import REFERENCE, make_policy
+from lowdft.models.reference import is_trained
+from lowdft.models.safeguards import guard_four_bit, switch_off_dropout, train_in_float32
+from lowdft.objectives import Objective
+from lowdft.training.support import check_model
+from lowdft.training.token_budget import Passes
+
+
+def ready_model(model: nn.Module | str, args: DFTConfig, peft_config) -> nn.Module:
+    """The model to train, with its adapter; its own dropout off and its 4-bit layers guarded.
+
+    Raises:
+        UserError: its training would silently differ from what was asked for.
+    """
+    model = make_policy(model, args, peft_config)
+    check_model(model, args)
+    guard_four_bit(model)
+    if (dropped := switch_off_dropout(model)) > 0:
+        warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=3)
+    return model
+
+
+def choose_precision(model: nn.Module, args: DFTConfig, sharded: bool) -> torch.dtype | None:
+    """What the layers of a float32 model compute in, where that is something else.
+
+    Weights that would be trained in bfloat16 become float32 (but not those that a library keeps in parts).
+    """
+    if not sharded and (lifted := train_in_float32(model)):
+        warnings.warn(
+            f"{lifted:,} trained weights were in bfloat16, where small updates are lost: they are trained in float32 "
+            "(8 more bytes each with AdamW), and layers compute in bfloat16 as before",
+            stacklevel=3,
+        )
+        return torch.bfloat16
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def layout_of(model: nn.Module, wanted: str | None = None) -> str:
+    """ "packed" where the model's attention takes it, else "padded", with a warning; checked against its own logits.
+
+    Args:
+        wanted: the one layout that the settings name.
+    """
+    layout = choose_layout(model, wanted)
+    if layout == "padded" and wanted is None:
+        warnings.warn(
+            "this model's attention does not take packed rows: every completion becomes a row of its own, and the "
+            "prompt is computed once for each",
+            stacklevel=3,
+        )
+    return layout
+
+
+def make_passes(args: DFTConfig, objective: Objective, sharded: bool) -> Passes:
+    """Passes as the settings want them; the layout may still have to be chosen."""
+    settings, weight = args.hyperparameters(), objective.token_weight
+    return Passes(
+        args.layout or "padded",
+        args.logits_chunk_size,
+        args.tokens_per_pass,
+        knows_last=objective.linear,
+        token_weight=weight and partial(weight, **settings),
+        predicted_share=settings["predicted_share"] if objective.uses_predictions else 0.0,
+        in_step=sharded,
+        device=args.device,
+    )
+
+
+def starts_from_base(model: nn.Module) -> bool:
+    """Before training: is the base, or the frozen reference adapter, what the policy starts from?"""
+    return not hasattr(model, "peft_config") or REFERENCE in model.peft_config or not is_trained(model)
+
+
+def starts_as_reference(model: nn.Module, args: DFTConfig) -> bool:
+    """Must policy and reference agree before the first step? A fresh adapter, scored under the training prompt."""
+    has_lora = any("lora_B" in name for name, _ in model.named_parameters())
+    return args.reference_prompt == "training" and has_lora and not is_trained(model)

@@ -1,0 +1,122 @@
+"""Nothing leaves, and no code of others runs, without a flag on the command line; secrets enter no product."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import make_rows, make_trainer
+
+from lowdft.cli import main
+from lowdft.config.recipe import load_recipe, save_recipe
+from lowdft.errors import UserError
+from lowdft.models.gguf import package_file
+from lowdft.training.metrics import check_gap
+
+CANARY = "canary-5f2b9c1e77aa"
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    """A recipe of two steps on rows with negatives, whose system prompt stands in the environment."""
+    rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a), "negatives": ["no", "0"]} for a in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"output_dir: {tmp_path}/run\n"
+        f"model: {{name_or_path: {tiny_folder}, hub_id: someone/tiny, load_in_4bit: false, dtype: float32}}\n"
+        f"data: {{train: {tmp_path}/rows.jsonl, eval_rows: 2}}\n"
+        "adapter: {r: 2}\n"
+        'negatives: {system_prompt: "${oc.env:LOWDFT_CANARY}"}\n'
+        "training: {per_device_train_batch_size: 4, negatives_per_step: 1, num_train_epochs: 2, use_cpu: true, "
+        'run_name: "run ${oc.env:LOWDFT_CANARY}"}\n'
+        "evaluation: {answer: none}\n"
+    )
+    return str(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("training.push_to_hub=true", "training.push_to_hub is refused"),
+        ("training.hub_model_id=someone/x", "training.hub_model_id is refused"),
+        ("training.hub_token=hf_x", "variable HF_TOKEN"),
+        ("model.trust_remote_code=true", "add --trust-remote-code"),
+        ("evaluation.compare.after=elsewhere", "evaluation.compare.after: this name has another meaning"),
+        ("evaluation.compare.base=elsewhere", "evaluation.compare.base"),
+    ],
+)
+def test_a_recipe_cannot_open_doors(recipe, override, words, capsys, monkeypatch):
+    monkeypatch.setenv("LOWDFT_CANARY", CANARY)
+    assert main(["train", recipe, override]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_secrets_of_the_environment_enter_no_file(recipe, monkeypatch, tmp_path):
+    """The whole way: every byte of every file of the run folder; the recipe there still refers to the environment."""
+    monkeypatch.setenv("LOWDFT_CANARY", CANARY)
+    assert main(["run", recipe]) == 0
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert len(files) > 15
+    assert [p for p in files if CANARY.encode() in p.read_bytes()] == []
+    assert "${oc.env:LOWDFT_CANARY}" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").negatives.system_prompt == CANARY
+    assert main(["run", recipe]) == 0
+
+
+def test_saved_recipe_keeps_references_that_still_hold(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWDFT_CANARY", CANARY)
+    loaded = load_recipe(recipe, ["evaluation.max_new_tokens=${negatives.max_new_tokens}"])
+    loaded.negatives.system_prompt = "another"
+    save_recipe(loaded, tmp_path / "saved.yaml")
+    text = (tmp_path / "saved.yaml").read_text()
+    assert "max_new_tokens: ${negatives.max_new_tokens}" in text and "system_prompt: another" in text
+
+
+def test_packages_are_found_without_importing_them(tmp_path, monkeypatch):
+    """Neither the package, nor its parent, nor one of this name in the current folder."""
+    site = tmp_path / "site"
+    (site / "outer" / "inner").mkdir(parents=True)
+    for folder in (site / "outer", site / "outer" / "inner"):
+        (folder / "__init__.py").write_text("raise SystemExit('was imported')")
+    (site / "outer" / "inner" / "x.gguf").write_text("")
+    here = tmp_path / "here" / "planted"
+    here.mkdir(parents=True)
+    (here / "__init__.py").write_text("")
+    (here / "x.gguf").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "here"), str(site), *sys.path])
+    assert package_file("package:outer.inner/x.gguf") == site / "outer" / "inner" / "x.gguf"
+    assert not {"outer", "outer.inner"} & sys.modules.keys()
+    for name in ("package:planted/x.gguf", "package:outer.missing/x.gguf"):
+        with pytest.raises(UserError, match="is not installed"):
+            package_file(name)
+
+
+def test_a_reference_of_other_negatives_stops_before_the_first_step(tmp_path):
+    """One row's reference shifted by a nat per token; the right one passes."""
+    probe = make_trainer(tmp_path / "probe", objective="dft", reference="online")
+    seen = []
+    import lowdft.training.trainer as module
+
+    original = module.check_gap
+    try:
+        module.check_gap = lambda scores, batch, dtype: (seen.append((scores, batch)), original(scores, batch, dtype))
+        probe.train()
+    finally:
+        module.check_gap = original
+    scores, batch = seen[0]
+    scores.ref_negative_logps_MB = scores.ref_negative_logps_MB.clone()
+    scores.ref_negative_logps_MB[1] -= scores.negative_tokens_MB[1]
+    with pytest.raises(UserError, match="are not those of the model.*1 nats per token"):
+        check_gap(scores, batch, scores.policy_logps_M.dtype)
+
+
+def test_edited_rows_stop_the_training(tmp_path):
+    """Rows that bring reference log-probabilities of other answers: nothing is trained and no checkpoint saved."""
+    rows = [row | {"ref_negative_logps": [-50.0] * 4} for row in make_rows()]
+    trainer = make_trainer(tmp_path, rows, objective="dft", save_strategy="steps", save_steps=1)
+    with pytest.raises(UserError, match="reference log-probabilities are not those"):
+        trainer.train()
+    assert not list(Path(tmp_path).glob("checkpoint-*"))

@@ -1,0 +1,41 @@
+"""init: a recipe that loads and inspects, from rows of several layouts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowdft.config.recipe import load_recipe, training_config
+from lowdft.errors import UserError
+from lowdft.start import init
+
+LAYOUTS = {
+    "open": ([{"prompt": f"Say {n}.", "completion": "word " * n} for n in range(1, 41)], "dft", "none"),
+    "numbers": ([{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(40)], "dft", "number"),
+    "negatives": (
+        [{"prompt": f"{n}?", "completion": "yes it is", "negatives": ["no", "maybe", "why"]} for n in range(40)],
+        "listwise",
+        "none",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_recipe_fits_the_rows(kind, tmp_path, tiny_folder):
+    rows, objective, answer = LAYOUTS[kind]
+    data, output = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    init.main(str(tiny_folder), str(data), str(output))
+    recipe = load_recipe(output)
+    args = training_config(recipe)
+    assert args.objective == objective and recipe.evaluation.answer == answer
+    assert recipe.data.eval_rows == 4 and args.negatives_per_step == (3 if objective == "listwise" else 2)
+    assert args.max_length > args.max_prompt_length
+
+
+def test_an_existing_file_is_kept(tmp_path, tiny_folder):
+    (tmp_path / "mine.yaml").write_text("output_dir: x\n")
+    with pytest.raises(UserError, match="is there already"):
+        init.main(str(tiny_folder), "rows.jsonl", str(tmp_path / "mine.yaml"))
+    assert (tmp_path / "mine.yaml").read_text() == "output_dir: x\n"

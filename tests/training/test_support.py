@@ -1,0 +1,148 @@
+"""What DFTTrainer does not support is refused with its reason, before a model trains; and what it sets right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import lora, losses, make_llama, make_rows, make_trainer
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+from lowdft import DFTConfig, DFTTrainer
+from lowdft.cli import main
+from lowdft.errors import UserError
+
+
+def arguments(folder, **settings) -> DFTConfig:
+    defaults = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", num_train_epochs=2)
+    return DFTConfig(output_dir=str(folder), **(defaults | settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"torch_compile": True},
+        {"use_liger_kernel": True},
+        {"neftune_noise_alpha": 5.0},
+        {"train_sampling_strategy": "group_by_length"},
+    ],
+    ids=lambda s: next(iter(s)),
+)
+def test_settings(settings, tmp_path):
+    with pytest.raises(ValueError, match=f"training.{next(iter(settings))} is .*does not support it"):
+        arguments(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_arguments(name, tmp_path):
+    with pytest.raises(UserError, match=f"does not support {name}"):
+        DFTTrainer(make_llama(), arguments(tmp_path), make_rows(), **{name: lambda *_: {}})
+
+
+def test_other_training_arguments(tmp_path):
+    with pytest.raises(UserError, match="args is a TrainingArguments; .* lowdft.DFTConfig"):
+        DFTTrainer(make_llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True), make_rows())
+
+
+def test_evaluation_without_rows(tmp_path):
+    with pytest.raises(UserError, match="training.eval_strategy is steps, but there are no rows to evaluate on"):
+        make_trainer(tmp_path, eval_strategy="steps")
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_soft_prompts(kind, tmp_path):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="soft prompts"):
+        DFTTrainer(make_llama(), arguments(tmp_path), make_rows(), peft_config=config)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_trained_biases_and_a_reference_that_needs_the_base(fresh, tmp_path):
+    config, model = lora(), make_llama()
+    config.bias = "all"
+    model, config = (model, config) if fresh else (get_peft_model(model, config), None)
+    with pytest.raises(UserError, match="bias='all'.*drifts"):
+        DFTTrainer(model, arguments(tmp_path, reference="online"), make_rows(), peft_config=config)
+
+
+def test_router_losses(tmp_path):
+    model = make_llama()
+    model.config.output_router_logits = True
+    with pytest.raises(UserError, match="output_router_logits"):
+        DFTTrainer(model, arguments(tmp_path), make_rows(), peft_config=lora())
+
+
+def test_float16_without_loss_scaling(tmp_path):
+    with pytest.raises(UserError, match="float16, whose gradients vanish"):
+        DFTTrainer(make_llama().half(), arguments(tmp_path), make_rows(), peft_config=lora())
+
+
+def test_several_visible_gpus_without_a_launcher(tmp_path):
+    """Batches stay as large as they are said to be."""
+    args = arguments(tmp_path, per_device_train_batch_size=2)
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    assert args.train_batch_size == 4
+    with pytest.warns(UserWarning, match="2 GPUs are visible, and this training uses the first"):
+        DFTTrainer(make_llama(), args, make_rows(), peft_config=lora())
+    assert args.train_batch_size == 2
+
+
+def test_dropout_of_the_base_is_off(tmp_path):
+    """GPT-2's 0.1, in a model that comes in train mode: packed all the same, and at step 0 policy equals reference."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)).train()
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4)
+    with pytest.warns(UserWarning, match="the base's dropout of 0.1 is switched off"):
+        trainer = DFTTrainer(model, args, make_rows(), peft_config=lora(dropout=0.3))
+    assert trainer.layout == "packed"
+    trainer.train()
+    assert len(losses(trainer)) == 1 and trainer.state.log_history[0]["reference/gap"] < 1e-4
+    kept = {m.p for name, m in trainer.model.named_modules() if isinstance(m, torch.nn.Dropout) and "lora" in name}
+    assert kept == {0.3}
+
+
+def record_dtypes(model) -> set[torch.dtype]:
+    """What the first layer's query projection gives, as it is found."""
+    found = set()
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    layer.register_forward_hook(lambda module, args, out: found.add(out.dtype))
+    return found
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_bf16_computes_layers_in_bfloat16(peft, tmp_path):
+    """A float32 model with bf16=True: weights stay float32, layers compute in bfloat16, and losses are near."""
+    plain, half = (make_trainer(tmp_path / str(on), make_rows(4), peft=peft, bf16=on) for on in (False, True))
+    dtypes = record_dtypes(half.model)
+    plain.train(), half.train()
+    assert dtypes == {torch.bfloat16} and {p.dtype for p in half.model.parameters()} == {torch.float32}
+    assert losses(half) == pytest.approx(losses(plain), rel=0.02) and losses(half) != losses(plain)
+
+
+def test_full_parameters_in_bfloat16_are_trained_in_float32(tmp_path):
+    """At 2e-6 bfloat16 weights would stay where they are: here nearly all of them move, and layers stay bfloat16."""
+    model = make_llama().bfloat16()
+    args = arguments(tmp_path, learning_rate=2e-6, warmup_steps=0, objective="sft", num_train_epochs=4)
+    with pytest.warns(UserWarning, match="trained weights were in bfloat16"):
+        trainer = DFTTrainer(model, args, make_rows())
+    start, dtypes = [p.detach().clone() for p in trainer.model.parameters()], record_dtypes(trainer.model)
+    trainer.train()
+    moved = sum((a != b).sum().item() for a, b in zip(start, trainer.model.parameters(), strict=True))
+    assert dtypes == {torch.bfloat16}
+    assert moved > 0.5 * sum(p.numel() for p in start)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_recipe_evaluates_while_it_trains(recipe, tmp_path, capsys):
+    """On its held-out rows; without such rows it is refused before anything is loaded."""
+    every = ["training.objective=sft", "training.eval_strategy=steps", "training.eval_steps=2"]
+    assert main(["run", recipe, *every, "data.eval_rows=0"]) == 1
+    assert "training.eval_strategy is steps, but no rows are held out" in capsys.readouterr().err
+    assert main(["run", recipe, *every]) == 0
+    state = max((tmp_path / "run" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+    found = [line for line in json.loads(state.read_text())["log_history"] if "eval_loss" in line]
+    assert found and all(line["eval_logps/positive"] < 0 for line in found)

@@ -1,8 +1,8 @@
 """Memory and time from rows to the first steps, with a tiny model: `python benchmarks/rows.py text|ids ROWS FOLDER`.
 
 text: ROWS of 60 + 80 words with four negatives of 60 words each. ids: ROWS whose twelve negatives of 150 tokens are in
-negatives.parquet, as generation leaves them. Each trains twice (`lowdft train`, max_steps 2 and then 3 steps in a fresh
-adapter): the second start maps what the first prepared. Prints seconds and the peak memory of the process in GB.
+negatives.parquet, as generation leaves them. `lowdft train` runs twice for two steps: the second start maps what the
+first prepared. Prints seconds and the peak memory of the largest process in GB.
 """
 
 from __future__ import annotations

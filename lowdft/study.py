@@ -43,6 +43,7 @@ from omegaconf import OmegaConf
 
 from lowdft.config.doors import CLOSED, Doors
 from lowdft.config.recipe import load_recipe, training_config
+from lowdft.config.sections import STUDY_KEYS as KEYS
 from lowdft.config.sections import Recipe
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
@@ -55,7 +56,6 @@ from lowdft.reporting.study_table import EQUAL_TIME, TUNED, best, markdown, tabu
 from lowdft.training.metrics import reset_peak_memory
 
 STAGES = ("generate", "score", "train", "evaluate")
-KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper", "baselines", "sft_learning_rates", "tune_rows")
 
 
 def main(path: str, overrides: list[str], doors: Doors = CLOSED) -> None:

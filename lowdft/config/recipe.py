@@ -13,9 +13,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowdft.config.sections import (
-    ANSWERS,
-    BACKENDS,
-    STRATEGIES,
     AdapterSection,
     DataSection,
     EvaluationSection,
@@ -24,6 +21,7 @@ from lowdft.config.sections import (
     NegativesSection,
     Recipe,
 )
+from lowdft.config.values import check_type, check_values
 from lowdft.errors import UserError
 from lowdft.files import conceal, write_text
 from lowdft.text import did_you_mean
@@ -51,7 +49,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
         raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
     recipe.interpolations = dict(_interpolations(OmegaConf.to_container(given), resolved))
-    _check_values(recipe, str(path))
+    check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
     return recipe
@@ -199,7 +197,7 @@ def training_config(recipe: Recipe):
                 f"training.{key} is not known.{did_you_mean(key, known)} See DFTConfig and "
                 "transformers' TrainingArguments."
             )
-        _check_type(f"training.{key}", value, str(known[key].type))
+        check_type(f"training.{key}", value, str(known[key].type))
     if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
             f"training.{uploads[0]} is refused: nothing is uploaded while training. `lowdft export RECIPE --push NAME` "
@@ -242,69 +240,3 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")
             _refuse_unknown_keys(value, sections[key], path, f"{key}.")
-
-
-def _check_values(recipe: Recipe, path: str) -> None:
-    choices = {
-        "model.dtype": (recipe.model.dtype, ("auto", "bfloat16", "float16", "float32")),
-        "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
-        "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
-        "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),
-        "negatives.keep": (recipe.negatives.keep, ("all", "wrong")),
-        "negatives.backend": (recipe.negatives.backend, BACKENDS),
-        "evaluation.answer": (recipe.evaluation.answer, ANSWERS),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(f"{path}: {key} is {value!r}.{did_you_mean(str(value), allowed)}")
-    taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
-    if taken:
-        raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")
-    n = recipe.negatives
-    if "" in n.stop:
-        raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
-    if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
-        raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
-    _check_data_section(recipe.data, path)
-    if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
-        raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
-    at_least = {
-        "rounds": (recipe.rounds, 1),
-        "negatives.temperature": (n.temperature, 0),
-        "negatives.top_k": (n.top_k, 0),
-        "negatives.max_new_tokens": (n.max_new_tokens, 1),
-        "negatives.batch_size": (n.batch_size, 1),
-        "negatives.shots": (n.shots, 1),
-        "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
-        "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
-        "evaluation.samples_every": (recipe.evaluation.samples_every, 0),
-        "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
-    }
-    for key, (value, least) in at_least.items():
-        if value is not None and value < least:
-            raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
-    if not 0 < n.top_p <= 1:
-        raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
-    if not 0 < n.gpu_memory_utilization <= 1:
-        found = n.gpu_memory_utilization
-        raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")
-
-
-def _check_data_section(data: DataSection, path: str) -> None:
-    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
-        raise UserError(f"{path}: data.prompt_template is {data.prompt_template!r}; wanted a text with {{prompt}}")
-    labels = data.labels
-    if labels is None or labels == "auto":
-        return
-    if not isinstance(labels, list) or len(set(map(str, labels))) != len(labels) or len(labels) < 2:
-        raise UserError(f"{path}: data.labels is {labels!r}; wanted auto, or a list of two or more different texts")
-
-
-def _check_type(key: str, value: object, annotation: str) -> None:
-    """Refuses a string where `TrainingArguments` wants a number or a switch: it would fail much later."""
-    simple = {part.strip() for part in annotation.split("|")}
-    wanted = simple & {"int", "float", "bool"}
-    if wanted and not simple - {"int", "float", "bool", "None"} and value is not None:
-        fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
-        if not fits:
-            raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")

@@ -76,9 +76,7 @@ def recipe_schema() -> dict:
 
 def study_schema() -> dict:
     """JSON schema of a study (`lowdft compare`)."""
-    from lowdft.study import KEYS
-
-    properties = {key: {} for key in KEYS}
+    properties = {key: {} for key in sections.STUDY_KEYS}
     properties |= {"recipe": {"type": "string"}, "output_dir": {"type": "string"}, "grid": {"type": "object"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

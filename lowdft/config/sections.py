@@ -8,6 +8,7 @@ from typing import Any
 STRATEGIES = ("direct", "chat", "good_system", "bad_system", "custom", "few_shot")
 ANSWERS = ("auto", "none", "number", "choice", "regex", "math")
 BACKENDS = ("padded", "continuous", "vllm")
+STUDY_KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper", "baselines", "sft_learning_rates", "tune_rows")
 
 
 @dataclass

@@ -1,0 +1,82 @@
+"""The values of a recipe's keys, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from lowdft.config.sections import (
+    ANSWERS,
+    BACKENDS,
+    STRATEGIES,
+    DataSection,
+    Recipe,
+)
+from lowdft.errors import UserError
+from lowdft.text import did_you_mean
+
+UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that send checkpoints or metrics to the Hub
+
+
+def check_values(recipe: Recipe, path: str) -> None:
+    """Raises UserError for a value that a key cannot have, or for keys that do not go together."""
+    choices = {
+        "model.dtype": (recipe.model.dtype, ("auto", "bfloat16", "float16", "float32")),
+        "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
+        "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
+        "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),
+        "negatives.keep": (recipe.negatives.keep, ("all", "wrong")),
+        "negatives.backend": (recipe.negatives.backend, BACKENDS),
+        "evaluation.answer": (recipe.evaluation.answer, ANSWERS),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UserError(f"{path}: {key} is {value!r}.{did_you_mean(str(value), allowed)}")
+    taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
+    if taken:
+        raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")
+    n = recipe.negatives
+    if "" in n.stop:
+        raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
+    if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
+        raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
+    _check_data_section(recipe.data, path)
+    if recipe.evaluation.answer == "regex" and not recipe.evaluation.pattern:
+        raise UserError(f"{path}: evaluation.pattern is missing; answer regex needs one, with a group for the answer")
+    at_least = {
+        "rounds": (recipe.rounds, 1),
+        "negatives.temperature": (n.temperature, 0),
+        "negatives.top_k": (n.top_k, 0),
+        "negatives.max_new_tokens": (n.max_new_tokens, 1),
+        "negatives.batch_size": (n.batch_size, 1),
+        "negatives.shots": (n.shots, 1),
+        "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
+        "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
+        "evaluation.samples_every": (recipe.evaluation.samples_every, 0),
+        "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
+    }
+    for key, (value, least) in at_least.items():
+        if value is not None and value < least:
+            raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
+    if not 0 < n.top_p <= 1:
+        raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
+    if not 0 < n.gpu_memory_utilization <= 1:
+        found = n.gpu_memory_utilization
+        raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")
+
+
+def _check_data_section(data: DataSection, path: str) -> None:
+    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
+        raise UserError(f"{path}: data.prompt_template is {data.prompt_template!r}; wanted a text with {{prompt}}")
+    labels = data.labels
+    if labels is None or labels == "auto":
+        return
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(labels) or len(labels) < 2:
+        raise UserError(f"{path}: data.labels is {labels!r}; wanted auto, or a list of two or more different texts")
+
+
+def check_type(key: str, value: object, annotation: str) -> None:
+    """Refuses a string where `TrainingArguments` wants a number or a switch: it would fail much later."""
+    simple = {part.strip() for part in annotation.split("|")}
+    wanted = simple & {"int", "float", "bool"}
+    if wanted and not simple - {"int", "float", "bool", "None"} and value is not None:
+        fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
+        if not fits:
+            raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")

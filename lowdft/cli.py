@@ -19,13 +19,11 @@ from lowdft.verbs import LAUNCHERS, ON_ALL_RANKS, WHOLE_WAY, make_parser
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
-LAUNCHERS = ("ddp", "fsdp", "zero2", "zero3")
 OPTIONS = {  # of stages, by the names of their arguments
     "generate": ("push_data",),
     "report": ("beside",),
     "export": ("push", "dry_run", "merged", "extrapolate"),
 }
-ON_ALL_RANKS = ("generate", "score", "train")  # under a launcher; rank 0 alone does the rest
 READING = ("inspect", "plan", "chat", "serve")  # verbs that write no run folder
 ALONE = {  # stages with arguments of their own
     "benchmark": lambda given: {"names": given.tasks and given.tasks.split(","), "limit": given.limit},

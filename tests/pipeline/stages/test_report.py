@@ -129,12 +129,12 @@ def test_answers_while_training_are_shown(tmp_path, tiny_folder):
     assert "<dt>step 3</dt><dd><pre>&lt;i&gt;5</pre></dd>" in text_of(run) and "<dt>step 6</dt>" in text_of(run)
 
 
-def test_negatives_that_contribute_nothing_are_reported(tmp_path, tiny_folder, capsys):
+def test_negatives_that_contribute_nothing_are_reported(tmp_path, tiny_folder, said):
     run = make_run(tmp_path, tiny_folder)
     write_metrics(run, weight=2e-4)
     report.main(run)
     warning = "The negatives contribute almost nothing: their mean weight over the last quarter of the steps is 2.0e-04"
-    assert warning in text_of(run) and warning in capsys.readouterr().out
+    assert warning in text_of(run) and warning in said()
     for remedy in ("lower training.learning_rate", "larger training.tau", "harder negatives"):
         assert remedy in text_of(run)
 

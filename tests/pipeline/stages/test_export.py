@@ -165,6 +165,7 @@ def test_full_parameters(tmp_path, tiny_folder, pushed):
     run = make_run(tmp_path, tiny_folder, adapter=False)
     config = run.folder / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(tiny_folder)}))
+    run.training.finish(steps=2, seconds=1.0)
     export.main(run, push="me/tiny-dft")
     assert "_name_or_path" not in json.loads(config.read_text())
     data = ModelCard.load(run.folder / "model" / "README.md").data
@@ -254,6 +255,7 @@ def test_a_local_path_stops_the_push_and_its_place_is_named(tmp_path, tiny_folde
     run = make_run(tmp_path, tiny_folder)
     path = run.training.path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eva_config": {"cache": ["/home/someone/cache"]}}))
+    run.training.finish(steps=2, seconds=1.0)
     with pytest.raises(UserError, match="not pushed.*adapter_config.json: eva_config.cache.0 has a local path"):
         export.main(run, push="me/tiny-dft")
     export.main(run)  # without a push it is only reported

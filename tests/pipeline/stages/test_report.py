@@ -14,7 +14,7 @@ from lowdft.config.sections import DataSection, ModelSection, Recipe
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import report
-from lowdft.reporting import charts, evaluation_table, figures, run_page
+from lowdft.reporting import benchmark_table, charts, evaluation_table, figures, run_page
 
 EVALUATION = {
     "rows": 3, "negatives_per_row": 2, "answer": "number",
@@ -159,7 +159,9 @@ def test_benchmarks_are_shown_beside_the_evaluation(tmp_path, tiny_folder):
     write_metrics(run)
     write_benchmark(run.folder)
     report.main(run)
-    assert "Benchmarks. lm-eval 1; percent ± standard errors</caption>" in text_of(run)
+    assert f"Benchmarks. {benchmark_table.notes(json.loads((run.folder / 'benchmark.json').read_text()))}" in text_of(
+        run
+    )
     assert "<td>25.00</td><td>37.50</td><td>+12.50</td><td>8</td>" in text_of(run)
 
 

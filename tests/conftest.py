@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -18,6 +19,24 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture
+def said():
+    """The lines that lowdft says to people, as one text: `said()`."""
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    log, handler = logging.getLogger("lowdft"), Lines()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield lambda: "\n".join(lines)
+    log.removeHandler(handler)
+    log.setLevel(level)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-import httpx
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -112,7 +111,9 @@ def push(files: Sequence[Upload], name: str, private: bool, kind: str = "model")
         ]
         commit = api.create_commit(name, operations, commit_message=f"lowdft {__version__}", repo_type=kind)
         differing = _differing(api, files, name, commit.oid, kind)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # every network library has its own kinds
         raise UserError(f"{name}: could not be pushed: {_why(error)}. Nothing is lost here; run the same command "
                         "again: files that have arrived are not sent twice.") from error  # fmt: skip
     if differing:
@@ -158,6 +159,6 @@ def _why(error: Exception) -> str:
         return f"this token may not write there ({told}); use one with the right to write, or a name of your own"
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return f"the network is switched off ({told}); unset HF_HUB_OFFLINE"
-    if isinstance(error, httpx.TransportError | ConnectionError):
+    if any(kind.__name__ in ("TransportError", "ConnectionError") for kind in type(error).__mro__):
         return f"the Hub cannot be reached ({type(error).__name__}: {told}); check the network"
     return f"{type(error).__name__}: {told}"

@@ -85,7 +85,7 @@ def test_uploads_are_compared_and_failures_explained(adapter, server):
         adapter, server.endpoint, "me/tiny", "me/tiny", "dataset:me/rows", "me/other", "someone-else/tiny"
     )
     assert first == again == f"{server.endpoint}/me/tiny" and data == f"{server.endpoint}/datasets/me/rows"
-    assert server.created[0]["private"] is True and server.created[1]["type"] == "dataset"
+    assert server.created[0]["visibility"] == "private" and server.created[1]["type"] == "dataset"
     arrived = server.repositories["me/tiny"]
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert set(arrived) - {".gitattributes"} == names

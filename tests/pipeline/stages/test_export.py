@@ -126,7 +126,7 @@ def test_card(tmp_path, tiny_folder):
         f"local copy ({run.source.identity})",
         'model = PeftModel.from_pretrained(base, "',
         "4 rows of a local file; 2 rows held out.",
-        'strategy `bad_system` ("You are an unhelpful assistant."), temperature 0.7, top_p 1, top_k 50',
+        "strategy `bad_system` (`You are an unhelpful assistant.`), temperature 0.7, top_p 1, top_k 50",
         "Counted: 4 rows, 16 negatives, 3 empty.",
         "| gamma | `0.85` |",
         "| steps | `2` |",
@@ -165,6 +165,7 @@ def test_full_parameters(tmp_path, tiny_folder, pushed):
     run = make_run(tmp_path, tiny_folder, adapter=False)
     config = run.folder / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(tiny_folder)}))
+    run.training.finish(steps=2, seconds=1.0)
     export.main(run, push="me/tiny-dft")
     assert "_name_or_path" not in json.loads(config.read_text())
     data = ModelCard.load(run.folder / "model" / "README.md").data
@@ -185,11 +186,11 @@ def test_data_of_the_hub_is_named(tmp_path, tiny_folder):
         assert model_card.card(run).data.datasets is None
 
 
-def test_nothing_leaves_without_a_name_on_the_command_line(tmp_path, tiny_folder, pushed, capsys):
+def test_nothing_leaves_without_a_name_on_the_command_line(tmp_path, tiny_folder, pushed, said):
     run = make_run(tmp_path, tiny_folder)
     run.recipe.export.push = "me/from-recipe"
     export.main(run)
-    assert pushed == [] and f"lowdft export {run.folder} --push me/from-recipe" in capsys.readouterr().out
+    assert pushed == [] and f"lowdft export {run.folder} --push me/from-recipe" in said()
     (run.training.path / ".env").write_text("KEY=1")
     (run.training.path / "notes.md").write_text("mine")
     export.main(run, push="me/tiny-dft")
@@ -197,16 +198,16 @@ def test_nothing_leaves_without_a_name_on_the_command_line(tmp_path, tiny_folder
     assert (name, private) == ("me/tiny-dft", True)
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
                           "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
-    out = capsys.readouterr().out
+    out = said()
     assert "staying here: .env, notes.md" in out and "adapter_model.safetensors\n" in out
     assert 'PeftModel.from_pretrained(base, "me/tiny-dft")' in readme(run)
 
 
-def test_dry_run_shows_everything_and_writes_nothing(tmp_path, tiny_folder, pushed, capsys):
+def test_dry_run_shows_everything_and_writes_nothing(tmp_path, tiny_folder, pushed, said):
     run = make_run(tmp_path, tiny_folder)
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
     export.main(run, push="me/tiny-dft", dry_run=True)
-    out = capsys.readouterr().out
+    out = said()
     assert pushed == [] and before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
     assert "adapter_model.safetensors" in out and "## Loading" in out and "staying here: training_args.bin" in out
     assert "missing: the licence" in out and "missing: an evaluation" in out and "missing: benchmarks" in out
@@ -250,14 +251,15 @@ def test_markup_from_users_stays_text(tmp_path, tiny_folder):
     assert markdown.plain("a <b> [c](d) | `e`") == "a \\<b\\> \\[c\\]\\(d\\) \\| \\`e\\`"
 
 
-def test_a_local_path_stops_the_push_and_its_place_is_named(tmp_path, tiny_folder, capsys):
+def test_a_local_path_stops_the_push_and_its_place_is_named(tmp_path, tiny_folder, said):
     run = make_run(tmp_path, tiny_folder)
     path = run.training.path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eva_config": {"cache": ["/home/someone/cache"]}}))
+    run.training.finish(steps=2, seconds=1.0)
     with pytest.raises(UserError, match="not pushed.*adapter_config.json: eva_config.cache.0 has a local path"):
         export.main(run, push="me/tiny-dft")
     export.main(run)  # without a push it is only reported
-    assert "warning" in capsys.readouterr().out
+    assert "warning" in said()
     path.write_text(path.read_text().replace("/home/someone/cache", "elsewhere"))
     run.recipe.negatives.system_prompt = "Read /home/someone/notes.txt first."
     run.training.finish()

@@ -14,7 +14,7 @@ from lowdft.config.sections import DataSection, ModelSection, Recipe
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import report
-from lowdft.reporting import charts, evaluation_table, figures, run_page
+from lowdft.reporting import benchmark_table, charts, evaluation_table, figures, run_page
 
 EVALUATION = {
     "rows": 3, "negatives_per_row": 2, "answer": "number",
@@ -129,12 +129,12 @@ def test_answers_while_training_are_shown(tmp_path, tiny_folder):
     assert "<dt>step 3</dt><dd><pre>&lt;i&gt;5</pre></dd>" in text_of(run) and "<dt>step 6</dt>" in text_of(run)
 
 
-def test_negatives_that_contribute_nothing_are_reported(tmp_path, tiny_folder, capsys):
+def test_negatives_that_contribute_nothing_are_reported(tmp_path, tiny_folder, said):
     run = make_run(tmp_path, tiny_folder)
     write_metrics(run, weight=2e-4)
     report.main(run)
     warning = "The negatives contribute almost nothing: their mean weight over the last quarter of the steps is 2.0e-04"
-    assert warning in text_of(run) and warning in capsys.readouterr().out
+    assert warning in text_of(run) and warning in said()
     for remedy in ("lower training.learning_rate", "larger training.tau", "harder negatives"):
         assert remedy in text_of(run)
 
@@ -159,7 +159,9 @@ def test_benchmarks_are_shown_beside_the_evaluation(tmp_path, tiny_folder):
     write_metrics(run)
     write_benchmark(run.folder)
     report.main(run)
-    assert "Benchmarks. lm-eval 1; percent ± standard errors</caption>" in text_of(run)
+    assert f"Benchmarks. {benchmark_table.notes(json.loads((run.folder / 'benchmark.json').read_text()))}" in text_of(
+        run
+    )
     assert "<td>25.00</td><td>37.50</td><td>+12.50</td><td>8</td>" in text_of(run)
 
 

@@ -174,7 +174,8 @@ def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     speeds = sorted(step["tokens_per_second"] for step in steps if "tokens_per_second" in step)
     memory = [step["peak_memory_gb"] for step in steps if "peak_memory_gb" in step]
-    gap = steps[0].get("reference/gap")
+    first, last = (steps[0], steps[-1]) if steps else ({}, {})  # the lines of a finished training may be lost
+    gap = first.get("reference/gap")
     facts = {
         "base": _base(run) + (f" @ {run.source.revision}" if run.source.revision else ""),
         "weights": "4 bit (NF4, double quantization)" if recipe.model.load_in_4bit else f"dense, {recipe.model.dtype}",
@@ -184,8 +185,8 @@ def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
         "hyper-parameters": hyperparameters or None,
         "negatives a prompt and step": args.negatives_per_step if run.objective.uses_negatives else None,
         "rows": len(run.examples("train")),
-        "steps": f"{steps[-1]['step']}, {batch} prompts a step and device",
-        "epochs": f"{steps[-1]['epoch']:g}" if "epoch" in steps[-1] else None,
+        "steps": f"{last.get('step', 'unknown')}, {batch} prompts a step and device",
+        "epochs": f"{last['epoch']:g}" if "epoch" in last else None,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "peak memory": f"{max(memory):.2f} GB" if memory else None,
         "speed": f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median step)" if speeds else None,

@@ -65,7 +65,7 @@ def steps_of(run: Run) -> list[dict]:
     if noted and not (path.is_file() and digest_of(path) == noted):
         mend(path, newest_whole(run.args.output_dir), resuming=False)
         say(f"warning: {path}: is not what training wrote (changed, cut or deleted since); curves may lack steps")
-    return read_metrics(path)
+    return read_lines(path) if noted else read_metrics(path)
 
 
 def _compared(run: Run) -> dict[str, Path]:
@@ -126,7 +126,7 @@ def _page(run: Run, runs: dict, evaluation: dict | None, warnings: list[str], ru
         subtitle=f"Fine-tuned with {run.objective.name} ({run.objective.source})",
         refresh=REFRESH if running else None,
         finished=run.training.is_done(),
-        progress=f"step {steps[-1]['step']}",
+        progress=f"step {steps[-1]['step']}" if steps else None,
         warnings=warnings,
         evaluation=_table(evaluation_table.cells(evaluation), evaluation_table.title(evaluation))
         if evaluation
@@ -176,7 +176,7 @@ def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     speeds = sorted(step["tokens_per_second"] for step in steps if "tokens_per_second" in step)
     memory = [step["peak_memory_gb"] for step in steps if "peak_memory_gb" in step]
-    gap = steps[0].get("reference/gap")
+    gap, last = (steps[0].get("reference/gap"), steps[-1]) if steps else (None, {})
     seconds = seconds_of(steps)
     facts = {
         "base": _base(run) + (f" @ {run.source.revision}" if run.source.revision else ""),
@@ -187,8 +187,8 @@ def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
         "hyper-parameters": hyperparameters or None,
         "negatives per prompt and step": args.negatives_per_step if run.objective.uses_negatives else None,
         "rows": len(run.examples("train")),
-        "steps": f"{steps[-1]['step']}, {batch} prompts per step and device",
-        "epochs": f"{steps[-1]['epoch']:g}" if "epoch" in steps[-1] else None,
+        "steps": f"{last['step']}, {batch} prompts per step and device" if last else None,
+        "epochs": f"{last['epoch']:g}" if "epoch" in last else None,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "time": duration(seconds) if seconds else None,
         "hardware": _facts(run.training).get("hardware"),

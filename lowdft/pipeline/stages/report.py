@@ -19,7 +19,7 @@ def main(run: Run, beside: Sequence[str] = ()) -> None:
     run.training.is_done()
     warnings = run_page.write(run, {Path(folder).resolve().name: Path(folder) for folder in beside})
     with replacing(run.folder / "logps.png") as temporary:
-        steps = run_page.read_metrics(run.folder / "metrics.jsonl")
+        steps = run_page.steps_of(run)
         figures.logps(steps).savefig(temporary, format="png", dpi=160, facecolor="white")
     for warning in warnings:
         say(f"warning: {warning}")

@@ -76,7 +76,7 @@ def check_datasets(
         raise UserError(
             "training.reference_prompt: proposal requires rows with ref_negative_logps; run `lowdft score` first"
         )
-    asked = all(rows.has("sampling_prompt_ids").all() for rows in (train_rows, eval_rows) if rows is not None)
+    asked = all(rows.has("sampling_prompt_ids").all() for rows in (train_rows, *eval_sets))
     if args.reference_prompt == "sampling" and objective.uses_reference and not (all_scored or asked):
         raise UserError(
             "training.reference_prompt: sampling requires the prompt that the negatives were sampled from in every "

@@ -63,15 +63,6 @@ def probed(kind: str) -> tuple[dict, dict[str, Gain]]:
     return found, gradient_test(model, train, heldout, METHODS, 1, PASSES, ref)
 
 
-def test_near_misses_help():
-    """The label is undecided after a little SFT, and a contrast decides it sooner than the letters' likelihood does."""
-    found, gains = probed("near")
-    assert 0.05 < found["outscored_after"] < 0.9
-    assert gains["sft"].ahead == gains["sft"].error == 0.0
-    assert gains["listwise"].ahead > 2 * gains["listwise"].error
-    assert recommend(found, gains)[0] in ("listwise", "dft")
-
-
 def test_junk_has_nothing_to_win():
     """Long random text is never ahead of the completion, and falls far below d* by itself."""
     found, gains = probed("junk")

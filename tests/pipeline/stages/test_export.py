@@ -45,6 +45,7 @@ def make_run(folder, base, adapter: bool = True, hub_id: str | None = "someone/t
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     model.save_pretrained(run.training.path)
     run.tokenizer.save_pretrained(run.training.path)
+    (run.training.path / "README.md").unlink(missing_ok=True)  # peft's; the train stage drops it too
     (run.training.path / "training_args.bin").write_bytes(b"a pickle that names /home/someone/runs")
     run.training.finish(steps=2, seconds=1.0)
     run.negatives("train").finish(rows=4, seconds=7.5, negatives=16, empty=3)

@@ -22,27 +22,31 @@ SPLITS = ("train", "test")
 def read(source: str, split: str | None = None) -> list[Record]:
     """The rows of "toy:bigger-number" or "toy:bigger-number?n=192&seed=0&split=test"; a split written there wins.
 
+    With "negatives=1" every row brings one: the same sentence with the numbers exchanged.
+
     Raises:
         UserError: another task, an unknown option, or a value out of range.
     """
     name, _, query = source.partition("?")
     if name != NAME:
         raise UserError(f'{cut(source)}: no such toy task; "{NAME}" is the one there is.')
-    options = {"n": "192", "seed": "0", "split": split or "train"}
+    options = {"n": "192", "seed": "0", "split": split or "train", "negatives": "0"}
     given = dict(parse_qsl(query, keep_blank_values=True))
     unknown = [key for key in given if key not in options]
     if unknown:
         raise UserError(f'{cut(source)}: unknown option "{cut(unknown[0])}"; known are {", ".join(options)}.')
     options |= given
-    for key in ("n", "seed"):
+    for key in ("n", "seed", "negatives"):
         if not options[key].isdecimal():
             raise UserError(f'{cut(source)}: {key} is "{cut(options[key])}"; a whole number is wanted.')
-    rows = bigger_number(int(options["n"]), int(options["seed"]), options["split"])
+    rows = bigger_number(int(options["n"]), int(options["seed"]), options["split"], int(options["negatives"]) > 0)
     return [Record(f"{NAME}:[{i}]", row) for i, row in enumerate(rows)]
 
 
-def bigger_number(n: int, seed: int = 0, split: str = "train") -> list[dict]:
+def bigger_number(n: int, seed: int = 0, split: str = "train", with_negatives: bool = False) -> list[dict]:
     """`n` different rows {"prompt", "completion", "answer"}, the same ones for the same arguments on any machine.
+
+    `with_negatives` adds "negatives": the one sentence that says the opposite.
 
     Raises:
         UserError: n is not from 1 to 10,000, or split is not "train" or "test".
@@ -69,6 +73,8 @@ def bigger_number(n: int, seed: int = 0, split: str = "train") -> list[dict]:
             "completion": f"{big} is bigger than {small}.",
             "answer": big,
         }
+        if with_negatives:
+            row["negatives"] = [f"{small} is bigger than {big}."]
         rows.append((rng.random(), row))
     return [row for _, row in sorted(rows, key=lambda keyed: keyed[0])]
 

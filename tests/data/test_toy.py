@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lowdft.data import load_examples
-from lowdft.data.toy import bigger_number
+from lowdft.data.toy import bigger_number, read
 from lowdft.errors import UserError
 
 
@@ -77,3 +77,12 @@ def test_load_by_name():
 def test_wrong_names(source, words):
     with pytest.raises(UserError, match=words):
         load_examples(source)
+
+
+def test_negatives_say_the_opposite():
+    """With negatives=1 each row brings its own sentence with the numbers exchanged; without, none."""
+    plain, own = read("toy:bigger-number?n=8"), read("toy:bigger-number?n=8&negatives=1")
+    for before, after in zip(plain, own, strict=True):
+        assert "negatives" not in before.columns
+        big, small = after.columns["completion"].removesuffix(".").split(" is bigger than ")
+        assert after.columns == before.columns | {"negatives": [f"{small} is bigger than {big}."]}

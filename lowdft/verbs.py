@@ -31,7 +31,7 @@ VERBS = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line's arguments; overrides may stand before and after options, which argparse alone does not take."""
+    """The command line's arguments. Overrides may stand before and after options, which argparse alone refuses."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     stray = [word for word in rest if word.startswith("-") or "=" not in word]

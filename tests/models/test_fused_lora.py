@@ -5,11 +5,10 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers import losses, make_llama, make_rows, make_trainer
+from helpers import losses, make_llama, make_rows, make_trainer, needs_bfloat16
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lowdft.config.recipe import computes_bfloat16
 from lowdft.logprobs import Group, score
 from lowdft.models.fused_lora import fused_lora
 
@@ -68,7 +67,7 @@ def test_equals_peft_on_a_4_bit_layer():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.skipif(not computes_bfloat16(), reason="emulated bfloat16 products also add up in bfloat16")
+@needs_bfloat16
 def test_half_precision_under_autocast_rounds_no_more_than_peft():
     """bfloat16 base, float32 adapter: both against float32."""
     exact = whole(gradients(adapted().float()))

@@ -22,9 +22,7 @@ from lowdft.pipeline.context import Run
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
-needs_bfloat16 = pytest.mark.skipif(
-    not computes_bfloat16(),
-    reason="this machine emulates bfloat16: ten times slower, and its products add up in bfloat16",
+needs_bfloat16 = pytest.mark.skipif(not computes_bfloat16(), reason="bfloat16 is emulated here: slow, and less exact")
 )
 VOCABULARY = 97
 ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]  # of the `recipe` fixture

@@ -85,7 +85,7 @@ def _run_all(study: Study) -> None:
     if results:
         study.write(results, figures_of)
     if study.failed:
-        raise UserError(f"{len(study.failed)} runs failed: {'; '.join(study.failed)}")
+        raise UserError(f"runs that failed: {'; '.join(study.failed)}")
 
 
 class Study:

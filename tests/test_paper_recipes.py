@@ -78,6 +78,7 @@ def plan(name: str, gpu: int, folder: Path, overrides: list[str]) -> list[str]:
     return ["plan", str(PAPER / name), f"output_dir={folder}", *overrides, "--gpu", str(gpu)]
 
 
+@needs_bfloat16
 def test_plan_over_four_gpus(mistral, tmp_path, capsys):
     """16 bytes a weight in four parts (7.24 billion: 29 GB), and what is gathered and passed on top; fits 80 GB."""
     data = rows(tmp_path / "rows.jsonl", "prompt", "completion")
@@ -110,7 +111,7 @@ def test_plan_of_the_qlora_twin(mistral, tmp_path, capsys):
 
 
 def test_the_authors_columns_and_template(mistral, tmp_path):
-    """Their rows (`real`, `generated_0`, …, whole conversations); the header is scored, and two end tokens."""
+    """Their rows (`real`, `generated_0`, …, whole conversations); the header is the prompt's, and one token ends it."""
     from lowdft.pipeline.context import Run
 
     def said(text):
@@ -124,8 +125,7 @@ def test_the_authors_columns_and_template(mistral, tmp_path):
     (encoded,) = run.encoded("train")
     text = run.tokenizer.decode
     assert run.ready_negatives() and len(encoded["negative_ids"]) == 8
-    assert (
-        text(encoded["prompt_ids"]) == "<|im_start|><|user|>\nHi?<|im_end|>\n"
-    )  # this tokenizer's start and end tokens
-    assert text(encoded["completion_ids"]) == "<|assistant|>\nYes.<|im_end|>\n<|im_end|>"
-    assert text(encoded["negative_ids"][7]) == "<|assistant|>\nNo 7.<|im_end|>\n<|im_end|>"
+    prompt = "<|im_start|><|user|>\nHi?<|im_end|>\n<|assistant|>\n"  # with this tokenizer's start and end tokens
+    assert text(encoded["prompt_ids"]) == prompt
+    assert text(encoded["completion_ids"]) == "Yes.<|im_end|>"
+    assert text(encoded["negative_ids"][7]) == "No 7.<|im_end|>"

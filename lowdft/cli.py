@@ -15,7 +15,7 @@ import warnings
 from lowdft.errors import UserError
 from lowdft.text import printable
 from lowdft.training.preemption import Stopped, on_sigterm, stop
-from lowdft.verbs import LAUNCHERS, ON_ALL_RANKS, WHOLE_WAY, make_parser
+from lowdft.verbs import LAUNCHERS, ON_ALL_RANKS, WHOLE_WAY, parse
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     # before torch loads: CUDA's allocator then grows blocks instead of fragmenting (8-10% of an H100's memory)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    arguments = make_parser().parse_args(argv)
+    arguments = parse(argv)
     if arguments.verb in ("init", "doctor"):
         return _start(arguments)
     overrides = list(arguments.overrides)

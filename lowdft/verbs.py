@@ -30,6 +30,18 @@ VERBS = {
 }
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's arguments. Overrides may stand before and after options, which argparse alone refuses."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line: one sub-parser per verb."""
     parser = argparse.ArgumentParser(prog="lowdft", description="Discriminative Fine-Tuning on one ordinary GPU.")

@@ -7,12 +7,14 @@ import random
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from lowdft import DFTConfig, DFTTrainer
+from lowdft.config.recipe import computes_bfloat16
 from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Recipe
 from lowdft.models import add_adapter
 from lowdft.pipeline.context import Run
@@ -20,6 +22,8 @@ from lowdft.pipeline.context import Run
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
+needs_bfloat16 = pytest.mark.skipif(not computes_bfloat16(), reason="bfloat16 is emulated here: slow, and less exact")
+)
 VOCABULARY = 97
 ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]  # of the `recipe` fixture
 CHAT_TEMPLATE = (

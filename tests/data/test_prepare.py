@@ -64,7 +64,7 @@ def test_generated_negatives_are_joined_by_example_id(tmp_path):
 
 def test_negatives_of_many_rows_are_cut_as_one_by_one():
     encoder = Encoder(make_tokenizer(), max_length=7)
-    prompts = [[1] * 3, [1] * 9, [1]]
+    prompts = [[1] * 3, [1] * 5, [1]]
     negatives = [[[2] * 6, [3]], [[4] * 2], [[5] * 7, [6] * 6, [7]]]
     counted = Truncation()
     lengths = pa.array([len(p) for p in prompts]).to_numpy()
@@ -75,7 +75,8 @@ def test_negatives_of_many_rows_are_cut_as_one_by_one():
 
 
 def test_rows_of_ids_need_no_tokenizer_and_rows_of_text_do():
-    rows = encode_rows(iter([{"prompt_ids": [1], "completion_ids": [2], "negative_ids": [[3]]}]), None)
-    assert isinstance(rows, EncodedRows) and rows[0]["example_id"] == "0" and encode_rows(rows, None) is rows
+    ids_alone = Encoder(None)
+    rows = encode_rows(iter([{"prompt_ids": [1], "completion_ids": [2], "negative_ids": [[3]]}]), ids_alone)
+    assert isinstance(rows, EncodedRows) and rows[0]["example_id"] == "0" and encode_rows(rows, ids_alone) is rows
     with pytest.raises(UserError, match="need a tokenizer"):
-        encode_rows([{"prompt": "a", "completion": "b"}], None)
+        encode_rows([{"prompt": "a", "completion": "b"}], ids_alone)

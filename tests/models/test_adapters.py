@@ -34,7 +34,9 @@ def test_scores_under_every_type_are_those_of_the_model_itself(kind):
 
 
 def test_every_field_of_peft_may_stand_in_the_section():
-    config = adapter_config(AdapterSection(alpha=8, options={"use_rslora": True, "layers_to_transform": [1]}))
+    config = adapter_config(
+        AdapterSection(alpha=8, target_modules=["q_proj"], options={"use_rslora": True, "layers_to_transform": [1]})
+    )
     assert (config.r, config.lora_alpha, config.use_rslora, config.layers_to_transform) == (16, 8, True, [1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers import losses, make_llama, make_rows, make_trainer
+from helpers import losses, make_llama, make_rows, make_trainer, needs_bfloat16
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -67,6 +67,7 @@ def test_equals_peft_on_a_4_bit_layer():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
+@needs_bfloat16
 def test_half_precision_under_autocast_rounds_no_more_than_peft():
     """bfloat16 base, float32 adapter: both against float32."""
     exact = whole(gradients(adapted().float()))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import make_llama
+from helpers import make_llama, needs_bfloat16
 from peft import LoraConfig, get_peft_model
 
 from lowdft import DFTConfig
@@ -92,6 +92,7 @@ print((base + memory.total) / (peak_memory_gb() * 1e9))
 """
 
 
+@needs_bfloat16
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bf16", "nf4"])
 def test_estimate_is_within_15_percent_of_the_measured_peak(smollm2, weights, tmp_path):

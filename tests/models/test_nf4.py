@@ -7,6 +7,7 @@ import random
 import bitsandbytes as bnb
 import pytest
 import torch
+from helpers import needs_bfloat16
 
 from lowdft import DFTConfig, DFTTrainer, models
 from lowdft.config.sections import AdapterSection, ModelSection
@@ -104,6 +105,7 @@ def test_policy_is_the_reference_at_step_0(source, section, tmp_path):
     assert trainer.log_u.abs().max() < 1e-3
 
 
+@needs_bfloat16
 def test_bfloat16_keeps_one_numerical_path(smollm2, tmp_path):
     """In bf16 on NF4 too, with the reference scored beforehand and other batches than training's: the gap is no gap."""
     section = ModelSection(name_or_path=smollm2, load_in_4bit=True, dtype="bfloat16")

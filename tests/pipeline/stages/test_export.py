@@ -19,6 +19,7 @@ from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Re
 from lowdft.errors import UserError
 from lowdft.pipeline import hub
 from lowdft.pipeline.context import Run
+from lowdft.pipeline.publishable import clean
 from lowdft.pipeline.stages import export
 from lowdft.reporting import markdown, model_card
 
@@ -187,8 +188,15 @@ def test_data_of_the_hub_is_named(tmp_path, tiny_folder):
         assert model_card.card(run).data.datasets is None
 
 
+def cleaned(run: Run) -> Run:
+    """The product as the train stage notes it, whose configuration files export will not change."""
+    clean(run.training.path, models.public_name(run.source, run.recipe.model), run.source.revision)
+    run.training.finish(steps=2, seconds=1.0)
+    return run
+
+
 def test_nothing_leaves_without_a_name_on_the_command_line(tmp_path, tiny_folder, pushed, said):
-    run = make_run(tmp_path, tiny_folder)
+    run = cleaned(make_run(tmp_path, tiny_folder))
     run.recipe.export.push = "me/from-recipe"
     export.main(run)
     assert pushed == [] and f"lowdft export {run.folder} --push me/from-recipe" in said()
@@ -253,7 +261,7 @@ def test_markup_from_users_stays_text(tmp_path, tiny_folder):
 
 
 def test_a_local_path_stops_the_push_and_its_place_is_named(tmp_path, tiny_folder, said):
-    run = make_run(tmp_path, tiny_folder)
+    run = cleaned(make_run(tmp_path, tiny_folder))
     path = run.training.path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eva_config": {"cache": ["/home/someone/cache"]}}))
     run.training.finish(steps=2, seconds=1.0)

@@ -78,7 +78,7 @@ def test_another_rows_completion_stands_in_where_all_are_right(recipe):
 def test_answers_that_cannot_be_checked_cannot_be_kept_wrong(recipe, capsys):
     assert main(["generate", recipe, "negatives.keep=wrong", "evaluation.answer=none"]) == 1
     assert "negatives.keep is wrong, but evaluation.answer is none; wanted one of" in capsys.readouterr().err
-    with pytest.raises(UserError, match="wanted one of all, wrong"):
+    with pytest.raises(UserError, match="Known are: all, wrong"):
         load_recipe(recipe, ["negatives.keep=right"])
 
 

@@ -23,7 +23,6 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
 needs_bfloat16 = pytest.mark.skipif(not computes_bfloat16(), reason="bfloat16 is emulated here: slow, and less exact")
-)
 VOCABULARY = 97
 ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]  # of the `recipe` fixture
 CHAT_TEMPLATE = (

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, make_tokenizer
+from helpers import ROOT, make_tokenizer, needs_bfloat16
 
 from lowdft.cli import main
 from lowdft.config.recipe import load_recipe, training_config

@@ -98,7 +98,7 @@ def test_a_reference_of_other_negatives_stops_before_the_first_step(tmp_path):
     """One row's reference shifted by a nat per token; the right one passes."""
     probe = make_trainer(tmp_path / "probe", objective="dft", reference="online")
     seen = []
-    import lowdft.training.trainer as module
+    import lowdft.training.engine as module
 
     original = module.check_gap
     try:

@@ -43,7 +43,6 @@ def test_what_moves_no_number_is_no_part(of, overrides):
     [
         ("training.tau=0.5", "training.tau"),
         ("training.gradient_accumulation_steps=2", "training.prompts_per_step"),
-        ("training.neftune_noise_alpha=5", "training.neftune_noise_alpha"),
         ("training.max_length=64", "max_length"),
         ("adapter.use_dora=true", "adapter.use_dora"),
         ("negatives.temperature=1.5", "negatives.temperature"),

@@ -7,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-import helpers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import helpers
 from helpers import losses, make_rows, make_trainer
 
 from lowdft.models.base import ModelSection, load_base, locate

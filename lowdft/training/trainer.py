@@ -238,6 +238,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             self.engine.starts_as_reference = starts_as_reference(self.model, self.args)
             with self._around_passes():
                 attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
+            self.engine.spare = self.train_dataset[0]  # with its reference, which no rank may score later
 
     def before_optimizer_step(self, gradient_norm: object) -> None:
         """Stops before a gradient that is not finite reaches the weights (with fp16 its scaler skips such steps)."""

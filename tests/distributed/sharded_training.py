@@ -71,3 +71,5 @@ if __name__ == "__main__":
     if trainer.args.process_index == 0:
         kept = {"losses": losses(trainer), "log_u": trainer.log_u.tolist(), "model": type(trainer.model).__name__}
         Path(folder, "result.json").write_text(json.dumps(kept))
+    if PartialState().num_processes > 1:  # without this gloo's threads may abort the process at its end
+        PartialState().destroy_process_group()

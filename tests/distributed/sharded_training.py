@@ -52,7 +52,7 @@ if __name__ == "__main__":
     if base := settings.pop("nf4", None):  # QLoRA: loaded as `lowdft train` loads it
         if kind == "fsdp":
             os.environ["ACCELERATE_USE_FSDP"] = "true"
-        section = ModelSection(name_or_path=base, load_in_4bit=True)
+        section = ModelSection(name_or_path=base, load_in_4bit=True, dtype="bfloat16")
         helpers.make_llama = lambda: load_base(locate(section), section)
     trainer = make_trainer(
         folder,

@@ -25,6 +25,18 @@ GOLDEN = TESTS / "golden"
 needs_bfloat16 = pytest.mark.skipif(not computes_bfloat16(), reason="bfloat16 is emulated here: slow, and less exact")
 VOCABULARY = 97
 ROWS = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(12)]  # of the `recipe` fixture
+COMMON = dict(  # of tiny models of every family
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

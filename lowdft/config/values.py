@@ -12,8 +12,6 @@ from lowdft.config.sections import (
 from lowdft.errors import UserError
 from lowdft.text import did_you_mean
 
-UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that send checkpoints or metrics to the Hub
-
 
 def check_values(recipe: Recipe, path: str) -> None:
     """Raises UserError for a value that a key cannot have, or for keys that do not go together."""

@@ -41,9 +41,11 @@ def test_second_writer_is_refused_by_name_until_the_first_is_dead(tmp_path, hold
 
 
 def test_ranks_after_the_first_leave_it_to_the_first(tmp_path, holder, monkeypatch):
+    before = (tmp_path / ".lock").read_text()
     monkeypatch.setenv("RANK", "1")
     with locked(tmp_path):
-        pass
+        assert (tmp_path / ".lock").read_text() == before  # the first rank's note, which this one neither waits for
+    assert (tmp_path / ".lock").read_text() == before
 
 
 def test_folder_that_cannot_be_made_is_told(tmp_path):

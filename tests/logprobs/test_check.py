@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_llama, make_trainer
+from helpers import COMMON, make_llama, make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowdft.errors import UserError
 from lowdft.logprobs import Group, choose_layout, score
 
-COMMON = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 MAMBA = dict(mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=16)
 FAMILIES = {
     "hyperclovax": ("packed", dict(logits_scaling=0.5, head_dim=8)),

@@ -6,22 +6,11 @@ import random
 
 import pytest
 import torch
+from helpers import COMMON
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowdft.logprobs import Group, choose_layout, lay_out, packed_attention, score
 
-COMMON = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 6},

@@ -14,6 +14,7 @@ import numpy as np
 from lowdft.config.sections import NegativesSection
 from lowdft.config.training import DFTConfig
 from lowdft.data.encoded import EncodedRows
+from lowdft.data.examples import Examples
 from lowdft.errors import UserError
 from lowdft.models.reference import rows_with_reference
 from lowdft.objectives import Objective
@@ -47,6 +48,17 @@ class RowFacts:
             has_reference_N=rows_with_reference(rows, objective),
             empty=rows.without_tokens(),
         )
+
+    @classmethod
+    def of_examples(cls, examples: Examples, ready: bool) -> RowFacts:
+        """Those of rows of text.
+
+        Args:
+            ready: they bring their own negatives.
+        """
+        negatives_N = examples.negatives_N if ready else None
+        scored_N, empty = np.zeros(len(examples), bool), np.zeros(0, int)
+        return cls(examples.sources, negatives_N, examples.has_aligned_N, scored_N, empty)
 
     def __len__(self) -> int:
         return len(self.has_aligned_N)

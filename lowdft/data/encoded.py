@@ -6,14 +6,13 @@ Token ids take four bytes each. Read from a file they stay on disk, and every pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from lowdft.data.arrow import batches, content_digest, map_table
+from lowdft.data.arrow import batches, content_digest
 
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -44,11 +43,6 @@ class EncodedRows(Dataset):
 
     def __init__(self, table: pa.Table):
         self.table = table
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> EncodedRows:
-        """Rows of an Arrow file, memory-mapped."""
-        return cls(map_table(Path(path)))
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict]) -> EncodedRows:
@@ -87,6 +81,14 @@ class EncodedRows(Dataset):
     def negative_lengths(self) -> np.ndarray:
         """int [negatives of all rows]: tokens of each."""
         return pc.list_value_length(pc.list_flatten(self.table["negative_ids"])).to_numpy()
+
+    def largest_id(self, name: str) -> int:
+        """The largest token id of a column of ids; -1 where there is none."""
+        column = self.table[name]
+        while pa.types.is_list(column.type):
+            column = pc.list_flatten(column)
+        found = pc.max(column).as_py()
+        return -1 if found is None else found
 
     def without_tokens(self) -> np.ndarray:
         """Positions of rows whose prompt, completion or any negative has no token."""

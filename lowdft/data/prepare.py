@@ -27,21 +27,6 @@ ROWS_PER_PROCESS = 2500  # fewer are tokenized sooner than another process start
 SHOWN = 20  # rows that cannot be tokenized, reported in full
 
 
-def encode_rows(dataset: Iterable[dict] | EncodedRows, encoder: Encoder) -> EncodedRows:
-    """Rows of text, or of ids, as `EncodedRows`; `example_id` is the position where none is given.
-
-    Args:
-        dataset: any iterable of dictionaries, taken up in batches; `EncodedRows` stay as they are.
-        encoder: with the trainer's lengths; without a tokenizer for rows that are ids already.
-
-    Raises:
-        UserError: a row of text without a tokenizer.
-    """
-    if isinstance(dataset, EncodedRows):
-        return dataset
-    return EncodedRows.from_rows({"example_id": str(i), **_row_of(encoder, row)} for i, row in enumerate(dataset))
-
-
 @dataclasses.dataclass
 class Tokenizing:
     """How a run's examples become ids.
@@ -205,12 +190,3 @@ def fit_negatives(
 
 def _offsets(lengths: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-
-
-def _row_of(encoder: Encoder, row: dict) -> dict:
-    if "prompt_ids" not in row and encoder.turns is None:
-        raise UserError(
-            "rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, completion_ids and "
-            "negative_ids"
-        )
-    return encoder.row(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,9 @@ from transformers import AutoTokenizer
 
 from lowdft import objectives
 from lowdft.compat import LoopHooks
-from lowdft.config.requirements import check_datasets
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
 from lowdft.data.encoded import EncodedRows
-from lowdft.data.prepare import encode_rows
 from lowdft.distributed import sharding
 from lowdft.errors import UserError
 from lowdft.logprobs import layers_in
@@ -29,7 +26,7 @@ from lowdft.models.adapters import adapter_digest
 from lowdft.models.fused_lora import fused_lora
 from lowdft.models.reference import attach_reference, check_reference
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
-from lowdft.training.datasets import as_list, check_evaluation, encoded, train_loader
+from lowdft.training.datasets import as_list, check_evaluation, check_ids, encoded, read_datasets, train_loader
 from lowdft.training.engine import StepEngine
 from lowdft.training.log_u import LogU, load_table, save_table, table_identity
 from lowdft.training.metrics import Faded, StepMetrics
@@ -81,15 +78,13 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         self.objective = objectives.get(args.objective)
         encoder = encoder_for(model, processing_class, args)
         self._encode = partial(encoded, encoder=encoder)
-        train_rows, eval_sets = encode_rows(train_dataset, encoder), self._encode(eval_dataset)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        for note in check_datasets(train_rows, as_list(eval_sets), self.objective, args, has_adapter):
-            warnings.warn(note, stacklevel=2)
-        if cut := encoder.cuts():
-            warnings.warn(cut, stacklevel=2)
+        about = (encoder, self.objective, args, has_adapter)
+        train_rows, eval_sets = read_datasets(train_dataset, eval_dataset, *about)
         needs_base = args.reference == "online" or self.objective.uses_mismatched
         check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
         model = ready_model(model, args, peft_config)
+        check_ids([train_rows, *as_list(eval_sets)], model)
         self._starts_from_base = starts_from_base(model)
         super().__init__(
             model=model,

@@ -205,10 +205,6 @@ def check_adapter(args: DFTConfig, objective: Objective, has_adapter: bool, all_
             "training.reference: online needs an adapter to switch off; with full parameters use reference: "
             "precomputed (the initial weights score once, before the first step)"
         )
-    if objective.uses_mismatched:
-        raise UserError(
-            f"training.objective {objective.name} needs an adapter: its reference is the base with the adapter off"
-        )
     if args.freeze_half:
         raise UserError("training.freeze_half halves the modules of an adapter; this training has none")
 

@@ -25,6 +25,8 @@ SCHEMA = pa.schema(
         "ref_logps": pa.float64(),
         "aligned_logps": pa.float64(),
         "sampling_prompt_ids": IDS,
+        "mismatched_ids": IDS,
+        "ref_mismatched_logps": pa.float64(),
     }
 )
 REQUIRED = SCHEMA.names[:4]
@@ -35,7 +37,8 @@ class EncodedRows(Dataset):
 
     `rows[i]` is a dictionary: `example_id`, `prompt_ids`, `completion_ids` (lists of ints) and `negative_ids` (a list
     of such lists), and where the row has them `ref_negative_logps` (a number per negative), `ref_logps`,
-    `aligned_logps` and `sampling_prompt_ids`. `rows[a:b]` are other `EncodedRows` on the same memory.
+    `aligned_logps`, `sampling_prompt_ids`, `mismatched_ids` (another row's completion) and `ref_mismatched_logps`.
+    `rows[a:b]` are other `EncodedRows` on the same memory.
 
     Args:
         table: columns of `SCHEMA`, the first four of them at least.

@@ -163,6 +163,19 @@ def _with_negatives(
         yield part.set_column(SCHEMA.get_field_index("negative_ids"), SCHEMA.field("negative_ids"), cut)
 
 
+def with_mismatched(rows: EncodedRows, max_length: int | None) -> EncodedRows:
+    """The rows with the completion of the next row beside each (`mismatched_ids`), which its prompt does not ask for.
+
+    Args:
+        max_length: tokens of prompt and completion; the completion is cut to fit.
+    """
+    others = rows.table["completion_ids"].take(np.roll(np.arange(len(rows)), -1)).combine_chunks()
+    others = others.chunk(0) if isinstance(others, pa.ChunkedArray) else others
+    one_each = pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32), others)
+    fitting = fit_negatives(rows.lengths("prompt_ids"), one_each, max_length, Truncation())
+    return rows.with_columns(mismatched_ids=fitting.flatten())
+
+
 def fit_negatives(
     prompts_N: np.ndarray, negative_ids: pa.ListArray, max_length: int | None, truncation: Truncation
 ) -> pa.ListArray:

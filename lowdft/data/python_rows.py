@@ -71,8 +71,8 @@ class _Reading:
             where = f"{self.name}[{i}]"
             if self.encoder.turns is None and isinstance(row, Mapping) and not any(key in row for key in IDS):
                 raise UserError(
-                    f"{where} is a row of text, which needs a tokenizer: pass processing_class, or rows with "
-                    "prompt_ids, completion_ids and negative_ids"
+                    f"{where}: rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, "
+                    "completion_ids and negative_ids"
                 )
             try:
                 encoded = self._row(row, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from torch import nn
@@ -14,17 +14,34 @@ from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
 from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
+from lowdft.data.prepare import with_mismatched
 from lowdft.data.python_rows import encode_rows
 from lowdft.data.sampler import StepSampler
 from lowdft.errors import InvalidRows, UserError
 from lowdft.objectives import Objective
 
 
-def encoded(dataset, encoder: Encoder, name: str = "eval_dataset"):
-    """A data set for evaluation, or several by name, as `EncodedRows`; what is that already, None or a name stays."""
-    if isinstance(dataset, dict):
-        return {key: encoded(rows, encoder, f"{name}[{key!r}]") for key, rows in dataset.items()}
-    return dataset if dataset is None or isinstance(dataset, str) else encode_rows(dataset, encoder, name)
+def encoded(dataset, encoder: Encoder, objective: Objective, name: str = "eval_dataset", faults: list | None = None):
+    """A data set, or several by name, as `EncodedRows`, with what the objective pairs rows with; None or a name stays.
+
+    Args:
+        name: what error messages call it.
+        faults: takes the errors of invalid rows, which then are left out; None: they raise.
+    """
+    if isinstance(dataset, dict) and name == "eval_dataset":
+        return {key: encoded(rows, encoder, objective, f"{name}[{key!r}]", faults) for key, rows in dataset.items()}
+    if dataset is None and name != "train_dataset" or isinstance(dataset, str):
+        return dataset
+    try:
+        rows = encode_rows(dataset, encoder, name)
+    except InvalidRows as error:
+        if faults is None:
+            raise
+        faults.append(str(error))
+        rows = error.valid
+    if objective.uses_mismatched and not rows.has("mismatched_ids").all():
+        rows = with_mismatched(rows, encoder.max_length)
+    return rows
 
 
 def read_datasets(
@@ -39,19 +56,8 @@ def read_datasets(
         UserError: with everything that is wrong with any row of either.
     """
     faults: list[str] = []
-
-    def read(encode: Callable, *what):
-        try:
-            return encode(*what)
-        except InvalidRows as error:
-            faults.append(str(error))
-            return error.valid
-
-    train_rows = read(encode_rows, train_dataset, encoder)
-    if isinstance(eval_dataset, dict):
-        eval_sets = {key: read(encoded, rows, encoder, f"eval_dataset[{key!r}]") for key, rows in eval_dataset.items()}
-    else:
-        eval_sets = read(encoded, eval_dataset, encoder)
+    train_rows = encoded(train_dataset, encoder, objective, "train_dataset", faults)
+    eval_sets = encoded(eval_dataset, encoder, objective, "eval_dataset", faults)
     valid = [rows for rows in (train_rows, *as_list(eval_sets)) if len(rows) or not faults]
     try:
         notes = check_datasets(valid[0], valid[1:], objective, args, has_adapter) if valid else []

@@ -77,12 +77,12 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
         encoder = encoder_for(model, processing_class, args)
-        self._encode = partial(encoded, encoder=encoder)
+        self._encode = partial(encoded, encoder=encoder, objective=self.objective)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         about = (encoder, self.objective, args, has_adapter)
         train_rows, eval_sets = read_datasets(train_dataset, eval_dataset, *about)
-        needs_base = args.reference == "online" or self.objective.uses_mismatched
-        check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
+        needs_base = args.reference == "online" and self.objective.uses_any_reference
+        check_peft(peft_config_of(model, peft_config), args, needs_base)
         model = ready_model(model, args, peft_config)
         check_ids([train_rows, *as_list(eval_sets)], model)
         self._starts_from_base = starts_from_base(model)
@@ -175,7 +175,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         """
         chosen = self._encode(self.eval_dataset if eval_dataset is None else eval_dataset)
         if not isinstance(chosen, str):
-            at_hand = self._starts_from_base and (self.state.global_step == 0 or isinstance(self.model, PeftModel))
+            at_hand = self._at_hand or (self._starts_from_base and self.state.global_step == 0)
             check_evaluation(as_list(chosen), self.objective, self.args, at_hand)
         return super().evaluate(None if eval_dataset is None else chosen, ignore_keys, metric_key_prefix)
 
@@ -220,7 +220,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             self.engine.load_state_dict(load_table(folder / STATE_FILE, self._fingerprint))
         if self.objective.uses_any_reference:
             resuming = bool(resume_from_checkpoint)
-            check_reference(self.model, self._datasets(), self.objective, self.args, resuming)
+            check_reference(self.model, self._datasets(), self.objective, self.args, resuming, self._at_hand)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
@@ -232,12 +232,18 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             rows = self._datasets()
             self.engine.starts_as_reference = starts_as_reference(self.model, self.args)
             with self._around_passes():
-                attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
+                how = (self.objective, self.args, self.engine.passes, resuming, self._at_hand)
+                attach_reference(self.engine.policy, rows, *how)
             self.engine.spare = self.train_dataset[0]  # with its reference, which no rank may score later
 
     def before_optimizer_step(self, gradient_norm: object) -> None:
         """Stops before a gradient that is not finite reaches the weights (with fp16 its scaler skips such steps)."""
         self.engine.check_gradient(float(gradient_norm), scaled=self.args.fp16)
+
+    @property
+    def _at_hand(self) -> bool:
+        """Is the reference the model with its adapter off, whatever was trained since?"""
+        return self._starts_from_base and isinstance(self.model, PeftModel)
 
     def _drive(self, model: nn.Module) -> None:
         """The engine's model: copies are driven without their wrapper, for their gradients are averaged once a step."""

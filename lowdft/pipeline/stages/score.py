@@ -6,6 +6,7 @@ from functools import partial
 
 from lowdft import models
 from lowdft.data.encoded import EncodedRows
+from lowdft.data.prepare import with_mismatched
 from lowdft.distributed import collectives
 from lowdft.logprobs import choose_layout, proposal_logps
 from lowdft.models.reference import reference_fields, reference_group, reference_logps
@@ -23,6 +24,8 @@ def main(run: Run) -> None:
         say(f"{product.path}: already there")
         return
     rows = run.encoded("train")
+    if run.objective.uses_mismatched:
+        rows = with_mismatched(rows, run.encoder.max_length)
     model = run.base()
     if run.args.reference_adapter:
         model = models.load_adapter(model, run.args.reference_adapter)

@@ -62,9 +62,7 @@ def mismatched_gain(model: nn.Module, batches: Sequence[Batch], passes: Passes) 
         batches: this rank's micro-batches of the step.
     """
     rows = [row for batch in batches for row in batch.rows]
-    groups = [Group(row["prompt_ids"], [row["mismatched_ids"]]) for row in rows] or [
-        IDLE
-    ]  # where sharded all take part
+    groups = [Group(row["prompt_ids"], [row["mismatched_ids"]]) for row in rows] or [IDLE]
     policy_M1 = reference_logps(model, groups, passes)
     if passes.most(any("ref_mismatched_logps" not in row for row in rows)):
         with reference_on(model):

@@ -20,6 +20,14 @@ class InvalidRows(UserError):
         self.valid = valid
 
 
+class InvalidRequests(UserError):
+    """Some of many requests fail; `numbers` says which."""
+
+    def __init__(self, text: str, numbers: Sequence[int]):
+        super().__init__(text)
+        self.numbers = numbers
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Did memory run out? Also where cuBLAS finds none, or a library only passes the message on."""
     text = str(error)

@@ -20,7 +20,7 @@ from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.logprobs import Group
-from lowdft.logprobs.check import own_logps, small_group
+from lowdft.logprobs.check import own_logps, require_finite, small_group
 from lowdft.models.adapters import REFERENCE
 from lowdft.objectives import Objective
 from lowdft.training.token_budget import Passes
@@ -31,6 +31,10 @@ FIELDS = {  # of encoded rows, by need
     "mismatched": "ref_mismatched_logps",
 }
 REFERENCE_NEEDS = frozenset(FIELDS)
+NOT_FINITE = (
+    "The weights of the base (or of the reference's adapter) hold NaN or infinity, or its dtype overflows: check them, "
+    "or set model.dtype=bfloat16 or float32."
+)
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -159,6 +163,8 @@ def attach_reference(
             )
         with reference_on(model) if resuming else contextlib.nullcontext():
             scored = _score_all(model, [groups[n] for n in new], passes, args.disable_tqdm)
+        names = [lacking[n][0].example_ids([lacking[n][1]])[0] for n in new]
+        require_finite("the reference's log-probabilities", names, scored, NOT_FINITE)
         known |= zip((keys[n] for n in new), scored, strict=True)
         if collectives.rank() == 0:
             _save_scores(path, known)

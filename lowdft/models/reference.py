@@ -44,18 +44,21 @@ def reference_on(model: nn.Module) -> Iterator[nn.Module]:
 
     A model without an adapter is its own reference.
     """
-    if REFERENCE in getattr(model, "peft_config", {}):
-        trained, trainable = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
-        model.set_adapter(REFERENCE, inference_mode=True)
-        try:
-            yield model
-        finally:
-            model.set_adapter(trained, inference_mode=True)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-    else:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
-            yield model
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if REFERENCE in getattr(model, "peft_config", {}):
+            trained = model.active_adapter
+            model.set_adapter(REFERENCE, inference_mode=True)
+            try:
+                yield model
+            finally:
+                model.set_adapter(trained, inference_mode=True)
+        else:
+            with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+                yield model
+    finally:
+        for parameter, flag in flags:  # peft makes every weight of an adapter trainable that it switches on
+            parameter.requires_grad_(flag)
 
 
 def has_reference(row: dict, objective: Objective) -> bool:

@@ -154,6 +154,19 @@ def test_11_full_parameters_cannot_score_new_rows(tmp_path):
         more.train(resume_from_checkpoint=True)
 
 
+def test_9_settings_win_over_those_stored_in_a_checkpoint(tmp_path):
+    """Of saving, logging, evaluation and passes; transformers alone keeps to the checkpoint's steps."""
+    rows = make_rows(2, seed=5)
+    make_trainer(tmp_path, eval_rows=rows, save_strategy="steps", save_steps=1, max_steps=1).train()
+    changed = dict(save_strategy="steps", save_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=3)
+    resumed = make_trainer(tmp_path, eval_rows=rows, max_steps=4, tokens_per_pass=40, **changed)
+    resumed.train(resume_from_checkpoint=True)
+    lines = resumed.state.log_history
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3] and resumed.engine.passes.budget == 40
+
+
 # ---- 3 and 4: lengths -----------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from lowdft.config.sections import NegativesSection
 from lowdft.config.training import DFTConfig
 from lowdft.data.encoded import EncodedRows
+from lowdft.data.examples import Examples
 from lowdft.errors import UserError
 from lowdft.models.reference import rows_with_reference
 from lowdft.objectives import Objective
@@ -47,6 +48,17 @@ class RowFacts:
             has_reference_N=rows_with_reference(rows, objective),
             empty=rows.without_tokens(),
         )
+
+    @classmethod
+    def of_examples(cls, examples: Examples, ready: bool) -> RowFacts:
+        """Those of rows of text.
+
+        Args:
+            ready: they bring their own negatives.
+        """
+        negatives_N = examples.negatives_N if ready else None
+        scored_N, empty = np.zeros(len(examples), bool), np.zeros(0, int)
+        return cls(examples.sources, negatives_N, examples.has_aligned_N, scored_N, empty)
 
     def __len__(self) -> int:
         return len(self.has_aligned_N)
@@ -192,10 +204,6 @@ def check_adapter(args: DFTConfig, objective: Objective, has_adapter: bool, all_
         raise UserError(
             "training.reference: online needs an adapter to switch off; with full parameters use reference: "
             "precomputed (the initial weights score once, before the first step)"
-        )
-    if objective.uses_mismatched:
-        raise UserError(
-            f"training.objective {objective.name} needs an adapter: its reference is the base with the adapter off"
         )
     if args.freeze_half:
         raise UserError("training.freeze_half halves the modules of an adapter; this training has none")

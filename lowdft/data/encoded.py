@@ -6,14 +6,13 @@ Token ids take four bytes each. Read from a file they stay on disk, and every pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from lowdft.data.arrow import batches, content_digest, map_table
+from lowdft.data.arrow import batches, content_digest
 
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -26,6 +25,8 @@ SCHEMA = pa.schema(
         "ref_logps": pa.float64(),
         "aligned_logps": pa.float64(),
         "sampling_prompt_ids": IDS,
+        "mismatched_ids": IDS,
+        "ref_mismatched_logps": pa.float64(),
     }
 )
 REQUIRED = SCHEMA.names[:4]
@@ -36,7 +37,8 @@ class EncodedRows(Dataset):
 
     `rows[i]` is a dictionary: `example_id`, `prompt_ids`, `completion_ids` (lists of ints) and `negative_ids` (a list
     of such lists), and where the row has them `ref_negative_logps` (a number per negative), `ref_logps`,
-    `aligned_logps` and `sampling_prompt_ids`. `rows[a:b]` are other `EncodedRows` on the same memory.
+    `aligned_logps`, `sampling_prompt_ids`, `mismatched_ids` (another row's completion) and `ref_mismatched_logps`.
+    `rows[a:b]` are other `EncodedRows` on the same memory.
 
     Args:
         table: columns of `SCHEMA`, the first four of them at least.
@@ -44,11 +46,6 @@ class EncodedRows(Dataset):
 
     def __init__(self, table: pa.Table):
         self.table = table
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> EncodedRows:
-        """Rows of an Arrow file, memory-mapped."""
-        return cls(map_table(Path(path)))
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict]) -> EncodedRows:
@@ -87,6 +84,14 @@ class EncodedRows(Dataset):
     def negative_lengths(self) -> np.ndarray:
         """int [negatives of all rows]: tokens of each."""
         return pc.list_value_length(pc.list_flatten(self.table["negative_ids"])).to_numpy()
+
+    def largest_id(self, name: str) -> int:
+        """The largest token id of a column of ids; -1 where there is none."""
+        column = self.table[name]
+        while pa.types.is_list(column.type):
+            column = pc.list_flatten(column)
+        found = pc.max(column).as_py()
+        return -1 if found is None else found
 
     def without_tokens(self) -> np.ndarray:
         """Positions of rows whose prompt, completion or any negative has no token."""

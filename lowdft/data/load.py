@@ -13,7 +13,7 @@ from lowdft.data.example import Example, Row, canonical_json, normal, to_example
 from lowdft.data.formats import to_row
 from lowdft.data.layouts import CONVERSATIONS, MAPPABLE, BadRow
 from lowdft.data.read import REMOVE, Finding, Record, cut, read_records
-from lowdft.errors import UserError
+from lowdft.errors import InvalidRows, UserError
 from lowdft.text import nearest
 
 SHOWN = 20  # bad rows told in full
@@ -54,7 +54,8 @@ def load_examples(
         skip_invalid: leave out bad rows, and say so among the warnings, where otherwise they raise.
 
     Raises:
-        UserError: the source cannot be read; rows are bad (all told at once); or, skipping, all of them are.
+        InvalidRows: rows are invalid (all are reported at once); or, skipping, all of them are.
+        UserError: the source cannot be read.
     """
     if prompt_style not in ("chat", "direct"):
         raise UserError(f'data.prompt_style is "{cut(prompt_style)}"; "chat" or "direct" is wanted.')
@@ -72,7 +73,8 @@ def load_examples(
     rows = [row for row in rows if row.where not in bad]
     if errors and (not skip_invalid or not rows):
         told = [f"{name}: warning: {line}" for line in summaries([f for f in found if f.where not in bad])]
-        raise UserError("\n".join([_refusal(errors, len(bad), len(records), name, skip_invalid), *told]))
+        text = "\n".join([_refusal(errors, len(bad), len(records), name, skip_invalid), *told])
+        raise InvalidRows(text, _examples(rows, prompt_style))
     if prompt_template is not None:
         _check_template(rows)
     examples = _examples(rows, prompt_style, system_prompt, prompt_template)

@@ -27,21 +27,6 @@ ROWS_PER_PROCESS = 2500  # fewer are tokenized sooner than another process start
 SHOWN = 20  # rows that cannot be tokenized, reported in full
 
 
-def encode_rows(dataset: Iterable[dict] | EncodedRows, encoder: Encoder) -> EncodedRows:
-    """Rows of text, or of ids, as `EncodedRows`; `example_id` is the position where none is given.
-
-    Args:
-        dataset: any iterable of dictionaries, taken up in batches; `EncodedRows` stay as they are.
-        encoder: with the trainer's lengths; without a tokenizer for rows that are ids already.
-
-    Raises:
-        UserError: a row of text without a tokenizer.
-    """
-    if isinstance(dataset, EncodedRows):
-        return dataset
-    return EncodedRows.from_rows({"example_id": str(i), **_row_of(encoder, row)} for i, row in enumerate(dataset))
-
-
 @dataclasses.dataclass
 class Tokenizing:
     """How a run's examples become ids.
@@ -178,6 +163,19 @@ def _with_negatives(
         yield part.set_column(SCHEMA.get_field_index("negative_ids"), SCHEMA.field("negative_ids"), cut)
 
 
+def with_mismatched(rows: EncodedRows, max_length: int | None) -> EncodedRows:
+    """The rows with the completion of the next row beside each (`mismatched_ids`), which its prompt does not ask for.
+
+    Args:
+        max_length: tokens of prompt and completion; the completion is cut to fit.
+    """
+    others = rows.table["completion_ids"].take(np.roll(np.arange(len(rows)), -1)).combine_chunks()
+    others = others.chunk(0) if isinstance(others, pa.ChunkedArray) else others
+    one_each = pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32), others)
+    fitting = fit_negatives(rows.lengths("prompt_ids"), one_each, max_length, Truncation())
+    return rows.with_columns(mismatched_ids=fitting.flatten())
+
+
 def fit_negatives(
     prompts_N: np.ndarray, negative_ids: pa.ListArray, max_length: int | None, truncation: Truncation
 ) -> pa.ListArray:
@@ -205,12 +203,3 @@ def fit_negatives(
 
 def _offsets(lengths: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-
-
-def _row_of(encoder: Encoder, row: dict) -> dict:
-    if "prompt_ids" not in row and encoder.turns is None:
-        raise UserError(
-            "rows of text need a tokenizer: pass processing_class, or rows with prompt_ids, completion_ids and "
-            "negative_ids"
-        )
-    return encoder.row(row)

@@ -143,15 +143,11 @@ def _loads(text: str, where: str) -> tuple[object, list[Finding]]:
         return row
 
     value = json.loads(text, object_pairs_hook=pairs)
-    return value, [
-        Finding(
-            where,
-            cut(key),
-            "is written twice in one object; the last one is used",
-            warning="a key written twice in one object, the last one is used",
-        )
-        for key in twice
-    ]
+    text, kind = (
+        "is written twice in one object; the last one is used",
+        "a key written twice in one object",
+    )
+    return value, [Finding(where, cut(key), text, kind) for key in twice]
 
 
 def _record(value: object, where: str, findings: list[Finding]) -> Record:

@@ -7,6 +7,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from lowdft import __version__
 from lowdft.config.sections import DataSection
 from lowdft.data.arrow import map_table, write_table
@@ -14,7 +16,7 @@ from lowdft.data.cache import cached
 from lowdft.data.examples import SCHEMA, Examples, record_batches
 from lowdft.data.labels import find_labels, with_labels
 from lowdft.data.load import Loaded, load_examples, overlap
-from lowdft.errors import UserError
+from lowdft.errors import InvalidRows, UserError
 from lowdft.files import digest_of
 
 SPLITS = ("train", "heldout")
@@ -37,7 +39,9 @@ def load_splits(section: DataSection, folder: Path) -> Splits:
     Logs the notes and warnings of reading, also when it maps.
 
     Raises:
-        UserError: the data cannot be read, has bad rows, or has no rows left to train on.
+        InvalidRows: rows to train on or held-out ones are invalid, all of them in one message; `valid` are the others
+            to train on.
+        UserError: the data cannot be read, or has no rows left to train on.
     """
     settings = dataclasses.asdict(section)
     digests = [_digest(section, section.train, section.split, section.revision)]
@@ -53,13 +57,16 @@ def load_splits(section: DataSection, folder: Path) -> Splits:
 
 
 def _make(section: DataSection, paths: dict[str, Path]) -> dict:
-    lines: list[str] = []
-    loaded = _load(section, section.train, section.split, section.revision, lines)
+    lines, errors = [], []
+    loaded = _load(section, section.train, section.split, section.revision, lines, errors)
     rows, held = loaded.examples, []
     if section.eval:
         revision = section.eval_revision or section.revision
-        held = _load(section, section.eval, section.eval_split, revision, lines).examples[: section.eval_rows]
-    elif section.eval_rows:
+        held = _load(section, section.eval, section.eval_split, revision, lines, errors).examples[: section.eval_rows]
+    if errors:
+        valid = pa.Table.from_batches(record_batches(rows[: section.train_rows]), SCHEMA)
+        raise InvalidRows("\n".join(errors), Examples(valid))
+    if section.eval_rows and not section.eval:
         if section.eval_rows >= len(rows):
             raise UserError(f"data.eval_rows is {section.eval_rows}, but data.train has {len(rows)} rows; wanted fewer")
         rows, held = rows[: -section.eval_rows], rows[-section.eval_rows :]
@@ -78,17 +85,24 @@ def _make(section: DataSection, paths: dict[str, Path]) -> dict:
     return {"layout": loaded.layout, "lines": lines, "digests": found}
 
 
-def _load(section: DataSection, source: str, split: str, revision: str | None, lines: list[str]) -> Loaded:
-    loaded = load_examples(
-        source,
-        split=split,
-        revision=revision,
-        columns=dict(section.columns),
-        prompt_style=section.prompt_style,
-        system_prompt=section.system_prompt,
-        prompt_template=section.prompt_template,
-        skip_invalid=section.skip_invalid,
-    )
+def _load(
+    section: DataSection, source: str, split: str, revision: str | None, lines: list[str], errors: list[str]
+) -> Loaded:
+    """The rows of a source, of invalid ones the others; what there is to say is added to `lines` and `errors`."""
+    try:
+        loaded = load_examples(
+            source,
+            split=split,
+            revision=revision,
+            columns=dict(section.columns),
+            prompt_style=section.prompt_style,
+            system_prompt=section.system_prompt,
+            prompt_template=section.prompt_template,
+            skip_invalid=section.skip_invalid,
+        )
+    except InvalidRows as error:
+        errors.append(str(error))
+        return Loaded(error.valid, "", [], [], 0, "")
     lines += [f"{source}: {note}" for note in [*loaded.notes, *(f"warning: {w}" for w in loaded.warnings)]]
     return loaded
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,19 @@ def choose_layout(model: nn.Module, layout: str | None = None) -> str:
             "use another model, or report this one."
         )
     return "padded"
+
+
+def require_finite(what: str, names: Sequence[str], logps: Sequence[Tensor], advice: str) -> None:
+    """Raises UserError unless every row's log-probabilities are finite; names the rows, and says what to do.
+
+    Args:
+        names: of the rows.
+        logps: of each row.
+    """
+    bad = [name for name, values in zip(names, logps, strict=True) if not values.isfinite().all()]
+    if bad:
+        shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
+        raise UserError(f"{what} of {len(bad)} of {len(names)} rows are not finite (example_id {shown}). {advice}")
 
 
 def small_group(vocabulary: int) -> tuple[list[Group], Tensor]:

@@ -23,14 +23,10 @@ ROW_ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Group:
-    """Token ids of one prompt (at least one token) and of its completions (at least one token each).
-
-    `unscored`: how many leading tokens of each completion are read but not scored; none unless given.
-    """
+    """Token ids of one prompt (at least one token) and of its completions (at least one token each)."""
 
     prompt_ids: Sequence[int]
     completions: Sequence[Sequence[int]]
-    unscored: Sequence[int] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -38,19 +34,13 @@ class Group:
         return len(self.prompt_ids) + sum(map(len, self.completions))
 
     @property
-    def first_scored(self) -> Sequence[int]:
-        """The place in each completion of its first scored token."""
-        return [0] * len(self.completions) if self.unscored is None else self.unscored
-
-    @property
     def scored_tokens(self) -> list[int]:
         """Scored tokens of each completion."""
-        return [len(c) - first for c, first in zip(self.completions, self.first_scored, strict=True)]
+        return [len(completion) for completion in self.completions]
 
     def select(self, numbers: Sequence[int]) -> Group:
         """The prompt with some of its completions, in the order given."""
-        unscored = None if self.unscored is None else [self.unscored[k] for k in numbers]
-        return Group(self.prompt_ids, [self.completions[k] for k in numbers], unscored)
+        return Group(self.prompt_ids, [self.completions[k] for k in numbers])
 
 
 @dataclass(frozen=True)
@@ -89,14 +79,14 @@ def _pack(groups: Sequence[Group]) -> Rows:
         ids.append(torch.as_tensor(group.prompt_ids))
         positions.append(torch.arange(prompt_length))
         start += prompt_length
-        for completion, first in zip(group.completions, group.first_scored, strict=True):
+        for completion in group.completions:
             length = len(completion)
             place = torch.arange(start, start + length)
             predictor = place - 1
             predictor[0] = prompt_start + prompt_length - 1
-            predictors.append(predictor[first:])
-            places.append(place[first:])
-            owners.append(torch.full((length - first,), len(completions)))
+            predictors.append(predictor)
+            places.append(place)
+            owners.append(torch.full((length,), len(completions)))
             completions.append((prompt_start, prompt_length, start, length))
             ids.append(torch.as_tensor(completion))
             positions.append(torch.arange(prompt_length, prompt_length + length))
@@ -115,12 +105,12 @@ def _pack(groups: Sequence[Group]) -> Rows:
 
 
 def _pad(groups: Sequence[Group]) -> Rows:
-    pairs = [(g.prompt_ids, *pair) for g in groups for pair in zip(g.completions, g.first_scored, strict=True)]
-    width = max(len(prompt) + len(completion) for prompt, completion, _ in pairs)
+    pairs = [(group.prompt_ids, completion) for group in groups for completion in group.completions]
+    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
     input_ids = torch.zeros((len(pairs), width), dtype=torch.int64)
     places, owners = [], []  # padding comes last, where no real token sees it: it needs no mask
-    for row, (prompt, completion, first) in enumerate(pairs):
-        start, end = len(prompt) + first, len(prompt) + len(completion)
+    for row, (prompt, completion) in enumerate(pairs):
+        start, end = len(prompt), len(prompt) + len(completion)
         input_ids[row, :end] = torch.cat([torch.as_tensor(prompt), torch.as_tensor(completion)])
         places.append(torch.arange(start, end) + row * width)
         owners.append(torch.full((end - start,), row))

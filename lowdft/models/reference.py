@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -19,12 +20,21 @@ from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.files import replacing
 from lowdft.logprobs import Group
+from lowdft.logprobs.check import own_logps, require_finite, small_group
 from lowdft.models.adapters import REFERENCE
 from lowdft.objectives import Objective
 from lowdft.training.token_budget import Passes
 
-FIELDS = {"reference": "ref_negative_logps", "completion_reference": "ref_logps"}  # of encoded rows, by need
+FIELDS = {  # of encoded rows, by need
+    "reference": "ref_negative_logps",
+    "completion_reference": "ref_logps",
+    "mismatched": "ref_mismatched_logps",
+}
 REFERENCE_NEEDS = frozenset(FIELDS)
+NOT_FINITE = (
+    "The weights of the base (or of the reference's adapter) hold NaN or infinity, or its dtype overflows: check them, "
+    "or set model.dtype=bfloat16 or float32."
+)
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -34,18 +44,21 @@ def reference_on(model: nn.Module) -> Iterator[nn.Module]:
 
     A model without an adapter is its own reference.
     """
-    if REFERENCE in getattr(model, "peft_config", {}):
-        trained, trainable = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
-        model.set_adapter(REFERENCE, inference_mode=True)
-        try:
-            yield model
-        finally:
-            model.set_adapter(trained, inference_mode=True)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-    else:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
-            yield model
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if REFERENCE in getattr(model, "peft_config", {}):
+            trained = model.active_adapter
+            model.set_adapter(REFERENCE, inference_mode=True)
+            try:
+                yield model
+            finally:
+                model.set_adapter(trained, inference_mode=True)
+        else:
+            with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+                yield model
+    finally:
+        for parameter, flag in flags:  # peft makes every weight of an adapter trainable that it switches on
+            parameter.requires_grad_(flag)
 
 
 def has_reference(row: dict, objective: Objective) -> bool:
@@ -62,17 +75,20 @@ def rows_with_reference(rows: EncodedRows, objective: Objective) -> np.ndarray:
 
 
 def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
-    """The completions of a row that the reference scores for this objective: negatives first, the good one last."""
+    """What of a row the reference scores for this objective: negatives, then another row's completion, then its own."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
-    negatives = row["negative_ids"] if objective.uses_reference else []
-    return group_of(row, negatives, prompt, objective.uses_completion_reference)
+    wrong = row["negative_ids"] if objective.uses_reference else []
+    wrong = [*wrong, row["mismatched_ids"]] if objective.uses_mismatched else wrong
+    return group_of(row, wrong, prompt, objective.uses_completion_reference)
 
 
 def reference_fields(logps: list[float], objective: Objective) -> dict:
     """The fields of an encoded row (`FIELDS`) from the log-probabilities of its `reference_group`."""
-    with_completion = objective.uses_completion_reference
-    fields = {"ref_logps": logps[-1]} if with_completion else {}
-    return fields | ({"ref_negative_logps": logps[: len(logps) - with_completion]} if objective.uses_reference else {})
+    fields, rest = {}, list(logps)
+    for name in ("ref_logps", "ref_mismatched_logps"):  # from the last to the first
+        if name in (FIELDS[need] for need in objective.needs & REFERENCE_NEEDS):
+            fields[name] = rest.pop()
+    return fields | ({"ref_negative_logps": rest} if objective.uses_reference else {})
 
 
 def reference_logps(model: nn.Module, groups: Sequence[Group], passes: Passes) -> Tensor:
@@ -91,17 +107,25 @@ def reference_logps(model: nn.Module, groups: Sequence[Group], passes: Passes) -
 
 
 def check_reference(
-    model: nn.Module, datasets: Sequence[EncodedRows], objective: Objective, args: DFTConfig, resuming: bool
+    model: nn.Module,
+    datasets: Sequence[EncodedRows],
+    objective: Objective,
+    args: DFTConfig,
+    resuming: bool,
+    at_hand: bool,
 ) -> None:
     """Raises UserError when rows lack reference log-probabilities that this model cannot give.
 
     That is, `reference: online` under an adapter that is already trained, or a resumed run without its file.
+
+    Args:
+        at_hand: the reference is the model with its adapter off, which training does not change.
     """
     if all(rows_with_reference(rows, objective).all() for rows in datasets):
         return
     if args.reference == "online":
         _check_online(model, resuming)
-    elif resuming and not (path := Path(args.output_dir) / REFERENCE_FILE).is_file():
+    elif resuming and not at_hand and not (path := Path(args.output_dir) / REFERENCE_FILE).is_file():
         raise UserError(f"{path}: is missing; a resumed training needs the scores of its initial weights")
 
 
@@ -112,62 +136,108 @@ def attach_reference(
     args: DFTConfig,
     passes: Passes,
     resuming: bool,
+    at_hand: bool,
 ) -> None:
     """Gives every row the reference log-probabilities it lacks (`FIELDS`) where they are "precomputed", in place.
 
     They come from the initial weights, before the first step: for full parameters that is the only moment at which
-    they exist. Each rank scores its share of the rows. A resumed training reads them back from its output folder.
+    they exist. Each rank scores its share of the rows. A resumed training finds them in its output folder by the ids
+    that were scored, and scores rows that are new to it, where the reference is still at hand (see `check_reference`).
+
+    Raises:
+        UserError: rows that are new to a resumed training, whose reference cannot be scored any more.
     """
+    datasets = list({id(rows): rows for rows in datasets}.values())
     lacking = [(rows, int(i)) for rows in datasets for i in np.flatnonzero(~rows_with_reference(rows, objective))]
     if args.reference == "online" or not lacking:
         return
     path = Path(args.output_dir) / REFERENCE_FILE
-    if resuming:
-        scored = load_file(path)["logps"]
-    else:
-        scored = _score_all(model, lacking, objective, args, passes)
+    groups = [reference_group(rows[i], objective, args) for rows, i in lacking]
+    keys = [_key(group) for group in groups]
+    known = _load_scores(path) if resuming and path.is_file() else {}
+    new = [n for n, key in enumerate(keys) if key not in known]
+    if new:
+        if resuming and not at_hand:
+            names = ", ".join(rows.example_ids([i])[0] for rows, i in (lacking[n] for n in new[:5]))
+            raise UserError(
+                f"{len(new)} rows (example_id {names}{', …' if len(new) > 5 else ''}) are new to this training: {path} "
+                "has no reference for them, and the weights that training began with, which are the reference, are no "
+                "longer there to score them. Resume with the rows that it began with, or begin anew."
+            )
+        with reference_on(model) if resuming else contextlib.nullcontext():
+            scored = _score_all(model, [groups[n] for n in new], passes, args.disable_tqdm)
+        names = [lacking[n][0].example_ids([lacking[n][1]])[0] for n in new]
+        require_finite("the reference's log-probabilities", names, scored, NOT_FINITE)
+        known |= zip((keys[n] for n in new), scored, strict=True)
         if collectives.rank() == 0:
-            with replacing(path) as temporary:
-                save_file({"logps": scored}, temporary)
-    start = 0
+            _save_scores(path, known)
     for rows in datasets:
-        start += _store(rows, scored[start:], objective)
+        _store(rows, [known[key] for (owner, _), key in zip(lacking, keys, strict=True) if owner is rows], objective)
 
 
-def _score_all(
-    model: nn.Module, lacking: list[tuple[EncodedRows, int]], objective: Objective, args: DFTConfig, passes: Passes
-) -> Tensor:
-    """The log-probabilities of all their `reference_group`s, one after another; every rank returns the same."""
+def _key(group: Group) -> int:
+    """Names the ids of a prompt and of its completions."""
+    parts = [group.prompt_ids, *group.completions]
+    return xxhash.xxh3_64_intdigest(np.concatenate([[len(ids), *ids] for ids in parts]).astype(np.int32)) >> 1
+
+
+def _save_scores(path: Path, known: dict[int, Tensor]) -> None:
+    """Log-probabilities by the key of what was scored, one after another."""
+    counts = torch.tensor([len(logps) for logps in known.values()])
+    tensors = {"key": torch.tensor([*known]), "count": counts, "logps": torch.cat([*known.values()])}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _load_scores(path: Path) -> dict[int, Tensor]:
+    found = load_file(path)
+    if not {"key", "count", "logps"} <= found.keys():
+        raise UserError(f"{path}: was written by another version of lowdft. Begin the training anew.")
+    return dict(zip(found["key"].tolist(), found["logps"].split(found["count"].tolist()), strict=True))
+
+
+def _score_all(model: nn.Module, groups: Sequence[Group], passes: Passes, quiet: bool) -> list[Tensor]:
+    """The log-probabilities of every group; every rank scores its share and returns them all."""
     rank, size = collectives.rank(), collectives.world_size()
-    mine, scored = lacking[rank::size], []
-    for k in tqdm(range(-(-len(lacking) // size)), "scoring the reference", disable=args.disable_tqdm):
-        rows, i = mine[k] if k < len(mine) else lacking[0]  # with sharded parameters every rank takes part
-        group = reference_group(rows[i], objective, args)
+    mine, scored = groups[rank::size], []
+    for k in tqdm(range(-(-len(groups) // size)), "scoring the reference", disable=quiet):
+        group = mine[k] if k < len(mine) else groups[0]  # with sharded parameters every rank takes part
         scored.append(reference_logps(model, [group], passes)[0].float().cpu())
     by_rank = collectives.from_all(scored)
-    return torch.cat([by_rank[i % size][i // size] for i in range(len(lacking))])
+    return [by_rank[i % size][i // size] for i in range(len(groups))]
 
 
-def _store(rows: EncodedRows, scored: Tensor, objective: Objective) -> int:
-    """Fills the reference columns of the rows that lack them from the head of `scored`; returns how many it took."""
-    there, start = rows_with_reference(rows, objective), 0
+def _store(rows: EncodedRows, scored: Sequence[Tensor], objective: Objective) -> None:
+    """Fills the reference columns of the rows that lack them, in order."""
+    there = rows_with_reference(rows, objective)
     if there.all():
-        return 0
+        return
     names = [FIELDS[need] for need in objective.needs & REFERENCE_NEEDS]
-    counts = rows.lengths("negative_ids") * objective.uses_reference + objective.uses_completion_reference
     columns = {name: rows.table[name].to_pylist() if rows.has(name).any() else [None] * len(rows) for name in names}
-    for i in np.flatnonzero(~there):
-        end = start + int(counts[i])
-        for name, value in reference_fields(scored[start:end].tolist(), objective).items():
-            columns[name][i] = value
-        start = end
+    for i, logps in zip(np.flatnonzero(~there), scored, strict=True):
+        for name, value in reference_fields(logps.tolist(), objective).items():
+            if columns[name][i] is None:  # what a row brings of them stays
+                columns[name][i] = value
     rows.table = rows.with_columns(**columns).table
-    return start
 
 
 def is_trained(model: nn.Module) -> bool:
-    """Does an adapter change the base?"""
-    return any(bool(p.detach().any()) for name, p in model.named_parameters() if "lora_B" in name)
+    """Does an adapter change the base? Of LoRA its weights say so, of others a small forward pass."""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    ups = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
+    if ups or next(model.parameters()).numel() == 0:  # ZeRO-3 keeps parameters in parts
+        return any(bool(p.detach().any()) for p in ups)
+    groups, sequences = small_group(model.config.get_text_config().vocab_size)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            with_it = own_logps(model, sequences.to(model.device), groups)
+            with reference_on(model):
+                return not torch.allclose(with_it, own_logps(model, sequences.to(model.device), groups), atol=1e-3)
+    finally:
+        model.train(training)
 
 
 def _check_online(model: nn.Module, resuming: bool) -> None:

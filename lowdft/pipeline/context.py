@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -30,7 +29,7 @@ from lowdft.data.prompting import choose_shots, fold_system, plain_text, samplin
 from lowdft.data.splits import SPLITS, Splits, load_splits
 from lowdft.data.turns import thinks
 from lowdft.distributed import collectives
-from lowdft.errors import UserError
+from lowdft.errors import InvalidRows, UserError
 from lowdft.evaluation import answers
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.pipeline import identity
@@ -69,7 +68,11 @@ class Run:
             save_recipe(self.recipe, self.folder / "recipe.yaml")
 
     def _requirements(self) -> list[str]:
-        args, rows, has_adapter = self.args, self.examples("train"), self.recipe.adapter is not None
+        args, has_adapter = self.args, self.recipe.adapter is not None
+        try:
+            rows = self.examples("train")
+        except InvalidRows as error:  # what is wrong with the others is reported in the same go
+            raise UserError("\n".join([str(error), *self._faults(error.valid)])) from error
         notes = requirements.check_steps(args, len(rows))
         requirements.check_evaluations(args, len(self.examples("heldout")))
         if args.reference_adapter and not has_adapter:
@@ -77,16 +80,30 @@ class Run:
                 "training.reference_model: adapter:… trains a copy of it; with `adapter: null` there is none"
             )
         requirements.check_adapter(args, self.objective, has_adapter)
-        ready, none = self.ready_negatives(), np.zeros(len(rows), bool)
+        ready = self.ready_negatives()
         requirements.check_proposal(self.recipe.negatives, args, self.objective, ready)
-        negatives_N = rows.negatives_N if ready else None
-        facts = RowFacts(rows.sources, negatives_N, rows.has_aligned_N, none, np.flatnonzero(none))
-        notes += requirements.check_rows(facts, self.objective, args)
+        notes += requirements.check_rows(RowFacts.of_examples(rows, ready), self.objective, args)
+        if self.objective.uses_negatives and not ready and (some := int((rows.negatives_N > 0).sum())):
+            notes.append(
+                f"{some} of {len(rows)} rows bring negatives, which are not used: the base writes those of all rows "
+                f"(negatives.source: {self.recipe.negatives.source})"
+            )
         if self.objective.uses_negatives and not ready:
             if self.recipe.negatives.keep == "wrong":
                 _ = self.right_answer  # raises where answers cannot be checked
             notes += requirements.check_generated(self.recipe.negatives.per_prompt, args, len(rows))
         return notes
+
+    def _faults(self, valid: Examples) -> list[str]:
+        """What the objective requires and the valid rows do not have."""
+        section = self.recipe.negatives
+        ready = section.source == "data" or (section.source == "auto" and bool(valid.negatives_N.all()))
+        try:
+            if valid:
+                requirements.check_rows(RowFacts.of_examples(valid, ready), self.objective, self.args)
+        except UserError as error:
+            return [str(error)]
+        return []
 
     # ---- data -----------------------------------------------------------------------------------------------------
 

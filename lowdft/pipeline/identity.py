@@ -3,7 +3,8 @@
 An identity is a flat dictionary of plain values. It names weights, adapters and data by content, and holds settings as
 they are after defaults, so that spelling a default out, moving a folder or renaming a file changes nothing. It leaves
 out what moves only memory, speed, logging or the number of processes: such settings may change between interruption and
-resume. The batch enters as prompts per optimizer step, however it is split over devices and micro-batches.
+resume. The batch enters as prompts per optimizer step, however it is split over devices and micro-batches. A base's
+`attn_implementation` is named: in bfloat16 another one moves sums by nats, and policy and reference must share it.
 
 Versions of packages are noted under `version.NAME`. Another version moves numbers by rounding, so `Product` warns of it
 and goes on: refusing would throw away hours of work at every upgrade.
@@ -122,7 +123,7 @@ def negatives(run, split: str) -> dict:
     """Of the negatives that the base (or base + `negatives.adapter`) writes for the rows of a split."""
     section = dataclasses.asdict(run.recipe.negatives)
     how = {f"negatives.{k}": v for k, v in section.items() if k not in NOT_OF_SAMPLES}
-    if section["strategy"] == "few_shot":
+    if section["strategy"] == "few_shot":  # which rows are shots hangs on all of them
         how["negatives.shots_from"] = run.splits.digests["train"]
     else:
         del how["negatives.shots"]
@@ -211,6 +212,9 @@ def _reference(run) -> dict:
     if run.args.reference_prompt != "training":
         section = run.recipe.negatives
         names = ("strategy", "system_prompt", "template", "temperature", "top_p", "top_k")
+        if section.strategy == "few_shot":
+            names += ("shots", "seed")
+            found["negatives.shots_from"] = run.splits.digests["train"]
         found |= {f"negatives.{name}": getattr(section, name) for name in names}
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from lowdft.data import Example
 from lowdft.data.prompting import plain_text, shot_stop
-from lowdft.errors import UserError
+from lowdft.errors import InvalidRequests, UserError
 from lowdft.pipeline.context import Run, truth_of
 from lowdft.sampling import Request, Sample, Sampler
 
@@ -32,7 +32,7 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     pending = list(seeds)
     for attempt in range(section.resample + 1):
         seeds |= {key: seed_of(section.seed, *key, attempt) for key in pending}
-        drawn = sampler.sample([Request(prompts[key[0]], seeds[key]) for key in pending])
+        drawn = _drawn(sampler, [Request(prompts[key[0]], seeds[key]) for key in pending], [k[0] for k in pending])
         for key, sample in zip(pending, drawn, strict=True):
             samples[key] = end_at(stop, sample, run.tokenizer, ends[key[0]])
             texts[key] = run.encoder.text(samples[key].token_ids)
@@ -58,6 +58,16 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
             row["right_at_first"] = sum(key in first_right for key in keys)
         rows.append(row)
     return rows
+
+
+def _drawn(sampler: Sampler, requests: Sequence[Request], names: Sequence[str]) -> list[Sample]:
+    """Samples; an error names the examples."""
+    try:
+        return sampler.sample(requests)
+    except InvalidRequests as error:
+        found = list(dict.fromkeys(names[i] for i in error.numbers))
+        shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
+        raise UserError(f"negatives of {len(found)} rows (example_id {shown}): {error}") from error
 
 
 def only_wrong(run: Run, example: Example, row: dict, is_right: Callable[[str, Example], bool]) -> None:

@@ -7,6 +7,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from lowdft import __version__, models
@@ -264,9 +265,9 @@ def _benchmarks(run: Run) -> str | None:
 
 
 def _versions(run: Run) -> str:
-    packages = ["torch", "transformers", "peft", *(["bitsandbytes"] if run.recipe.model.load_in_4bit else [])]
+    packages = ["transformers", "peft", *(["bitsandbytes"] if run.recipe.model.load_in_4bit else [])]
     found = (f"{package} {version(package)}" for package in packages)
-    return "## Versions\n\n" + ", ".join([f"lowdft {__version__}", *found])
+    return "## Versions\n\n" + ", ".join([f"lowdft {__version__}", f"torch {torch.__version__}", *found])
 
 
 CITATION = f"""## Citation

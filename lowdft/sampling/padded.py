@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lowdft.errors import is_out_of_memory
+from lowdft.errors import InvalidRequests, is_out_of_memory
 from lowdft.sampling.draw import (
     Request,
     Sample,
@@ -46,6 +46,8 @@ class PaddedSampler:
                 try:
                     samples |= zip(batch, self._sample_batch(model, [requests[i] for i in batch]), strict=True)
                     waiting = waiting[batch_size:]
+                except InvalidRequests as error:
+                    raise InvalidRequests(str(error), [batch[i] for i in error.numbers]) from error
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -98,4 +100,10 @@ class _PaddedDraw(LogitsProcessor):
         self.u_RT, self.width, self.settings = u_RT, width, settings
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not (finite_R := scores.amax(1).isfinite()).all():  # NaN is the largest of all
+            raise InvalidRequests(
+                "the model's logits are not finite: its weights hold NaN or infinity, or its dtype overflows. Check "
+                "the checkpoint (and the adapter), or set model.dtype=bfloat16 or float32.",
+                (~finite_R).nonzero()[:, 0].tolist(),
+            )
         return only(draw(scores, self.u_RT[:, input_ids.shape[1] - self.width], self.settings), scores)

@@ -49,6 +49,10 @@ class Notice(TrainerCallback):
     def give(self) -> None:
         self.given = True
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """What the settings say of saving, logging and evaluation wins over what a checkpoint has stored."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(self, args, state, control, **kwargs):
         """Stops and saves if the notice was given."""
         self.taken = collectives.anywhere(self.given, args.device)

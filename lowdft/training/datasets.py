@@ -2,24 +2,87 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+from torch import nn
 from torch.utils.data import DataLoader
 
-from lowdft.config.requirements import RowFacts, check_rows
+from lowdft.config.requirements import RowFacts, check_datasets, check_rows
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
 from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
-from lowdft.data.prepare import encode_rows
+from lowdft.data.prepare import with_mismatched
+from lowdft.data.python_rows import encode_rows
 from lowdft.data.sampler import StepSampler
-from lowdft.errors import UserError
+from lowdft.errors import InvalidRows, UserError
 from lowdft.objectives import Objective
 
 
-def encoded(dataset, encoder: Encoder | None):
-    """A data set, or several by name, as `EncodedRows`; what is that already, None or a name stays."""
-    if isinstance(dataset, dict):
-        return {name: encoded(rows, encoder) for name, rows in dataset.items()}
-    return dataset if dataset is None or isinstance(dataset, str | EncodedRows) else encode_rows(dataset, encoder)
+def encoded(dataset, encoder: Encoder, objective: Objective, name: str = "eval_dataset", faults: list | None = None):
+    """A data set, or several by name, as `EncodedRows`, with what the objective pairs rows with; None or a name stays.
+
+    Args:
+        name: what error messages call it.
+        faults: takes the errors of invalid rows, which then are left out; None: they raise.
+    """
+    if isinstance(dataset, dict) and name == "eval_dataset":
+        return {key: encoded(rows, encoder, objective, f"{name}[{key!r}]", faults) for key, rows in dataset.items()}
+    if dataset is None and name != "train_dataset" or isinstance(dataset, str):
+        return dataset
+    try:
+        rows = encode_rows(dataset, encoder, name)
+    except InvalidRows as error:
+        if faults is None:
+            raise
+        faults.append(str(error))
+        rows = error.valid
+    if objective.uses_mismatched and not rows.has("mismatched_ids").all():
+        rows = with_mismatched(rows, encoder.max_length)
+    return rows
+
+
+def read_datasets(
+    train_dataset, eval_dataset, encoder: Encoder, objective: Objective, args: DFTConfig, has_adapter: bool
+) -> tuple[EncodedRows, EncodedRows | dict[str, EncodedRows] | None]:
+    """Both data sets encoded, once they meet what the objective requires; warns of what is worth knowing.
+
+    Args:
+        has_adapter: the model has an adapter, or gets a fresh one.
+
+    Raises:
+        UserError: with everything that is wrong with any row of either.
+    """
+    faults: list[str] = []
+    train_rows = encoded(train_dataset, encoder, objective, "train_dataset", faults)
+    eval_sets = encoded(eval_dataset, encoder, objective, "eval_dataset", faults)
+    valid = [rows for rows in (train_rows, *as_list(eval_sets)) if len(rows) or not faults]
+    try:
+        notes = check_datasets(valid[0], valid[1:], objective, args, has_adapter) if valid else []
+    except UserError as error:
+        faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
+    for note in [*notes, encoder.cuts()]:
+        if note:
+            warnings.warn(note, stacklevel=4)
+    return train_rows, eval_sets
+
+
+def check_ids(sets: Iterable[EncodedRows], model: nn.Module) -> None:
+    """Raises UserError for rows with a token id that the model has no embedding for."""
+    embeddings = model.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    for rows in sets:
+        for name in ("prompt_ids", "completion_ids", "negative_ids"):
+            if (largest := rows.largest_id(name)) >= size:
+                number = next(i for i, row in enumerate(rows) if largest in np.concatenate(row[name], axis=None))
+                raise UserError(
+                    f"row {rows.example_ids([number])[0]}: {name} has the token id {largest}, and the model has "
+                    f"embeddings for 0 to {size - 1}. Use the model's own tokenizer, or resize its embeddings."
+                )
 
 
 def as_list(dataset: EncodedRows | dict[str, EncodedRows] | None) -> list[EncodedRows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -55,23 +56,18 @@ def prepare(
 
 
 def mismatched_gain(model: nn.Module, batches: Sequence[Batch], passes: Passes) -> float:
-    """Mean of log policy - log reference of every prompt of a step with the next prompt's completion, over all ranks.
-
-    Prompts stand in the order that one process would take them in, so that the number of ranks and the size of a
-    micro-batch change nothing. 0 for a lone prompt, which has no next one.
+    """Mean over the prompts of a step, on all ranks, of log policy - log reference of another row's completion.
 
     Args:
         batches: this rank's micro-batches of the step.
     """
-    everyone = collectives.from_all([[(row["prompt_ids"], row["completion_ids"]) for row in b.rows] for b in batches])
-    by_micro_batch = itertools.zip_longest(*everyone, fillvalue=())
-    rows = [(owner, *row) for micro in by_micro_batch for owner, part in enumerate(micro) for row in part]
-    pairs = zip(rows, [*rows[1:], *rows[:1]], strict=True) if len(rows) > 1 else []
-    groups = [Group(prompt, [other]) for (owner, prompt, _), (*_, other) in pairs if owner == collectives.rank()]
-    scored = groups or [IDLE]  # with sharded parameters every rank takes part
-    policy_M1 = reference_logps(model, scored, passes)
-    with reference_on(model):
-        gain_M1 = policy_M1 - reference_logps(model, scored, passes)
-    gains = gain_M1[: len(groups), 0].tolist()
+    rows = [row for batch in batches for row in batch.rows]
+    groups = [Group(row["prompt_ids"], [row["mismatched_ids"]]) for row in rows] or [IDLE]
+    policy_M1 = reference_logps(model, groups, passes)
+    if passes.most(any("ref_mismatched_logps" not in row for row in rows)):
+        with reference_on(model):
+            gains = (policy_M1 - reference_logps(model, groups, passes))[: len(rows), 0].tolist()
+    else:
+        gains = [logp - row["ref_mismatched_logps"] for logp, row in zip(policy_M1[:, 0].tolist(), rows, strict=False)]
     gains = list(itertools.chain(*collectives.from_all(gains)))
-    return sum(gains) / max(1, len(gains))
+    return math.fsum(gains) / max(1, len(gains))

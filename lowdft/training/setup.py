@@ -84,6 +84,5 @@ def starts_from_base(model: nn.Module) -> bool:
 
 
 def starts_as_reference(model: nn.Module, args: DFTConfig) -> bool:
-    """Must policy and reference agree before the first step? A fresh adapter, scored under the training prompt."""
-    has_lora = any("lora_B" in name for name, _ in model.named_parameters())
-    return args.reference_prompt == "training" and has_lora and not is_trained(model)
+    """Must policy and reference agree before the first step? An adapter on it, scored under the training prompt."""
+    return args.reference_prompt == "training" and hasattr(model, "peft_config") and starts_from_base(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,9 @@ from transformers import AutoTokenizer
 
 from lowdft import objectives
 from lowdft.compat import LoopHooks
-from lowdft.config.requirements import check_datasets
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
 from lowdft.data.encoded import EncodedRows
-from lowdft.data.prepare import encode_rows
 from lowdft.distributed import sharding
 from lowdft.errors import UserError
 from lowdft.logprobs import layers_in
@@ -29,7 +26,7 @@ from lowdft.models.adapters import adapter_digest
 from lowdft.models.fused_lora import fused_lora
 from lowdft.models.reference import attach_reference, check_reference
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
-from lowdft.training.datasets import as_list, check_evaluation, encoded, train_loader
+from lowdft.training.datasets import as_list, check_evaluation, check_ids, encoded, read_datasets, train_loader
 from lowdft.training.engine import StepEngine
 from lowdft.training.log_u import LogU, load_table, save_table, table_identity
 from lowdft.training.metrics import Faded, StepMetrics
@@ -80,16 +77,14 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)
         encoder = encoder_for(model, processing_class, args)
-        self._encode = partial(encoded, encoder=encoder)
-        train_rows, eval_sets = encode_rows(train_dataset, encoder), self._encode(eval_dataset)
+        self._encode = partial(encoded, encoder=encoder, objective=self.objective)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
-        for note in check_datasets(train_rows, as_list(eval_sets), self.objective, args, has_adapter):
-            warnings.warn(note, stacklevel=2)
-        if cut := encoder.cuts():
-            warnings.warn(cut, stacklevel=2)
-        needs_base = args.reference == "online" or self.objective.uses_mismatched
-        check_peft(peft_config_of(model, peft_config), args, needs_base and self.objective.uses_any_reference)
+        about = (encoder, self.objective, args, has_adapter)
+        train_rows, eval_sets = read_datasets(train_dataset, eval_dataset, *about)
+        needs_base = args.reference == "online" and self.objective.uses_any_reference
+        check_peft(peft_config_of(model, peft_config), args, needs_base)
         model = ready_model(model, args, peft_config)
+        check_ids([train_rows, *as_list(eval_sets)], model)
         self._starts_from_base = starts_from_base(model)
         super().__init__(
             model=model,
@@ -180,7 +175,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         """
         chosen = self._encode(self.eval_dataset if eval_dataset is None else eval_dataset)
         if not isinstance(chosen, str):
-            at_hand = self._starts_from_base and (self.state.global_step == 0 or isinstance(self.model, PeftModel))
+            at_hand = self._at_hand or (self._starts_from_base and self.state.global_step == 0)
             check_evaluation(as_list(chosen), self.objective, self.args, at_hand)
         return super().evaluate(None if eval_dataset is None else chosen, ignore_keys, metric_key_prefix)
 
@@ -225,7 +220,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             self.engine.load_state_dict(load_table(folder / STATE_FILE, self._fingerprint))
         if self.objective.uses_any_reference:
             resuming = bool(resume_from_checkpoint)
-            check_reference(self.model, self._datasets(), self.objective, self.args, resuming)
+            check_reference(self.model, self._datasets(), self.objective, self.args, resuming, self._at_hand)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
@@ -237,12 +232,18 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             rows = self._datasets()
             self.engine.starts_as_reference = starts_as_reference(self.model, self.args)
             with self._around_passes():
-                attach_reference(self.engine.policy, rows, self.objective, self.args, self.engine.passes, resuming)
+                how = (self.objective, self.args, self.engine.passes, resuming, self._at_hand)
+                attach_reference(self.engine.policy, rows, *how)
             self.engine.spare = self.train_dataset[0]  # with its reference, which no rank may score later
 
     def before_optimizer_step(self, gradient_norm: object) -> None:
         """Stops before a gradient that is not finite reaches the weights (with fp16 its scaler skips such steps)."""
         self.engine.check_gradient(float(gradient_norm), scaled=self.args.fp16)
+
+    @property
+    def _at_hand(self) -> bool:
+        """Is the reference the model with its adapter off, whatever was trained since?"""
+        return self._starts_from_base and isinstance(self.model, PeftModel)
 
     def _drive(self, model: nn.Module) -> None:
         """The engine's model: copies are driven without their wrapper, for their gradients are averaged once a step."""

@@ -9,7 +9,7 @@ from lowdft import DFTConfig, objectives
 from lowdft.config.requirements import check_datasets, check_proposal
 from lowdft.config.sections import NegativesSection
 from lowdft.data.encode import Encoder
-from lowdft.data.prepare import encode_rows
+from lowdft.data.python_rows import encode_rows
 from lowdft.errors import UserError
 
 

@@ -15,7 +15,7 @@ ROWS = [{"example_id": str(i), **row} for i, row in enumerate(make_rows(2500))]
 def stored(tmp_path, size: int) -> EncodedRows:
     """The rows in a file of record batches of that size."""
     write_table(tmp_path / "r.arrow", SCHEMA, (record_batch(ROWS[i : i + size]) for i in range(0, len(ROWS), size)))
-    return EncodedRows.from_file(tmp_path / "r.arrow")
+    return EncodedRows(map_table(tmp_path / "r.arrow"))
 
 
 def test_rows_come_back_from_memory_and_from_a_file(tmp_path):

@@ -12,7 +12,8 @@ from lowdft.data.encode import Encoder, Truncation
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.example import Example
 from lowdft.data.examples import SCHEMA, Examples, record_batches
-from lowdft.data.prepare import Tokenizing, encode_rows, fit_negatives, prepare
+from lowdft.data.prepare import Tokenizing, fit_negatives, prepare
+from lowdft.data.python_rows import encode_rows
 from lowdft.errors import UserError
 
 

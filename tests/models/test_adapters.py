@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_llama
-from peft import LoraConfig, PromptTuningConfig
+from helpers import make_llama, make_rows
+from peft import LoraConfig, PromptTuningConfig, ShiraConfig
 
+from lowdft import DFTConfig, DFTTrainer
 from lowdft.config.sections import AdapterSection
+from lowdft.data.batch import collate
 from lowdft.errors import UserError
 from lowdft.logprobs import Group, score
 from lowdft.models.adapters import adapter_config, adapter_identity, add_adapter, check_config
+from lowdft.models.reference import is_trained
 
 SOME = [Group([5, 6], [[7, 8], [9]])]
+KINDS = ("lora", "ia3", "oft", "loha", "lokr", "vera", "shira")
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "oft", "loha", "lokr", "vera", "shira"])
-def test_scores_under_every_type_are_those_of_the_model_itself(kind):
-    """A fresh adapter changes nothing; moved, its log-probabilities are those of peft's own forward pass."""
+def arguments(folder, **settings) -> DFTConfig:
+    settings = dict(num_train_epochs=1, per_device_train_batch_size=4, save_strategy="no") | settings
+    return DFTConfig(str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **settings)
+
+
+def with_adapter(kind: str):
+    """A tiny model under a fresh adapter of a type."""
     options = {"oft": {"oft_block_size": 8}, "vera": {"d_initial": 0.1}}.get(kind, {})
     section = AdapterSection(type=kind, r=2, target_modules=["q_proj", "o_proj"], options=options)
+    return add_adapter(make_llama(), section, seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_under_every_type_are_those_of_the_model_itself(kind):
+    """A fresh adapter changes nothing; moved, its log-probabilities are those of peft's own forward pass."""
     before = score(make_llama(), SOME).logps_C
-    model = add_adapter(make_llama(), section, seed=0).eval()
+    model = with_adapter(kind).eval()
     torch.testing.assert_close(score(model, SOME).logps_C, before, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -31,6 +45,66 @@ def test_scores_under_every_type_are_those_of_the_model_itself(kind):
     wanted = logps[1, 7] + logps[2, 8]
     found = score(model, SOME).logps_C
     assert found[0].item() == pytest.approx(wanted.item(), abs=1e-4) and (found - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_under_every_type_are_those_of_the_model_itself(kind, tmp_path):
+    """A moved adapter's gradient of the completions' likelihood, and plain backpropagation's."""
+    model, rows = with_adapter(kind), make_rows(3)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trained.values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    trainer = DFTTrainer(model, arguments(tmp_path, objective="sft"), rows)
+    batch = collate(trainer.train_dataset.__getitems__(range(3)))["batch"]
+    trainer.engine.begin([batch])
+    trainer.engine.accumulate(batch)
+    found = {name: p.grad.clone() for name, p in trained.items()}
+    model.zero_grad()
+    for row in rows:
+        ids, start = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
+        logps = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+        (-logps[:, start - 1 :].sum() / batch.completion_tokens).backward()
+    for name, parameter in trained.items():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_trains_against_the_base(kind, tmp_path):
+    """A fresh adapter is its own reference; a trained one is known to be none, and is refused as the base."""
+    model = with_adapter(kind)
+    trainer = DFTTrainer(model, arguments(tmp_path, max_steps=2, learning_rate=0.05, warmup_steps=0), make_rows(4))
+    trainer.train()
+    assert trainer.state.log_history[0]["reference/gap"] < 1e-4 and is_trained(model)
+    wanted = score(make_llama(), [Group(r["prompt_ids"], r["negative_ids"]) for r in make_rows(1)]).logps_C
+    assert trainer.train_dataset[0]["ref_negative_logps"] == pytest.approx(wanted.tolist(), abs=1e-3)
+    again = DFTTrainer(model, arguments(tmp_path, reference="online"), make_rows(4))
+    with pytest.raises(UserError, match="already trained"):
+        again.train()
+
+
+def test_a_sparse_increment_where_gradients_are_largest(tmp_path):
+    """SIFT: SHiRA with a mask of one's own, chosen by the gradients of some rows; only those places ever move."""
+    model, (row,) = make_llama(), make_rows(1)
+    model(torch.tensor([row["prompt_ids"]]), labels=torch.tensor([row["prompt_ids"]])).loss.backward()
+    chosen = {}
+
+    def largest(layer, r, **_):
+        gradient = layer.weight.grad.abs()
+        places = gradient.flatten().topk(r * sum(gradient.shape)).indices
+        chosen[layer] = torch.zeros(gradient.numel()).index_fill_(0, places, 1.0).view_as(gradient)
+        return chosen[layer]
+
+    config = ShiraConfig(r=1, target_modules=["q_proj"])
+    config.mask_fn = largest
+    args = arguments(tmp_path, max_steps=2, learning_rate=0.05, warmup_steps=0)
+    trainer = DFTTrainer(model, args, make_rows(4), peft_config=config)
+    start = {layer: layer.weight.detach().clone() for layer in chosen}
+    trainer.train()
+    trainer.model.merge_and_unload()
+    for layer, mask in chosen.items():
+        moved = layer.weight != start[layer]
+        assert moved.any() and not (moved & (mask == 0)).any()
 
 
 def test_every_field_of_peft_may_stand_in_the_section():

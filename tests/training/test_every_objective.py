@@ -67,6 +67,21 @@ def test_full_parameters_with_a_completion_reference(tmp_path):
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
 
 
+def test_full_parameters_with_mismatched_pairs(tmp_path):
+    """KTO's reference of other rows' completions is scored by the initial weights, before the first step."""
+    settings = dict(objective="kto", max_steps=3, learning_rate=1e-2, per_device_train_batch_size=4)
+    full = make_trainer(tmp_path / "full", peft=False, **settings)
+    full.train()
+    fresh = make_llama().eval()
+    for i, row in enumerate(full.train_dataset):
+        other = full.train_dataset[(i + 1) % 10]["completion_ids"]
+        wanted = score(fresh, [Group(row["prompt_ids"], [other])]).logps_C.item()
+        assert row["ref_mismatched_logps"] == pytest.approx(wanted, abs=1e-3)
+    gains = [line["reference/mismatched_gain"] for line in full.state.log_history if "loss" in line]
+    assert losses(full)[0] == pytest.approx(2 / 3, abs=1e-4)  # (2 * 1/2 + 2 * 1/2) / (1 + 2), where z = 0
+    assert abs(gains[0]) < 1e-4 < abs(gains[2])
+
+
 BARE = [{key: row[key] for key in ("prompt_ids", "completion_ids")} for row in make_rows()]
 UNMET = {
     "negatives": (BARE, {}, "too few negatives"),
@@ -95,7 +110,6 @@ def test_unmet_needs_are_refused_before_the_model_loads(name, need, tmp_path, mo
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(objective="kto"), "needs an adapter: its reference is the base"),
         (dict(objective="sft", freeze_half=True), "halves the modules of an adapter"),
         (dict(objective="dft", reference="online"), "needs an adapter to switch off"),
         (dict(objective="dft", reference="online", reference_prompt="proposal"), "density is scored beforehand"),

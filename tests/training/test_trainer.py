@@ -217,6 +217,14 @@ def test_resume_with_other_settings_is_refused(tmp_path):
         make_trainer(tmp_path, save_strategy="steps", save_steps=1, tau=0.5).train(resume_from_checkpoint=True)
 
 
+def test_a_frozen_half_stays_frozen_under_an_online_reference(tmp_path):
+    """The adapter goes off and on in every step."""
+    trainer = make_trainer(tmp_path, freeze_half=True, reference="online", max_steps=2)
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == trainable
+
+
 @pytest.mark.parametrize("peft", [True, False])
 def test_reference_is_that_of_the_initial_weights(peft, tmp_path):
     """Scored before the first step, and not touched by training: it equals a fresh copy of the model's scores."""

@@ -11,12 +11,14 @@ from lowdft.data.batch import collate
 from lowdft.data.prompting import plain_text
 from lowdft.evaluation import answers
 from lowdft.files import read_json, write_json
-from lowdft.logprobs import choose_layout, score
+from lowdft.logprobs import choose_layout
+from lowdft.logprobs.check import require_finite
 from lowdft.objectives import Scores
 from lowdft.pipeline.context import Run, say, truth_of
 from lowdft.pipeline.systems import greedy_answers, systems
 from lowdft.reporting.evaluation_table import print_table
 from lowdft.reporting.metrics import SHARES
+from lowdft.training.token_budget import Passes
 
 SAMPLES_KEPT = 100
 
@@ -115,6 +117,8 @@ def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kin
     completion.
     """
     scored, texts = score_rows(run, model, rows), []
+    names, advice = [row["example_id"] for row in rows], "Its weights hold NaN or infinity, or its dtype overflows."
+    require_finite(f"evaluation: log-probabilities under {name}", names, [sums_C for sums_C, _ in scored], advice)
     found = measures_of(scored)
     if kind != "none":
         texts = greedy_answers(run, model, [row["prompt_ids"] for row in rows], name)
@@ -127,20 +131,21 @@ def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kin
     return {"measures": measures, "per_row": shares, "texts": texts, "candidates": candidates}
 
 
-@torch.no_grad()
 def score_rows(run: Run, model, rows: list[dict]) -> list[tuple[Tensor, Tensor]]:
     """Every row's log-probabilities (nats, float64) and token counts: [C] negatives and, last, the completion."""
     model.eval()
-    layout = choose_layout(model, run.args.layout)
+    passes = Passes(choose_layout(model, run.args.layout), run.args.logits_chunk_size, run.args.tokens_per_pass)
     with_negatives, found = all(row["negative_ids"] for row in rows), []
     size = run.args.per_device_eval_batch_size
     for start in range(0, len(rows), size):
         batch = collate(list(enumerate(rows[start : start + size])))["batch"]
-        negatives = [row["negative_ids"] if with_negatives else [] for row in batch.rows]
-        out = score(model, batch.groups(negatives), layout, run.args.logits_chunk_size)
-        counts = [len(own) + 1 for own in negatives]
-        sums, tokens = out.logps_C.double().cpu().split(counts), out.tokens_C.cpu().split(counts)
-        found += zip(sums, tokens, strict=True)
+        groups = batch.groups([row["negative_ids"] if with_negatives else [] for row in batch.rows])
+        sums = dict.fromkeys(range(len(groups)))
+        for count in {len(group.completions) for group in groups}:
+            alike = [i for i, group in enumerate(groups) if len(group.completions) == count]
+            logps_MK = passes.score(model, [groups[i] for i in alike])
+            sums |= zip(alike, logps_MK.double().cpu(), strict=True)
+        found += [(sums[i], torch.tensor(group.scored_tokens)) for i, group in enumerate(groups)]
     return found
 
 

@@ -6,9 +6,11 @@ from functools import partial
 
 from lowdft import models
 from lowdft.data.encoded import EncodedRows
+from lowdft.data.prepare import with_mismatched
 from lowdft.distributed import collectives
 from lowdft.logprobs import choose_layout, proposal_logps
-from lowdft.models.reference import reference_fields, reference_group, reference_logps
+from lowdft.logprobs.check import require_finite
+from lowdft.models.reference import NOT_FINITE, reference_fields, reference_group, reference_logps
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import Run, say
 from lowdft.training.token_budget import Passes
@@ -23,6 +25,8 @@ def main(run: Run) -> None:
         say(f"{product.path}: already there")
         return
     rows = run.encoded("train")
+    if run.objective.uses_mismatched:
+        rows = with_mismatched(rows, run.encoder.max_length)
     model = run.base()
     if run.args.reference_adapter:
         model = models.load_adapter(model, run.args.reference_adapter)
@@ -48,6 +52,7 @@ def score_rows(run: Run, model, rows: EncodedRows, passes: Passes) -> list[dict]
     scored = []
     for count in sorted({len(group.completions) for group in groups.values()}):
         alike = {name: group for name, group in groups.items() if len(group.completions) == count}
-        logps = reference_logps(model, list(alike.values()), passes).tolist()
-        scored += zip(alike, logps, strict=True)
+        logps_MK = reference_logps(model, list(alike.values()), passes)
+        require_finite("the reference's log-probabilities", list(alike), list(logps_MK), NOT_FINITE)
+        scored += zip(alike, logps_MK.tolist(), strict=True)
     return [{"example_id": name, **reference_fields(logps, run.objective)} for name, logps in scored]

@@ -113,7 +113,8 @@ def test_configuration_names_the_base_and_never_a_path(tmp_path, tiny_folder):
     assert 'from_pretrained("someone/tiny-llama", revision="0123abc", dtype=torch.float32)' in readme(run)
 
 
-def test_card(tmp_path, tiny_folder):
+def test_card(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # which package that is, its own metadata do not say
     run = make_run(tmp_path, tiny_folder)
     evaluate(run)
     export.main(run)

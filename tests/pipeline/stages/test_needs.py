@@ -85,7 +85,6 @@ def test_scores_of_aligned_models_come_with_the_rows(recipe, tmp_path, capsys):
     [
         (["training.objective=poft"], "have no `aligned_logps`"),
         (["training.objective=kto", "training.per_device_train_batch_size=1"], "2 or more for kto"),
-        (["training.objective=kto", "adapter=null"], "kto needs an adapter"),
         (["training.objective=dft", "training.negatives_per_step=2"], "rows.jsonl:4) have too few negatives"),
         (["training.objective=dpo", "training.negatives_per_step=2"], "too few negatives (the fewest: 1)"),
         (["training.objective=dpo", "training.reference=online", "adapter=null"], "needs an adapter to switch off"),

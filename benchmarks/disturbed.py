@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,10 @@ import operations
 from helpers import make_llama, make_tokenizer
 
 from lowdft.cli import main
+from lowdft.config.recipe import load_recipe
+from lowdft.errors import UserError
+from lowdft.pipeline.context import Run
+from lowdft.training.checkpoints import newest_whole
 
 TEMPORARY = re.compile(r"\w+-\d+-[0-9a-f]{8}|\.tmp\w{6}")  # in names of files that are being written
 
@@ -45,6 +50,11 @@ def make_recipe(place: Path) -> str:
 
 def attempt(arguments: list[str], log: Path, begin: Callable | None = None, wait: bool = True) -> int:
     """Forks a `lowdft run`; gives its exit status, or its process id when it shall not `wait`."""
+    return forked(lambda: main(["run", *arguments]), log, begin, wait)
+
+
+def forked(work: Callable[[], int], log: Path, begin: Callable | None = None, wait: bool = True) -> int:
+    """Does `work` in a fork whose output goes to `log`; gives what it gives as the exit status."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if wait else child
@@ -54,12 +64,26 @@ def attempt(arguments: list[str], log: Path, begin: Callable | None = None, wait
     try:
         if begin:
             begin()
-        status = main(["run", *arguments])
+        status = work()
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+
+
+def look_at(arguments: list[str]) -> int:
+    """What a run does with its folder before it loads a model: 0, or 1 where it stops with an error message."""
+    warnings.showwarning = lambda message, *_, **__: print(message)
+    try:
+        run = Run(load_recipe(arguments[0], arguments[1:]))
+        run.check()
+        newest_whole(run.args.output_dir)
+        run.evaluation.is_done()
+    except UserError as error:
+        print(error)
+        return 1
+    return 0
 
 
 def state_of(folder: Path) -> str:
@@ -110,7 +134,7 @@ class Bench:
         status = attempt([self.recipe, f"output_dir={folder}"], log, self.watching(folder, finally_told))
         if status:
             raise SystemExit(f"the run in which operations were watched ended with {status}: {log.read_text()[-3000:]}")
-        self.found.update(json.loads(told.read_text()))
+        self.found = Counter(json.loads(told.read_text()))
         self.found["operations of a run"] = int((self.place / "number").read_text())
         if folder.name != "whole":
             self.compare(folder, "ends with losses")
@@ -122,17 +146,26 @@ class Bench:
         if not kept.exists():
             shutil.copytree(folder, kept) if folder.is_dir() else kept.mkdir()
 
-    def continue_all(self) -> None:
-        """Continues every distinct folder that was kept."""
-        for kept in sorted((self.place / "states").iterdir()):
-            self.found["distinct folders continued"] += 1
-            self.continued(kept)
+    def continue_all(self, every: int) -> None:
+        """What a run does with every distinct folder that was kept; every so many are run to the end."""
+        for number, kept in enumerate(sorted((self.place / "states").iterdir())):
+            self.found["distinct folders"] += 1
+            if number % every == 0:
+                self.continued(kept)
+            elif self.looked_at(kept):
+                self.found["dead ends"] += 1
+                print((self.place / "looked").read_text()[-1500:], file=sys.stderr)
             shutil.rmtree(kept)
+
+    def looked_at(self, folder: Path) -> int:
+        """What `look_at` gives; what it says is in the file `looked`."""
+        return forked(lambda: look_at([self.recipe, f"output_dir={folder}"]), self.place / "looked")
 
     def continued(self, folder: Path) -> None:
         """The same command again, undisturbed: counts a dead end or losses."""
         status = attempt([self.recipe, f"output_dir={folder}"], self.place / "again")
         text = (self.place / "again").read_text(errors="replace")
+        self.found["run to the end"] += 1
         if status:
             self.found["dead ends"] += 1
             print(text[-1500:], file=sys.stderr)

@@ -45,6 +45,7 @@ def test_what_a_terminal_would_obey_is_shown(tmp_path, tiny_folder, capsys):
     data, output = tmp_path / "rows\x1b[2J.jsonl", tmp_path / "mine.yaml"
     row = {"prompt": "Say it.", "completion": "word", "extra": "a column that is not used"}
     data.write_text((json.dumps(row) + "\n") * 40)
-    init.main(str(tiny_folder), str(data), str(output))
+    with pytest.raises(UserError, match="is not YAML"):  # which cannot hold such a name
+        init.main(str(tiny_folder), str(data), str(output))
     out = capsys.readouterr().out
     assert r"rows\x1b[2J.jsonl: " in out and "\x1b" not in out

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -58,6 +59,7 @@ def forked(work: Callable[[], int], log: Path, begin: Callable | None = None, wa
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if wait else child
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     status = 70
@@ -84,6 +86,20 @@ def look_at(arguments: list[str]) -> int:
         print(error)
         return 1
     return 0
+
+
+def change(path: Path, how: str, rng: random.Random) -> None:
+    """Deletes, empties or cuts a file, or flips one of its bits."""
+    content = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        place = rng.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
 
 
 def state_of(folder: Path) -> str:

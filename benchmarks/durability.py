@@ -22,8 +22,8 @@ import argparse
 import errno
 import json
 import os
-import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +38,7 @@ if __name__ == "__main__":
     operations.preload()
 
 import kills  # of this folder; it also finds the tests' helpers
-from disturbed import Bench, attempt
+from disturbed import Bench, attempt, change
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 BAD = (
@@ -109,20 +109,6 @@ def full(bench: Bench, options: argparse.Namespace) -> None:
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------
-
-
-def change(path: Path, how: str, rng: random.Random) -> None:
-    """Deletes, empties or cuts a file, or flips one of its bits."""
-    content = path.read_bytes()
-    if how == "deleted":
-        path.unlink()
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "cut":
-        path.write_bytes(content[: rng.randrange(len(content))])
-    else:
-        place = rng.randrange(len(content))
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
 
 
 def damage(bench: Bench, options: argparse.Namespace) -> None:
@@ -288,10 +274,16 @@ if __name__ == "__main__":
     options = parser.parse_args()
     kills.prepare()
     bad = False
+
+    def told(*_) -> None:
+        print("stopped by SIGTERM; until then:", json.dumps(+bench.found, indent=2), flush=True)
+        os._exit(143)
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         bench = Bench(Path(place), options.seed)
         for part in options.parts:
             bench.found = Counter({"operations of a run": bench.operations})
+            signal.signal(signal.SIGTERM, told)
             PARTS[part](bench, options)
             print(part, json.dumps(+bench.found, indent=2), flush=True)
             bad |= any(bench.found[name] for name in BAD)

@@ -194,6 +194,13 @@ class Bench:
             self.found[name] += 1
             print(dict(lost), file=sys.stderr)
 
+    def is_equal(self, folder: Path) -> bool:
+        """Is this the end of the run without disturbance?"""
+        try:
+            return not kills.losses(self.whole, kills.contents(folder))
+        except (OSError, ValueError):  # a file that is missing, or no JSON
+            return False
+
     def judge(self, status: int, log: Path, what: str) -> None:
         """Counts a traceback, and an end that is neither 0 nor 1."""
         text = log.read_text(errors="replace")

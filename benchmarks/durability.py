@@ -1,14 +1,19 @@
 """What may happen to a run folder besides SIGKILL: failing writes, damage, two writers at once, power failure.
 
-    python benchmarks/durability.py faults --count 40     # a write fails, at every kind of moment, four kinds of error
-    python benchmarks/durability.py full --count 20       # a file system of so many bytes (Linux, root: tmpfs)
-    python benchmarks/durability.py damage                # every file deleted, emptied, cut, one bit flipped
-    python benchmarks/durability.py pairs --count 20      # the same command twice, at random offsets
-    python benchmarks/durability.py power --count 40      # an ext4 image copied at random moments (Linux, root)
+    python benchmarks/durability.py faults      # from the n-th operation on, all fail: every n, four kinds of error
+    python benchmarks/durability.py kills       # SIGKILL before the n-th operation, every n
+    python benchmarks/durability.py full        # a file system of so many bytes (tmpfs)
+    python benchmarks/durability.py damage      # every file deleted, emptied, cut, one bit flipped
+    python benchmarks/durability.py pairs       # the same command again while it runs, and two at the same time
+    python benchmarks/durability.py power       # images of the disk, cut while the run writes (--system ext4, xfs)
 
-A tiny random model trains on rows with their own negatives, with a checkpoint at every step, and is exported. Each end
-is compared with an undisturbed run's (`kills.py` says how), after the same command was given again. Every attempt is a
-fork of one process that has imported everything. The status is 0 when nothing was lost.
+A tiny random model runs every stage: generated negatives, reference scores, three steps with a checkpoint each,
+evaluation, report, export. An operation is an open for writing, write, truncate, fsync, mkdir, rename or removal below
+the run folder, by whatever library (`operations.py`). After each disturbance the same command runs again, and its end
+is compared with that of a run without one (`kills.py` says how). Disturbances that leave the same files behind count as
+one folder; with --end-every N only every N-th folder is run to its end, and of the others it is seen that a run accepts
+them. Every attempt is a fork of one process that has imported everything. The status is 0 when nothing was lost. Linux,
+root.
 """
 
 from __future__ import annotations
@@ -17,7 +22,6 @@ import argparse
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -26,180 +30,92 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
-import kills  # of this folder; it also finds the tests' helpers
-import torch
-from helpers import make_llama, make_tokenizer
+import operations
 
-from lowdft.cli import WHOLE_WAY, main
+if __name__ == "__main__":
+    operations.preload()
+
+import kills  # of this folder; it also finds the tests' helpers
+from disturbed import Bench, attempt, change
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-WRITING = ("open", "os.rename", "os.mkdir")
+BAD = (
+    "tracebacks", "dead ends", "ends with losses", "other statuses", "not found", "not refused", "first one failed",
+    "changes by the second", "images with log lines lost before a checkpoint", "images without the newest checkpoint",
+)  # fmt: skip
 
 
-def make_recipe(place: Path) -> str:
-    """Four steps on rows with negatives; gives the recipe's path."""
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer)).save_pretrained(place / "tiny")
-    tokenizer.save_pretrained(place / "tiny")
-    rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a), "negatives": [str(a), "no"]} for a in range(10)]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "recipe.yaml").write_text(
-        f"output_dir: {place}/whole\n"
-        f"model: {{name_or_path: {place}/tiny, hub_id: someone/tiny, load_in_4bit: false, dtype: float32}}\n"
-        f"data: {{train: {place}/rows.jsonl, eval_rows: 2}}\n"
-        "adapter: {r: 2, dropout: 0.1}\n"
-        "training: {objective: dft2, per_device_train_batch_size: 4, negatives_per_step: 1, num_train_epochs: 2, "
-        "save_steps: 1, use_cpu: true, disable_tqdm: true, learning_rate: 1e-2}\n"
-        "evaluation: {answer: none}\n"
-    )
-    return str(place / "recipe.yaml")
+# ---- failing operations and kills ----------------------------------------------------------------------------------
 
 
-def attempt(arguments: list[str], log: Path, trap: Callable | None = None, wait: bool = True) -> int:
-    """Forks a `lowdft run`; gives its exit status, or its process id when it shall not `wait`."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if wait else child
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    status = 70
-    try:
-        if trap:
-            sys.addaudithook(trap)
-        status = main(["run", *arguments])
-    except BaseException:
-        import traceback
+def faults(bench: Bench, options: argparse.Namespace) -> None:
+    """Before the n-th operation the run forks, once per kind of error; in the fork it fails, and all after it."""
+    folder, fails_with = bench.place / "run", 0
+    log, copy = bench.place / "forked", bench.place / "copy"
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
+    def act(number: int, name: str, path: str) -> int:
+        nonlocal fails_with
+        if fails_with:
+            removing = name == "remove" and fails_with in (errno.ENOSPC, errno.EDQUOT)  # a full disk lets go
+            return 0 if removing else fails_with
+        for code in ERRORS if number % options.every == 0 else ():
+            shutil.copytree(folder, copy)
+            if not (child := os.fork()):
+                handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(handle, 1), os.dup2(handle, 2)
+                operations.replace_for_me(folder, copy)
+                fails_with = code
+                return code if name != "remove" or code not in (errno.ENOSPC, errno.EDQUOT) else 0
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            bench.judge(status, log, f"operation {number}, {name} {path}: {os.strerror(code)}")
+            bench.keep(copy)
+            shutil.rmtree(copy)
+        return 0
 
-
-def contents(folder: Path) -> dict:
-    """What `kills.contents` finds."""
-    kills.STEPS = 4
-    return kills.contents(folder)
-
-
-class Bench:
-    """One undisturbed run, and the counts of what became of the others."""
-
-    def __init__(self, place: Path, seed: int):
-        self.place, self.rng, self.recipe = place, random.Random(seed), make_recipe(place)
-        began = time.perf_counter()
-        assert attempt([self.recipe], place / "log") == 0, (place / "log").read_text()
-        self.seconds = time.perf_counter() - began
-        self.whole, self.found = contents(place / "whole"), Counter(seconds_of_a_whole_run=round(self.seconds, 1))
-
-    def mended(self, folder: Path, recipe: str | None = None) -> None:
-        """The same command again, undisturbed: counts a dead end or losses."""
-        status = attempt([recipe or self.recipe, f"output_dir={folder}"], self.place / "again")
-        if status:
-            self.found["dead ends"] += 1
-            print((self.place / "again").read_text()[-1500:], file=sys.stderr)
-        elif lost := kills.losses(self.whole, contents(folder)):
-            self.found["with losses"] += 1
-            print(dict(lost), file=sys.stderr)
-
-    def judge(self, status: int, log: Path) -> None:
-        """Counts a traceback, and an end that is neither 0 nor 1."""
-        text = log.read_text(errors="replace")
-        self.found["tracebacks"] += "Traceback" in text
-        self.found["other statuses"] += status not in (0, 1)
-        self.found["told" if status == 1 else "unharmed"] += 1
-        if "Traceback" in text or status not in (0, 1):
-            print(text[-2000:], file=sys.stderr)
+    bench.walk(folder, act)
+    bench.continue_all(options.end_every)
 
 
-# ---- failing writes ------------------------------------------------------------------------------------------------
+def killed(bench: Bench, options: argparse.Namespace) -> None:
+    """The folder as it is before the n-th operation: what SIGKILL there leaves."""
+    folder = bench.place / "run"
+
+    def act(number: int, name: str, path: str) -> int:
+        if number % options.every == 0:
+            bench.keep(folder)
+        return 0
+
+    bench.walk(folder, act)
+    bench.continue_all(options.end_every)
 
 
-def failing(folder: Path, number: int, code: int) -> Callable:
-    """An audit hook: from the n-th opening for writing, making or renaming below `folder` on, all of them fail."""
-    seen = 0
-
-    def hook(event: str, args: tuple) -> None:
-        nonlocal seen
-        if event not in WRITING or not str(args[0]).startswith(str(folder)):
-            return
-        if event == "open" and not (args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            return
-        seen += 1
-        if seen >= number:
-            raise OSError(code, os.strerror(code), str(args[0]))
-
-    return hook
-
-
-def faults(bench: Bench, count: int) -> None:
-    """A write fails and all after it; then the disk is well again."""
-    total, folder = 0, bench.place / "counted"
-
-    def counting(event: str, args: tuple) -> None:
-        nonlocal total
-        if event in WRITING and str(args[0]).startswith(str(folder)):
-            if event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                total += 1
-                (bench.place / "total").write_text(str(total))
-
-    attempt([bench.recipe, f"output_dir={folder}"], bench.place / "log", counting)
-    total = int((bench.place / "total").read_text())
-    bench.found["writes of a whole run"] = total
-    for i in range(count):
-        number = 1 + i * total // count
-        one = bench.place / f"fault-{i}"
-        log = bench.place / "faulted"
-        status = attempt([bench.recipe, f"output_dir={one}"], log, failing(one, number, ERRORS[i % len(ERRORS)]))
-        bench.judge(status, log)
-        bench.mended(one)
-        shutil.rmtree(one)
-
-
-def full(bench: Bench, count: int) -> None:
-    """A file system of so many bytes is full at some write of C++ or Rust; then it is made larger."""
+def full(bench: Bench, options: argparse.Namespace) -> None:
+    """A file system of so many bytes is full at some write; then it is made larger."""
     disk = bench.place / "disk"
     disk.mkdir()
     size = sum(p.stat().st_size + 4096 for p in (bench.place / "whole").rglob("*"))
-    for i in range(count):
-        limit = 4096 * (2 + (i * size // count) // 4096)
+    for i in range(options.count):
+        limit = 4096 * (2 + (i * size // options.count) // 4096)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={limit}", "lowdft", disk], check=True)
         try:
             status = attempt([bench.recipe, f"output_dir={disk}/run"], bench.place / "full")
-            bench.judge(status, bench.place / "full")
+            bench.judge(status, bench.place / "full", f"a disk of {limit} bytes")
             subprocess.run(["mount", "-o", f"remount,size={size * 20}", disk], check=True)
-            bench.mended(disk / "run")
+            bench.continued(disk / "run")
         finally:
             subprocess.run(["umount", disk], check=True)
 
 
-# ---- damage ------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------------------------
 
 
-def change(path: Path, how: str, rng: random.Random) -> None:
-    """Deletes, empties or cuts a file, or flips one of its bits."""
-    content = path.read_bytes()
-    if how == "deleted":
-        path.unlink()
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "cut":
-        path.write_bytes(content[: rng.randrange(len(content))])
-    else:
-        place = rng.randrange(len(content))
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
-
-
-def damage(bench: Bench, count: int) -> None:
+def damage(bench: Bench, options: argparse.Namespace) -> None:
     """Every file of an unfinished run's newest checkpoint, and of a finished run: found, and what comes of it."""
-    cut = bench.place / "cut"
-    shutil.copytree(bench.place / "whole", cut)
-    for name in ("adapter", "adapter.manifest.json"):  # as if training had been killed after its last checkpoint
-        shutil.rmtree(cut / name, ignore_errors=True)
-    manifest = json.loads((bench.place / "whole" / "adapter.manifest.json").read_text())
+    cut = shutil.copytree(bench.place / "whole", bench.place / "cut")
+    shutil.rmtree(cut / "adapter")  # as if training had been killed after its last checkpoint
+    manifest = json.loads((cut / "adapter.manifest.json").read_text())
     begun = {k: manifest[k] for k in ("lowdft", "made_from")} | {"done": False}
     (cut / "adapter.manifest.json").write_text(json.dumps(begun))
     for name in ("evaluation.json", "evaluation.json.manifest.json"):
@@ -208,115 +124,168 @@ def damage(bench: Bench, count: int) -> None:
     for start, below in ((cut, newest), (bench.place / "whole", "")):
         for file in sorted(p for p in (start / below).rglob("*") if p.is_file() and p.stat().st_size):
             name = file.relative_to(start)
-            if not below and (name.parts[0] == "checkpoints" or name.name == ".lock"):
-                continue
-            for how in ("deleted", "emptied", "cut", "flipped"):
-                _one_damage(bench, start, name, how)
+            unread = name.parts[0] in ("checkpoints", ".lock") or name.name.startswith("base_evaluation.json")
+            if below or not unread:  # of a finished run
+                for how in ("deleted", "emptied", "cut", "with a flipped bit"):
+                    _one_damage(bench, start, name, how, options.end_every)
 
 
-MADE_AGAIN = ("recipe.yaml", "report.html", "logps.png", "adapter/README.md")  # by every run
-
-
-def _one_damage(bench: Bench, start: Path, name: Path, how: str) -> None:
-    folder, log = bench.place / "damaged", bench.place / "damaged.log"
-    shutil.copytree(start, folder)
+def _one_damage(bench: Bench, start: Path, name: Path, how: str, end_every: int) -> None:
+    folder, log = shutil.copytree(start, bench.place / "damaged"), bench.place / "looked"
     change(folder / name, how, bench.rng)
-    status = attempt([bench.recipe, f"output_dir={folder}"], log)
-    text = log.read_text(errors="replace")
     bench.found["damages"] += 1
+    status, text = bench.looked_at(folder), log.read_text(errors="replace")
+    named = name.name in text and any(
+        word in text for word in ("is missing", "bytes, but", "other contents", "damaged")
+    )
     bench.found["tracebacks"] += "Traceback" in text
-    if status == 0 and not kills.losses(bench.whole, contents(folder)):
-        bench.found["made again or one before used: equal end"] += 1
-    elif status == 1 and "damaged" in text or "changed" in text:
-        bench.found["named, with what to do"] += 1
+    if status == 1 and named:
+        bench.found["stopped: the file is named, and what to do"] += 1
+    elif status == 0 and named:
+        bench.found["the checkpoint before it is used: the file is named"] += 1
+        if bench.found["damages"] % end_every == 0:
+            bench.continued(folder)
     else:
-        bench.found["not found"] += 1
-        print(name, how, status, text[-1500:], file=sys.stderr)
+        status = attempt([bench.recipe, f"output_dir={folder}"], log)
+        equal = status == 0 and bench.is_equal(folder)
+        bench.found["made again: equal end" if equal else "not found"] += 1
+        if not equal:
+            print(name, how, status, log.read_text(errors="replace")[-1500:], file=sys.stderr)
     shutil.rmtree(folder)
 
 
-# ---- two writers ------------------------------------------------------------------------------------------------
+# ---- two writers ---------------------------------------------------------------------------------------------------
 
 
-def pairs(bench: Bench, count: int) -> None:
-    """The same command again while it runs: the second ends at once with status 1, and the end is that of one."""
-    slowest = 0.0
-    for i in range(count):
+def pairs(bench: Bench, options: argparse.Namespace) -> None:
+    """The same command again, at random operations of the first; at every second one the first waits meanwhile."""
+    slowest, meanwhile = 0.0, 10
+    for i in range(-(-options.count // meanwhile)):
         folder = bench.place / f"pair-{i}"
-        first = attempt([bench.recipe, f"output_dir={folder}"], bench.place / "first", wait=False)
-        time.sleep(bench.rng.uniform(0.05, 0.8 * bench.seconds))
-        began = time.perf_counter()
-        second = attempt([bench.recipe, f"output_dir={folder}"], bench.place / "second")
-        seconds = time.perf_counter() - began
-        ended = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
-        refused = second == 1 and "another lowdft is writing" in (bench.place / "second").read_text()
-        bench.found["second refused"] += refused
-        bench.found["after the first had ended, or before it began"] += not refused and {second, ended} <= {0, 1}
-        slowest = max(slowest, seconds if refused else 0)
-        bench.found["first failed"] += ended != 0 and second != 0
-        bench.mended(folder)
+        chosen = sorted(bench.rng.sample(range(3, bench.operations), meanwhile))  # the lock is the second one
+        told, tell = os.pipe()
+        heard, answer = os.pipe()
+
+        def act(number: int, *_, chosen=chosen, tell=tell, heard=heard) -> int:
+            if number in chosen:
+                os.write(tell, b"x")
+                if chosen.index(number) % 2 == 0:
+                    os.read(heard, 1)
+            return 0
+
+        line, begin = [bench.recipe, f"output_dir={folder}"], bench.watching(folder, act)
+        first = attempt(line, bench.place / "first", begin, wait=False)
+        for k in range(meanwhile):
+            os.read(told, 1)
+            before = _seen(folder)
+            began = time.perf_counter()
+            status = attempt(line, bench.place / "second")
+            seconds = time.perf_counter() - began
+            refused = status == 1 and f"process {first} on" in (bench.place / "second").read_text()
+            bench.found["second refused" if refused else "not refused"] += 1
+            slowest = max(slowest, seconds)
+            if k % 2 == 0:
+                bench.found["changes by the second"] += _seen(folder) != before
+                os.write(answer, b"x")
+        bench.found["first one failed"] += os.waitpid(first, 0)[1] != 0
+        bench.compare(folder, "ends with losses")
         shutil.rmtree(folder)
     bench.found["slowest refusal, ms"] = round(1000 * slowest)
+    for i in range(options.count // 5):
+        folder = bench.place / f"together-{i}"
+        both = [attempt([bench.recipe, f"output_dir={folder}"], bench.place / f"log-{k}", wait=False) for k in (0, 1)]
+        statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(one, 0)[1]) for one in both)
+        bench.found["begun together, one refused" if statuses == [0, 1] else "not refused"] += 1
+        bench.compare(folder, "ends with losses")
+        shutil.rmtree(folder)
 
 
-# ---- power failure ------------------------------------------------------------------------------------------------
+def _seen(folder: Path) -> dict:
+    found = {p: p.stat() for p in folder.rglob("*")}
+    return {p: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for p, stat in found.items()}
 
 
-def power(bench: Bench, count: int) -> None:
-    """A run on an ext4 image. The image is copied while the run is stopped: what was not flushed is not in it."""
+# ---- power failure -------------------------------------------------------------------------------------------------
+
+SYSTEMS = {"ext4": ("mkfs.ext4", "-q"), "xfs": ("mkfs.xfs", "-q")}
+
+
+def power(bench: Bench, options: argparse.Namespace) -> None:
+    """A run on an image of a disk. The image is copied before operations: what the kernel still holds is not in it."""
     image, mounted = bench.place / "image", bench.place / "mounted"
-    mounted.mkdir()
-    copies, per_run = [], 10
-    for number in range(-(-count // per_run)):
-        with open(image, "wb") as file:
-            file.truncate(48 << 20)
-        subprocess.run(["mkfs.ext4", "-q", image], check=True)
-        subprocess.run(["mount", "-o", "loop", image, mounted], check=True)
-        child = attempt([bench.recipe, f"output_dir={mounted}/run"], bench.place / "powered", wait=False)
-        for k in range(per_run):
-            time.sleep(bench.rng.uniform(0, 1.6 * bench.seconds / per_run))
-            os.kill(child, signal.SIGSTOP)
-            copies.append(bench.place / f"image-{number}-{k}")
-            subprocess.run(["cp", "--sparse=always", image, copies[-1]], check=True)
-            shown = {p.name for p in (mounted / "run" / "checkpoints").glob("checkpoint-*[0-9]")}
-            copies[-1].with_suffix(".json").write_text(json.dumps(sorted(shown)))
-            os.kill(child, signal.SIGCONT)
-        os.waitpid(child, 0)
-        subprocess.run(["umount", mounted], check=True)
-    for copy in copies[:count]:
-        subprocess.run(["mount", "-o", "loop", copy, mounted], check=True)
+    mounted.mkdir(exist_ok=True)
+    with open(image, "wb") as file:
+        file.truncate((320 if options.system == "xfs" else 32) << 20)
+    subprocess.run([*SYSTEMS[options.system], image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mounted], check=True)
+    folder = mounted / "run"
+    chosen = {1 + i * bench.operations // options.count for i in range(options.count)}
+    saved, last = 0, ""
+
+    def act(number: int, name: str, path: str) -> int:
+        nonlocal saved, last
+        if last == f"fsync {folder}/checkpoints":  # the newest has its name on the disk
+            saved = max(_steps(folder), default=0)
+        last = f"{name} {path}"
+        if number in chosen:
+            copy = bench.place / f"image-{number}"
+            subprocess.run(["cp", "--sparse=always", image, copy], check=True)
+            copy.with_suffix(".json").write_text(json.dumps(saved))
+        return 0
+
+    bench.walk(folder, act)
+    subprocess.run(["umount", mounted], check=True)
+    for copy in sorted(p for p in bench.place.glob("image-*") if p.suffix != ".json"):
+        how = "loop,nouuid" if options.system == "xfs" else "loop"
+        subprocess.run(["mount", "-o", how, copy, mounted], check=True)
         try:
-            folder = mounted / "run"
-            there = {p.name for p in (folder / "checkpoints").glob("checkpoint-*[0-9]")}
-            named = set(json.loads(copy.with_suffix(".json").read_text()))
-            bench.found["checkpoints seen before the failure and not after"] += bool(named) and max(named) not in there
-            if there:
-                lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
-                bench.found["lines lost before a checkpoint"] += lines < max(int(n.split("-")[1]) for n in there)
-            bench.found["images"] += 1
-            bench.found["images with a checkpoint"] += bool(there)
-            bench.mended(folder)
+            _after_failure(bench, folder, json.loads(copy.with_suffix(".json").read_text()))
         finally:
             subprocess.run(["umount", mounted], check=True)
             copy.unlink()
+    bench.continue_all(options.end_every)
 
 
-PARTS = {"faults": faults, "full": full, "damage": damage, "pairs": pairs, "power": power}
+def _after_failure(bench: Bench, folder: Path, saved: int) -> None:
+    steps = _steps(folder)
+    bench.found["images"] += 1
+    bench.found["images with a checkpoint"] += bool(steps)
+    bench.found["images without the newest checkpoint"] += saved > max(steps, default=0)
+    if steps:
+        lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
+        bench.found["images with log lines lost before a checkpoint"] += lines < max(steps)
+    bench.keep(folder)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(p.name.split("-")[1]) for p in folder.glob("checkpoints/checkpoint-*[0-9]")]
+
+
+PARTS: dict[str, Callable] = {"faults": faults, "kills": killed, "full": full, "damage": damage, "pairs": pairs,
+                              "power": power}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("parts", choices=PARTS, nargs="+")
+    parser.add_argument("--count", type=int, default=100, help="pairs, images, sizes of a disk")
+    parser.add_argument("--every", type=int, default=1, help="faults, kills: at every so many operations")
+    parser.add_argument("--end-every", type=int, default=1, help="run every so many of the folders left to the end")
+    parser.add_argument("--system", choices=SYSTEMS, default="ext4", help="power: the file system")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for stage in WHOLE_WAY:
-        __import__(f"lowdft.pipeline.stages.{stage}")
-    torch.set_num_threads(1)
-    print("python", sys.version.split()[0], *(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")), sep=", ")
-    with tempfile.TemporaryDirectory() as place:
+    kills.prepare()
+    bad = False
+
+    def told(*_) -> None:
+        print("stopped by SIGTERM; until then:", json.dumps(+bench.found, indent=2), flush=True)
+        os._exit(143)
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         bench = Bench(Path(place), options.seed)
-        PARTS[options.part](bench, options.count)
-    print(json.dumps(+bench.found, indent=2))
-    sys.exit(any(bench.found[bad] for bad in ("tracebacks", "dead ends", "with losses", "not found", "first failed",
-                                              "other statuses", "lines lost before a checkpoint",
-                                              "checkpoints seen before the failure and not after")))  # fmt: skip
+        for part in options.parts:
+            bench.found = Counter({"operations of a run": bench.operations})
+            signal.signal(signal.SIGTERM, told)
+            PARTS[part](bench, options)
+            print(part, json.dumps(+bench.found, indent=2), flush=True)
+            bad |= any(bench.found[name] for name in BAD)
+    sys.exit(bad)

@@ -14,6 +14,8 @@ before it is done, or a time after such a touch.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import random
@@ -78,6 +80,19 @@ def moments(rng: random.Random) -> list[Moment]:
         Moment("report", "report.html", rng.randint(1, 3)),
         Moment("export", "/adapter/.", rng.randint(1, 11)),
     ]
+
+
+def prepare() -> None:
+    """Imports what a run imports and prints the versions; a fork then begins at once and collects no garbage of it."""
+    for stage in WHOLE_WAY:
+        __import__(f"lowdft.pipeline.stages.{stage}")
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "deepspeed"):
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    print("python", sys.version.split()[0], *(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")), sep=", ")
 
 
 # ---- one attempt ----------------------------------------------------------------------------------------------------
@@ -221,9 +236,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--objective", default="dft")
     options = parser.parse_args()
-    for stage in WHOLE_WAY:
-        __import__(f"lowdft.pipeline.stages.{stage}")
-    torch.set_num_threads(1)
-    print("python", sys.version.split()[0], *(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")), sep=", ")
+    prepare()
     with tempfile.TemporaryDirectory() as place:
         print(json.dumps(kill_until(options.kills, options.seed, options.objective, Path(place)), indent=2))

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+import lowdft.study
 from lowdft.cli import main
 from lowdft.reporting.figures import swept_key
 from lowdft.reporting.study_table import EQUAL_TIME, TUNED, combined, markdown, tabulate, verdicts
@@ -70,6 +71,25 @@ def test_a_failing_run_does_not_stop_the_others(study, capsys):
     assert main(["compare", str(study)]) == 1
     told = capsys.readouterr()
     assert "runs that failed: objective=poft,seed=0" in told.err and "| sft |" in told.out
+
+
+def test_an_unforeseen_error_does_not_stop_the_others(study, capsys, monkeypatch):
+    """Its traceback is kept in the run's folder; the table has the others."""
+    study.write_text(study.read_text().replace("[sft, dft, dpo]", "[dft2, sft]").replace("[0, 1]", "[0]"))
+    original = lowdft.study.run_one
+
+    def run_one(recipe, overrides, *rest):
+        if 'training.objective="dft2"' in overrides:
+            raise ZeroDivisionError("by chance")
+        original(recipe, overrides, *rest)
+
+    monkeypatch.setattr(lowdft.study, "run_one", run_one)
+    assert main(["compare", str(study)]) == 1
+    told = capsys.readouterr()
+    assert "runs that failed: objective=dft2,seed=0" in told.err and "| sft |" in told.out
+    assert "failed: ZeroDivisionError: by chance" in told.out and "Traceback" not in told.out + told.err
+    (kept,) = study.parent.rglob("error.txt")
+    assert "ZeroDivisionError: by chance" in kept.read_text() and kept.parent.name == "objective=dft2,seed=0"
 
 
 def test_sft_is_tuned_and_given_as_much_time(study, capsys, monkeypatch):

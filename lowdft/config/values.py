@@ -11,6 +11,9 @@ def check_values(recipe: Recipe, path: str) -> None:
     taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
     if taken:
         raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")
+    unshown = [name for name in recipe.evaluation.compare if not name.isprintable()]
+    if unshown:
+        raise UserError(f"{path}: evaluation.compare has the name {unshown[0]!r}; wanted characters that can be shown")
     n = recipe.negatives
     if "" in n.stop:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -81,19 +82,29 @@ def check_checkpoint(folder: Path, accelerator: Accelerator) -> None:
 def check_pickles(folder: Path, trusted: bool) -> None:
     """Refuses a checkpoint that would run code when DeepSpeed, or torch's distributed checkpoint, unpickles it.
 
-    All other files of a checkpoint are read with torch.load(weights_only=True), which runs none.
+    All other files of a checkpoint are read with torch.load(weights_only=True), which runs none. `latest` and
+    `latest_universal`, which name the folders of its parts, must not lead out of it.
 
     Raises:
         UserError: a file names something else than tensors and what DeepSpeed itself puts there.
     """
     if trusted:
         return
-    for path in sorted([*folder.glob("*/**/*.pt"), *folder.glob("**/.metadata")]):
-        if reason := _runs_code(path):
+    found = [(Path(at) / name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
+    reasons = {path: _runs_code(path) for path in sorted(found) if path.suffix == ".pt" or path.name == ".metadata"}
+    for name in ("latest", "latest_universal"):
+        if (folder / name).is_file() and not _is_inside(folder, (folder / name).read_text(errors="replace").strip()):
+            reasons[folder / name] = "it leads out of the checkpoint"
+    for path, reason in reasons.items():
+        if reason:
             raise UserError(
                 f"{path}: may run code when it is loaded ({reason}). If you know where this checkpoint comes from, add "
                 "--trust-checkpoint (in Python: trainer.trust_checkpoint = True); else train from the start."
             )
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*", name, re.ASCII)) and (folder / name).is_dir()
 
 
 def _runs_code(path: Path) -> str | None:

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
+from lowdft.files import read_json
 from lowdft.models.base import set_up_cuda
 from lowdft.text import did_you_mean
 
@@ -144,6 +145,7 @@ def check_config(config: PeftConfig) -> None:
                 f"adapter.{name} has lm_head: log-probabilities are computed in chunks from a plain linear head. "
                 "Leave it out."
             )
+    _refuse_megatron(vars(config), "adapter")
     if getattr(config, "alora_invocation_tokens", None):
         raise UserError("adapter.alora_invocation_tokens: packed rows do not say where such tokens stand")
     start = getattr(config, "init_lora_weights", True)
@@ -151,6 +153,15 @@ def check_config(config: PeftConfig) -> None:
         raise UserError(
             f"adapter.init_lora_weights: {start} changes the base's weights, or needs a pass over data first; the base "
             "with the adapter off must stay the reference. Use true, gaussian or orthogonal."
+        )
+
+
+def _refuse_megatron(config: dict, key: str) -> None:
+    """peft imports whatever module `megatron_core` names as soon as `megatron_config` is there."""
+    if config.get("megatron_config"):
+        raise UserError(
+            f"{key}.megatron_config: peft would import the Python module {config.get('megatron_core')!r} that stands "
+            "beside it, and Megatron's layers are not supported. Leave both out."
         )
 
 
@@ -191,9 +202,11 @@ def require_adapter(path: str | Path, key: str = "adapter") -> Path:
     """The weights of the trained adapter at `path`.
 
     Raises:
-        UserError: none stands there; `key` is what named it.
+        UserError: none stands there, or loading it would import code; `key` is what named it.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (Path(path) / name).is_file():
-            raise UserError(f"{key}: {path} is not a trained adapter (no {name} there)")
-    return Path(path) / name
+    config, weights = (Path(path) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    for file in (config, weights):
+        if not file.is_file():
+            raise UserError(f"{key}: {path} is not a trained adapter (no {file.name} there)")
+    _refuse_megatron(read_json(config), str(config))
+    return weights

@@ -13,6 +13,7 @@ and goes on: refusing would throw away hours of work at every upgrade.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 from pathlib import Path
@@ -195,8 +196,14 @@ def adapter_folder(path: str | Path) -> Path:
 
 def _base(run) -> dict:
     names = [n for n in PACKAGES if n != "bitsandbytes" or run.recipe.model.load_in_4bit]
-    versions = {f"version.{name}": importlib.metadata.version(name) for name in names}
+    versions = {f"version.{name}": _version(name) for name in names}
     return models.made_from(run.source, run.recipe.model, run.tokenizer) | versions
+
+
+@functools.cache
+def _version(package: str) -> str:
+    """Reading a package's metadata takes 15 ms, and every look at a product asks for it."""
+    return importlib.metadata.version(package)
 
 
 def _data(run, split: str) -> dict:

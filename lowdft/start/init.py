@@ -11,6 +11,7 @@ from lowdft.data.prompting import plain_text
 from lowdft.errors import UserError
 from lowdft.evaluation import answers
 from lowdft.files import write_text
+from lowdft.text import printable
 
 CHARACTERS_PER_TOKEN = 3.0  # at most, in English text under usual vocabularies; lengths become generous limits
 TEMPLATE = """\
@@ -61,11 +62,11 @@ def main(model: str, data: str, output: str, gpu: float | None = None) -> None:
         raise UserError(f"{output}: is there already; give another name with --output, or delete it")
     loaded = load_examples(data)
     for note in [*loaded.notes, *(f"warning: {w}" for w in loaded.warnings)]:
-        print(f"{data}: {note}")
+        print(printable(f"{data}: {note}"))
     seen = look(loaded)
     write_text(output, recipe_text(model, data, Path(output).stem, seen, gpu))
     training_config(load_recipe(output))  # what was written is a recipe
-    print(f"{output}: written. Next: lowdft inspect {output}; lowdft plan {output}; lowdft run {output}")
+    print(printable(f"{output}: written. Next: lowdft inspect {output}; lowdft plan {output}; lowdft run {output}"))
 
 
 def look(loaded: Loaded) -> Seen:

@@ -93,11 +93,14 @@ def test_what_cannot_be_launched_is_told(recipe, arguments, words, capsys):
 
 
 @pytest.fixture
-def launched(recipe, tmp_path):
+def launched(request, recipe, tmp_path):
     """A training that takes long on two processes, with a checkpoint written; its process and its ranks'."""
+    kind = getattr(request, "param", "ddp")
+    if kind != "ddp":
+        pytest.importorskip("deepspeed")
     overrides = ["training.objective=dft2", "training.num_train_epochs=40", "training.save_steps=2"]
     overrides += ["training.negatives_per_step=1", "training.per_device_train_batch_size=1"]
-    command = [sys.executable, "-m", "lowdft", "run", recipe, *overrides, "--launch", "ddp", "--processes", "2"]
+    command = [sys.executable, "-m", "lowdft", "run", recipe, *overrides, "--launch", kind, "--processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -110,6 +113,7 @@ def launched(recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launched", ["ddp", "zero2", "zero3"], indirect=True)
 @pytest.mark.parametrize(
     "send, status, words",
     [

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import make_llama, make_rows
-from peft import LoraConfig, PromptTuningConfig, ShiraConfig
+from peft import LoraConfig, PromptTuningConfig, ShiraConfig, get_peft_model
 
 from lowdft import DFTConfig, DFTTrainer
 from lowdft.config.sections import AdapterSection
 from lowdft.data.batch import collate
 from lowdft.errors import UserError
 from lowdft.logprobs import Group, score
-from lowdft.models.adapters import adapter_config, adapter_identity, add_adapter, check_config
+from lowdft.models.adapters import adapter_config, adapter_identity, add_adapter, check_config, load_adapter
 from lowdft.models.reference import is_trained
 
 SOME = [Group([5, 6], [[7, 8], [9]])]
@@ -142,3 +144,22 @@ def test_spelling_out_a_default_names_the_same_adapter():
     plain, spelled = AdapterSection(), AdapterSection(options={"use_rslora": False, "bias": "none"})
     assert adapter_identity(plain) == adapter_identity(spelled)
     assert adapter_identity(plain) != adapter_identity(AdapterSection(options={"use_dora": True}))
+
+
+def test_an_adapter_imports_no_module(tmp_path, monkeypatch):
+    """peft imports the module that `megatron_core` names: neither a recipe nor a stranger's adapter may name one."""
+    (tmp_path / "planted.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    hostile = {"megatron_config": {"a": 1}, "megatron_core": "planted"}
+    with pytest.raises(UserError, match="megatron_config: peft would import the Python module 'planted'"):
+        adapter_config(AdapterSection(options=hostile))
+    model = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    load_adapter(make_llama(), tmp_path / "adapter")
+    config.write_text(json.dumps(json.loads(config.read_text()) | hostile))
+    with pytest.raises(UserError, match="adapter_config.json.megatron_config"):
+        load_adapter(make_llama(), tmp_path / "adapter")
+    config.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        load_adapter(make_llama(), tmp_path / "adapter")

@@ -53,6 +53,42 @@ def test_a_recipe_cannot_open_doors(recipe, override, words, capsys, monkeypatch
     assert words in capsys.readouterr().err
 
 
+HOSTILE = (
+    "\x1b]0;owned\x07\x1b[2J\u202e<script>alert(1)</script><img src=x onerror=alert(2)>![x](https://evil.invalid/x)"
+)
+
+
+def test_hostile_data_reach_neither_terminal_nor_page(tmp_path, tiny_folder, capsys):
+    """Rows, a file name and columns with escapes, HTML and Markdown, on every stage and in `inspect`."""
+    data = tmp_path / "rows \x1b[31m<b>.jsonl"
+    rows = [{"prompt": f"{a} {HOSTILE}", "completion": f"{a} {HOSTILE}", "negatives": [HOSTILE]} for a in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name_or_path": str(tiny_folder), "load_in_4bit": False, "dtype": "float32"},
+        "data": {"train": str(data), "eval_rows": 2},
+        "adapter": {"r": 2},
+        "negatives": {"system_prompt": HOSTILE},
+        "training": {"objective": "dft2", "per_device_train_batch_size": 4, "negatives_per_step": 1, "max_steps": 1,
+                     "use_cpu": True, "max_length": 256, "max_prompt_length": 128, "run_name": HOSTILE},
+        "evaluation": {"answer": "none"},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["inspect", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["export", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+    values["evaluation"]["compare"] = {HOSTILE: "elsewhere"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 1
+    seen = capsys.readouterr()
+    assert "characters that can be shown" in seen.err
+    for text in (seen.out, seen.err):
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+    for name in ("report.html", "adapter/README.md"):
+        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        assert "<script>alert" not in text and "<img src=x" not in text
+
+
 def test_secrets_of_the_environment_enter_no_file(recipe, monkeypatch, tmp_path):
     """The whole way: every byte of every file of the run folder; the recipe there still refers to the environment."""
     monkeypatch.setenv("LOWDFT_CANARY", CANARY)

@@ -39,3 +39,13 @@ def test_an_existing_file_is_kept(tmp_path, tiny_folder):
     with pytest.raises(UserError, match="is there already"):
         init.main(str(tiny_folder), "rows.jsonl", str(tmp_path / "mine.yaml"))
     assert (tmp_path / "mine.yaml").read_text() == "output_dir: x\n"
+
+
+def test_what_a_terminal_would_obey_is_shown(tmp_path, tiny_folder, capsys):
+    data, output = tmp_path / "rows\x1b[2J.jsonl", tmp_path / "mine.yaml"
+    row = {"prompt": "Say it.", "completion": "word", "extra": "a column that is not used"}
+    data.write_text((json.dumps(row) + "\n") * 40)
+    with pytest.raises(UserError, match="is not YAML"):  # which cannot hold such a name
+        init.main(str(tiny_folder), str(data), str(output))
+    out = capsys.readouterr().out
+    assert r"rows\x1b[2J.jsonl: " in out and "\x1b" not in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import losses, make_trainer
 
-from lowdft.distributed.sharding import check_pickles
+from lowdft.distributed.sharding import DEEPSPEED_GLOBALS, check_pickles
 from lowdft.errors import UserError
 from lowdft.training import checkpoints
 from lowdft.training.checkpoints import damage_of, newest_whole, require_whole
@@ -115,3 +116,54 @@ def test_pickles_that_run_code_are_refused(save, tmp_path):
     with pytest.raises(UserError, match="1_optim_states.pt: may run code.*--trust-checkpoint"):
         check_pickles(tmp_path, trusted=False)
     check_pickles(tmp_path, trusted=True)
+
+
+@pytest.mark.parametrize("place", ["mp_rank_00_model_states.pt", "global_step2/linked/a.pt"])
+def test_pickles_in_every_place_are_looked_at(place, tmp_path):
+    """Beside the parts, where `latest` could send DeepSpeed, and behind a link."""
+    checkpoint, elsewhere = tmp_path / "checkpoint-2", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (checkpoint / "global_step2").mkdir(parents=True)
+    (checkpoint / "global_step2" / "linked").symlink_to(elsewhere)
+    torch.save({"a": Run()}, checkpoint / place)
+    with pytest.raises(UserError, match=f"{place}: may run code.*posix.system"):
+        check_pickles(checkpoint, trusted=False)
+
+
+@pytest.mark.parametrize("name", ["../other", "/tmp", ".", "", "global_step3"])
+def test_names_of_parts_stay_inside(name, tmp_path):
+    (tmp_path / "global_step2").mkdir()
+    (tmp_path / "latest").write_text("global_step2\n")
+    check_pickles(tmp_path, trusted=False)
+    (tmp_path / "latest_universal").write_text(name)
+    with pytest.raises(UserError, match="latest_universal: may run code.*leads out of the checkpoint"):
+        check_pickles(tmp_path, trusted=False)
+
+
+class Calls:
+    """A pickle that calls a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("function", [eval, exec, getattr, __import__, torch.load, torch.hub.load, pickle.loads, open])
+def test_functions_are_refused_by_name(function, tmp_path):
+    (tmp_path / "global_step2").mkdir()
+    torch.save({"a": Calls(function, "touch")}, tmp_path / "global_step2" / "a.pt")
+    with pytest.raises(UserError, match=f"it names .*{function.__name__}"):
+        check_pickles(tmp_path, trusted=False)
+
+
+def test_classes_of_deepspeed_that_pass_do_nothing_when_loaded():
+    """Without a `__setstate__` or `__reduce__` of their own, and nothing of them opens, imports or evaluates."""
+    pytest.importorskip("deepspeed")
+    for name in DEEPSPEED_GLOBALS:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute)
+        assert isinstance(found, type) and "__setstate__" not in vars(found)
+        used = set(found.__init__.__code__.co_names) if hasattr(found.__init__, "__code__") else set()
+        assert not used & {"open", "eval", "exec", "__import__", "import_module", "system", "Popen", "load"}

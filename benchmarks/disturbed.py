@@ -1,0 +1,211 @@
+"""Runs that are disturbed and then continued, for `durability.py`: forks of one process, their folders, and a count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import kills  # of this folder; it also finds the tests' helpers
+import operations
+from helpers import make_llama, make_tokenizer
+
+from lowdft.cli import main
+from lowdft.config.recipe import load_recipe
+from lowdft.errors import UserError
+from lowdft.pipeline.context import Run
+from lowdft.training.checkpoints import newest_whole
+
+TEMPORARY = re.compile(r"\w+-\d+-[0-9a-f]{8}|\.tmp\w{6}")  # in names of files that are being written
+
+
+def make_recipe(place: Path) -> str:
+    """Three steps of DFT on negatives that the model writes; gives the recipe's path."""
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer)).save_pretrained(place / "tiny")
+    tokenizer.save_pretrained(place / "tiny")
+    rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(14)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "recipe.yaml").write_text(
+        f"output_dir: {place}/whole\n"
+        f"model: {{name_or_path: {place}/tiny, hub_id: someone/tiny, load_in_4bit: false, dtype: float32}}\n"
+        f"data: {{train: {place}/rows.jsonl, eval_rows: 2}}\n"
+        "adapter: {r: 2, dropout: 0.1}\n"
+        "negatives: {max_new_tokens: 3, batch_size: 6}\n"
+        "training: {objective: dft, per_device_train_batch_size: 4, negatives_per_step: 1, num_train_epochs: 1, "
+        "save_steps: 1, use_cpu: true, disable_tqdm: true, learning_rate: 1e-2}\n"
+        "evaluation: {answer: none}\n"
+    )
+    return str(place / "recipe.yaml")
+
+
+def attempt(arguments: list[str], log: Path, begin: Callable | None = None, wait: bool = True) -> int:
+    """Forks a `lowdft run`; gives its exit status, or its process id when it shall not `wait`."""
+    return forked(lambda: main(["run", *arguments]), log, begin, wait)
+
+
+def forked(work: Callable[[], int], log: Path, begin: Callable | None = None, wait: bool = True) -> int:
+    """Does `work` in a fork whose output goes to `log`; gives what it gives as the exit status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if wait else child
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    status = 70
+    try:
+        if begin:
+            begin()
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def look_at(arguments: list[str]) -> int:
+    """What a run does with its folder before it loads a model: 0, or 1 where it stops with an error message."""
+    warnings.showwarning = lambda message, *_, **__: print(message)
+    try:
+        run = Run(load_recipe(arguments[0], arguments[1:]))
+        run.check()
+        newest_whole(run.args.output_dir)
+        run.evaluation.is_done()
+    except UserError as error:
+        print(error)
+        return 1
+    return 0
+
+
+def change(path: Path, how: str, rng: random.Random) -> None:
+    """Deletes, empties or cuts a file, or flips one of its bits."""
+    content = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        place = rng.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+
+
+def state_of(folder: Path) -> str:
+    """A hash of all names and contents below a folder, whatever its temporary files are called."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*"), key=lambda path: TEMPORARY.sub("", str(path))):
+        if path.name != ".lock":
+            found.update(TEMPORARY.sub("", str(path.relative_to(folder))).encode())
+            found.update(path.read_bytes() if path.is_file() else b"a folder")
+    return found.hexdigest()
+
+
+class Bench:
+    """A run without disturbance to compare with, and the counts of what became of the others."""
+
+    def __init__(self, place: Path, seed: int):
+        kills.STEPS = 3
+        self.place, self.rng, self.recipe, self.found = place, random.Random(seed), make_recipe(place), Counter()
+        (place / "states").mkdir()
+        self.walk(place / "whole", lambda *_: 0)
+        self.operations, self.whole = self.found["operations of a run"], kills.contents(place / "whole")
+
+    def watching(self, folder: Path, act: Callable[[int, str, str], int]) -> Callable:
+        """For `attempt`: calls `act(number, name, path)` before every operation below the folder."""
+
+        def begin() -> None:
+            number = 0
+
+            def counted(name: str, path: str) -> int:
+                nonlocal number
+                number += 1
+                (self.place / "number").write_text(str(number))
+                return act(number, name, path)
+
+            operations.watch(folder, counted)
+
+        return begin
+
+    def walk(self, folder: Path, act: Callable[[int, str, str], int]) -> None:
+        """One whole run in the folder, with `act` before every operation; it must come to a good end itself."""
+        log, told = self.place / "log", self.place / "told.json"
+
+        def finally_told(number: int, name: str, path: str) -> int:
+            code = act(number, name, path)
+            told.write_text(json.dumps(self.found))
+            return code
+
+        status = attempt([self.recipe, f"output_dir={folder}"], log, self.watching(folder, finally_told))
+        if status:
+            raise SystemExit(f"the run in which operations were watched ended with {status}: {log.read_text()[-3000:]}")
+        self.found = Counter(json.loads(told.read_text()))
+        self.found["operations of a run"] = int((self.place / "number").read_text())
+        if folder.name != "whole":
+            self.compare(folder, "ends with losses")
+
+    def keep(self, folder: Path) -> None:
+        """Keeps a copy of what a disturbance left behind, unless another one left the same."""
+        self.found["disturbances"] += 1
+        kept = self.place / "states" / (state_of(folder) if folder.is_dir() else "nothing")
+        if not kept.exists():
+            shutil.copytree(folder, kept) if folder.is_dir() else kept.mkdir()
+
+    def continue_all(self, every: int) -> None:
+        """What a run does with every distinct folder that was kept; every so many are run to the end."""
+        for number, kept in enumerate(sorted((self.place / "states").iterdir())):
+            self.found["distinct folders"] += 1
+            if number % every == 0:
+                self.continued(kept)
+            elif self.looked_at(kept):
+                self.found["dead ends"] += 1
+                print((self.place / "looked").read_text()[-1500:], file=sys.stderr)
+            shutil.rmtree(kept)
+
+    def looked_at(self, folder: Path) -> int:
+        """What `look_at` gives; what it says is in the file `looked`."""
+        return forked(lambda: look_at([self.recipe, f"output_dir={folder}"]), self.place / "looked")
+
+    def continued(self, folder: Path) -> None:
+        """The same command again, undisturbed: counts a dead end or losses."""
+        status = attempt([self.recipe, f"output_dir={folder}"], self.place / "again")
+        text = (self.place / "again").read_text(errors="replace")
+        self.found["run to the end"] += 1
+        if status:
+            self.found["dead ends"] += 1
+            print(text[-1500:], file=sys.stderr)
+        else:
+            self.compare(folder, "ends with losses")
+
+    def compare(self, folder: Path, name: str) -> None:
+        """Counts an end that is not that of the run without disturbance."""
+        if lost := kills.losses(self.whole, kills.contents(folder)):
+            self.found[name] += 1
+            print(dict(lost), file=sys.stderr)
+
+    def is_equal(self, folder: Path) -> bool:
+        """Is this the end of the run without disturbance?"""
+        try:
+            return not kills.losses(self.whole, kills.contents(folder))
+        except (OSError, ValueError):  # a file that is missing, or no JSON
+            return False
+
+    def judge(self, status: int, log: Path, what: str) -> None:
+        """Counts a traceback, and an end that is neither 0 nor 1."""
+        text = log.read_text(errors="replace")
+        self.found["tracebacks"] += "Traceback" in text
+        self.found["other statuses"] += status not in (0, 1)
+        self.found["ended with an error message" if status == 1 else "ended well"] += status in (0, 1)
+        if "Traceback" in text or status not in (0, 1):
+            print(f"{what}: status {status}: {text[-2500:]}", file=sys.stderr)

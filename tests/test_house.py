@@ -97,6 +97,17 @@ def test_every_module_imports(module):
     assert importlib.import_module(module).__name__ == module
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_unix_only_modules_are_imported_where_they_are_used(module):
+    """Windows has none of them, and imports every module all the same."""
+    path = ROOT / (module.replace(".", "/") + ".py")
+    path = path if path.exists() else ROOT / module.replace(".", "/") / "__init__.py"
+    at_the_top = ast.parse(path.read_text()).body
+    names = {a.name for node in at_the_top if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in at_the_top if isinstance(node, ast.ImportFrom)}
+    assert not names & {"fcntl", "grp", "pty", "pwd", "readline", "resource", "termios", "tty"}
+
+
 STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
 
 

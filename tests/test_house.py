@@ -136,3 +136,12 @@ def test_help_imports_no_torch():
     assert out.returncode == 0 and "run every stage" in out.stdout
     code = "import sys, lowdft.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "False\n"
+
+
+def test_shells_complete_the_verbs(tmp_path):
+    """shtab reads the parser: `shtab --shell=bash lowdft.verbs.make_parser`."""
+    shtab = pytest.importorskip("shtab")
+    from lowdft.verbs import VERBS, make_parser
+
+    script = shtab.complete(make_parser(), "bash")
+    assert f"subparsers=({' '.join(VERBS)})" in script and "--into" in script

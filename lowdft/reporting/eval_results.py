@@ -8,8 +8,8 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from lowdft.files import read_json
 from lowdft.pipeline.context import Run
 
-# lm-evaluation-harness's task -> the Hub's benchmark: a data set with an eval.yaml, and the id of the task in that file.
-# Both are required by the Hub (hub-docs, eval-results); other tasks are in the card's table alone.
+# lm-evaluation-harness's task -> the Hub's benchmark: a data set with an eval.yaml, and the id of its task there.
+# Both are required (hub-docs, eval-results); other tasks are in the card's table alone.
 BENCHMARKS = {"gsm8k": ("openai/gsm8k", "gsm8k")}
 
 

@@ -10,8 +10,8 @@ from lowdft.data.prompting import choose_shots, fold_system, other_form, samplin
 CHAT = Example("a", [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2+2?"}], [])
 TEXT = Example("b", "2+2?", "4")
 TRUTHFUL = (  # the paper's, Figure 7
-    "The assistant should answer truthfully and be faithful to factual knowledge as well as given contexts, never making "
-    "up any new facts that aren't true or cannot be grounded in the instruction."
+    "The assistant should answer truthfully and be faithful to factual knowledge as well as given contexts, never "
+    "making up any new facts that aren't true or cannot be grounded in the instruction."
 )
 
 

@@ -22,7 +22,7 @@ def main(model: str = "HuggingFaceTB/SmolLM2-135M-Instruct", output: str = "runs
     arguments = {
         "objective": "listwise",  # dft, sft, dpo, ...: docs, "Objectives"
         "negatives_per_step": 2,
-        "num_train_epochs": 2,
+        "num_train_epochs": 1,
         "per_device_train_batch_size": 4,  # prompts per optimizer step; tokens_per_pass bounds the memory
         "learning_rate": 4e-4,
         "logging_steps": 1,

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     """The verbs that come before there is a recipe."""
+    _quiet()
     stage = importlib.import_module(f"lowdft.start.{arguments.verb}")
     if arguments.verb == "doctor":
         return stage.main()

@@ -97,6 +97,17 @@ def test_every_module_imports(module):
     assert importlib.import_module(module).__name__ == module
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_unix_only_modules_are_imported_where_they_are_used(module):
+    """Windows has none of them, and imports every module all the same."""
+    path = ROOT / (module.replace(".", "/") + ".py")
+    path = path if path.exists() else ROOT / module.replace(".", "/") / "__init__.py"
+    at_the_top = ast.parse(path.read_text()).body
+    names = {a.name for node in at_the_top if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in at_the_top if isinstance(node, ast.ImportFrom)}
+    assert not names & {"fcntl", "grp", "pty", "pwd", "readline", "resource", "termios", "tty"}
+
+
 STUDIES = sorted(ROOT.glob("recipes/studies/*.yaml"))
 
 
@@ -125,3 +136,12 @@ def test_help_imports_no_torch():
     assert out.returncode == 0 and "run every stage" in out.stdout
     code = "import sys, lowdft.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "False\n"
+
+
+def test_shells_complete_the_verbs(tmp_path):
+    """shtab reads the parser: `shtab --shell=bash lowdft.verbs.make_parser`."""
+    shtab = pytest.importorskip("shtab")
+    from lowdft.verbs import VERBS, make_parser
+
+    script = shtab.complete(make_parser(), "bash")
+    assert f"subparsers=({' '.join(VERBS)})" in script and "--into" in script

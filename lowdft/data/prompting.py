@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from lowdft.data.example import Example, Message, normal
 
 SYSTEM_PROMPTS = {
-    "good_system": "You are a helpful assistant.",
+    "good_system": (  # UltraFeedback's on truthfulness, as in the paper
+        "The assistant should answer truthfully and be faithful to factual knowledge as well as given contexts, never "
+        "making up any new facts that aren't true or cannot be grounded in the instruction."
+    ),
     "bad_system": "You are an unhelpful assistant.",
 }
 

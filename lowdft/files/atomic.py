@@ -22,6 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lowdft.errors import UserError
+from lowdft.files.process import is_alive
 
 ABANDONED = 24 * 3600  # seconds after which a temporary of another machine is taken for a dead process's
 ADVICE = {
@@ -156,19 +157,9 @@ def _remove_abandoned(path: Path) -> None:
                 dead = time.time() - left.stat().st_mtime > ABANDONED
             else:
                 own = int(found[2]) == os.getpid()
-                dead = left not in _live if own else not _is_alive(int(found[2]))
+                dead = left not in _live if own else not is_alive(int(found[2]))
             if dead:
                 remove(left)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
 
 
 # ---- text and JSON --------------------------------------------------------------------------------------------------

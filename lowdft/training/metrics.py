@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from torch import Tensor
 from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
+from lowdft.files.process import peak_bytes
 from lowdft.objectives import Losses, Objective, Scores
 from lowdft.reporting.metrics import became_negligible
 from lowdft.training.token_budget import Scored
@@ -155,8 +154,7 @@ def peak_memory_gb() -> float:
     """Peak memory in GB (10^9 bytes): of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peak_bytes() / 1e9
 
 
 def hardware() -> str:

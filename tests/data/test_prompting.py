@@ -9,13 +9,17 @@ from lowdft.data.prompting import choose_shots, fold_system, other_form, samplin
 
 CHAT = Example("a", [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2+2?"}], [])
 TEXT = Example("b", "2+2?", "4")
+TRUTHFUL = (  # the paper's, Figure 7
+    "The assistant should answer truthfully and be faithful to factual knowledge as well as given contexts, never "
+    "making up any new facts that aren't true or cannot be grounded in the instruction."
+)
 
 
 @pytest.mark.parametrize(
     "strategy, wanted",
     [
         ("chat", CHAT.prompt),
-        ("good_system", [{"role": "system", "content": "You are a helpful assistant."}, CHAT.prompt[1]]),
+        ("good_system", [{"role": "system", "content": TRUTHFUL}, CHAT.prompt[1]]),
         ("bad_system", [{"role": "system", "content": "You are an unhelpful assistant."}, CHAT.prompt[1]]),
         ("direct", "Be kind.\n\n2+2?"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 
+from lowdft.cli import main
 from lowdft.config.recipe import load_recipe, training_config
 from lowdft.errors import UserError
 from lowdft.start import init
@@ -32,6 +34,12 @@ def test_recipe_fits_the_rows(kind, tmp_path, tiny_folder):
     assert args.objective == objective and recipe.evaluation.answer == answer
     assert recipe.data.eval_rows == 4 and args.negatives_per_step == (3 if objective == "listwise" else 2)
     assert args.max_length > args.max_prompt_length
+
+
+def test_notices_of_libraries_are_not_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(init, "main", lambda *_: warnings.warn("a library's", FutureWarning, stacklevel=1))
+    assert main(["init", "model", "rows.jsonl", "--output", str(tmp_path / "mine.yaml")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_an_existing_file_is_kept(tmp_path, tiny_folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 
 import torch
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from lowdft import models
 from lowdft.errors import UserError
+from lowdft.files.process import peak_bytes
 from lowdft.logprobs import Group, choose_layout
 from lowdft.models.memory import LIBRARIES, Memory, estimate, sharded
 from lowdft.pipeline.context import Run, say
@@ -98,7 +98,7 @@ def count_work(run: Run, sizes: list[int], gpus: int) -> tuple[int, int]:
 
 def process_bytes() -> float:
     """What a process takes before any model: this one as it stands."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 + LIBRARIES
+    return peak_bytes() + LIBRARIES
 
 
 def show_memory(memory: Memory, base: float, tokens: int, gpus: int) -> None:

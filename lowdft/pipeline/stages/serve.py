@@ -1,28 +1,56 @@
-"""serve: the commands that serve base and adapter over an OpenAI-compatible API, by vLLM and by transformers itself."""
+"""serve: base and adapter over an OpenAI-compatible API, by vLLM (printed) or by transformers' own server (started).
+
+transformers' server loads model folders and no adapters, so it serves a merged model or one trained whole.
+"""
 
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers.utils.import_utils import is_serve_available
 
 from lowdft.errors import UserError
+from lowdft.models.merge import WAYS
 from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.systems import trained_folder
 from lowdft.sampling.vllm import served_rank
 
 
 def main(run: Run) -> None:
-    """Prints the commands.
+    """Prints the commands; where a whole model and transformers' server are at hand, runs that until it is stopped.
 
     Raises:
-        UserError: nothing is trained, or on another base.
+        UserError: nothing is trained, or on another base, or the server failed.
     """
     say("vLLM (model names: the base's, and tuned for the adapter):")
     try:
         say(f"  {shlex.join(vllm_command(run))}")
     except UserError as error:
         say(f"  {error}")
-    say('transformers (pip install "transformers[serving]"):')
-    say(f"  {shlex.join(transformers_command(run))}")
+    model = whole_model(run)
+    if model is None:
+        say(f"transformers' own server loads no adapters: run `lowdft merge {run.folder}`, then this command starts it")
+        return
+    arguments = transformers_arguments(run, model)
+    if not is_serve_available():
+        say('transformers (pip install "transformers[serving]", then this command starts it):')
+        say(f"  {shlex.join(['transformers', *arguments])}")
+        return
+    say(f"transformers serves {model} at http://localhost:8000/v1 until Ctrl-C:")
+    say(f"  {shlex.join(['transformers', *arguments])}")
+    ended = subprocess.run([sys.executable, "-m", "transformers.cli.transformers", *arguments]).returncode
+    if ended > 0:
+        raise UserError(f"transformers serve ended with status {ended}; its messages are above")
+
+
+def whole_model(run: Run) -> Path | None:
+    """The folder of a model that needs no adapter: trained whole, or what `merge` wrote."""
+    if run.recipe.adapter is None:
+        return trained_folder(run)
+    return next((folder for way in WAYS if (folder := run.folder / f"merged-{way}").is_dir()), None)
 
 
 def vllm_command(run: Run) -> list[str]:
@@ -38,7 +66,6 @@ def vllm_command(run: Run) -> list[str]:
     return ["vllm", "serve", run.source.path, *revision, *quantized, *adapter, *with_template]
 
 
-def transformers_command(run: Run) -> list[str]:
-    """`transformers serve`, which loads an adapter's base by itself."""
-    quantized = run.recipe.adapter and run.recipe.model.load_in_4bit
-    return ["transformers", "serve", str(trained_folder(run)), *(["--quantization", "bnb-4bit"] if quantized else [])]
+def transformers_arguments(run: Run, model: Path) -> list[str]:
+    """Of `transformers`: its server, in the arithmetic of the run."""
+    return ["serve", str(model), "--dtype", run.recipe.model.dtype]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import make_run_folder
+from transformers import AutoConfig
 
 from lowdft import models
 from lowdft.cli import main
@@ -117,16 +119,39 @@ def test_nothing_trained_yet(tmp_path, tiny_folder):
         chat.main(run)
 
 
-def test_serve_prints_the_commands(tmp_path, tiny_folder, capsys):
+def test_serve_prints_the_command_of_vllm(tmp_path, tiny_folder, capsys):
     run = make_run_folder(tmp_path, tiny_folder)
-    serve.main(run)
+    assert main(["serve", str(run.folder)]) == 0
     out = capsys.readouterr().out
     adapter = run.training.path
     assert f"vllm serve {tiny_folder} --enable-lora --max-lora-rank 8 --lora-modules tuned={adapter}" in out
-    assert f"transformers serve {adapter}\n" in out
+    assert f"loads no adapters: run `lowdft merge {run.folder}`" in out
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 20'))
     assert "--max-lora-rank 32" in " ".join(serve.vllm_command(run))
     run.recipe.model.load_in_4bit = True
     assert "--quantization bitsandbytes" in " ".join(serve.vllm_command(run))
-    assert serve.transformers_command(run)[-2:] == ["--quantization", "bnb-4bit"]
+
+
+@pytest.mark.parametrize("trained", ["merged", "whole"])
+def test_serve_starts_the_server_of_transformers_on_a_whole_model(tmp_path, tiny_folder, monkeypatch, capsys, trained):
+    run = make_run_folder(tmp_path, tiny_folder, adapter=trained == "merged")
+    model = run.folder / ("model" if trained == "whole" else "merged-dequantized")
+    model.mkdir(exist_ok=True)
+    started, status = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr("subprocess.run", lambda line: started.append(line) or status)
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    assert main(["serve", str(run.folder)]) == 0
+    assert f"transformers serve {model} --dtype float32\n" in capsys.readouterr().out and not started
+    monkeypatch.setattr(serve, "is_serve_available", lambda: True)
+    assert main(["serve", str(run.folder)]) == 0
+    assert started[0][1:] == ["-m", "transformers.cli.transformers", "serve", str(model), "--dtype", "float32"]
+    status.returncode = 1
+    assert main(["serve", str(run.folder)]) == 1 and "ended with status 1" in capsys.readouterr().err
+
+
+def test_the_server_of_transformers_reads_no_adapter_folder(tmp_path, tiny_folder):
+    """Why `serve` asks for a merged model; when this fails, it can serve the adapter itself."""
+    run = make_run_folder(tmp_path, tiny_folder)
+    with pytest.raises(ValueError, match="model_type"):
+        AutoConfig.from_pretrained(run.training.path)

@@ -243,7 +243,14 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(message)}", file=sys.stderr)
+    shown: set[str] = set()
+
+    def show(message, *_, **__) -> None:
+        if str(message) not in shown:  # the run folder's checks and the trainer's find the same
+            print(f"warning: {printable(message)}", file=sys.stderr)
+        shown.add(str(message))
+
+    warnings.showwarning = show
 
 
 if __name__ == "__main__":

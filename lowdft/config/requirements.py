@@ -213,7 +213,7 @@ def _reuse(count: int, args: DFTConfig, n: int) -> list[str]:
     if not count:
         return []
     used = negatives_used(args, n)
-    return [f"{count} of {n} rows have fewer than {used} negatives, which all their visits use: they reuse them"]
+    return [f"{count} of {n} rows have fewer than {used} negatives, as many as their visits use; theirs are used again"]
 
 
 def _some(rows: RowFacts, numbers: np.ndarray) -> str:

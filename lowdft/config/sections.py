@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-STRATEGIES = ("direct", "chat", "good_system", "bad_system", "custom", "few_shot")
-ANSWERS = ("auto", "none", "number", "choice", "regex", "math")
-BACKENDS = ("padded", "continuous", "vllm")
 STUDY_KEYS = ("recipe", "output_dir", "set", "grid", "spread", "paper", "baselines", "sft_learning_rates", "tune_rows")
 
 
@@ -20,7 +17,7 @@ class ModelSection:
     license: str | None = None  # of the base, for the card; None: what the base's own card says
     hub_id: str | None = None  # what to call a local base in the exported adapter and its card
     load_in_4bit: bool = True  # NF4 with double quantization
-    dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware computes it, else float32
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where it is fast
     attn_implementation: str | None = None  # None: transformers chooses (SDPA where the model has it)
     trust_remote_code: bool = False
     chat_template: str | None = None  # Jinja; takes the place of the tokenizer's own
@@ -53,7 +50,7 @@ class DataSection:
     revision: str | None = None
     eval_revision: str | None = None  # of `eval`; None: the same as `revision`
     columns: dict[str, str] = field(default_factory=dict)
-    prompt_style: str = "chat"  # or direct: string prompts as they are, no template
+    prompt_style: Literal["chat", "direct"] = "chat"  # direct: string prompts as they are, no template
     system_prompt: str | None = None
     prompt_template: str | None = None  # text with {prompt}, e.g. "Question: {prompt}\nAnswer:"; for rows of text
     labels: Any = None  # classification: a list of texts, or auto (the completions that occur); the others: negatives
@@ -67,10 +64,10 @@ class DataSection:
 class NegativesSection:
     """How the base writes negatives. `source`: auto (ready ones if the rows have them), data or generate."""
 
-    source: str = "auto"
+    source: Literal["auto", "data", "generate"] = "auto"
     per_prompt: int | None = None  # None: as many as training will use, epochs * negatives_per_step
     eval_per_prompt: int | None = None  # for held-out rows; None: negatives_per_step
-    strategy: str = "bad_system"
+    strategy: Literal["direct", "chat", "good_system", "bad_system", "custom", "few_shot"] = "bad_system"
     system_prompt: str | None = None  # of the strategies with a system message; None: their own
     template: str | None = None  # of strategy custom: text with {prompt}
     temperature: float = 0.7
@@ -79,12 +76,12 @@ class NegativesSection:
     max_new_tokens: int = 320
     seed: int = 0
     adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
-    backend: str = "padded"
+    backend: Literal["padded", "continuous", "vllm"] = "padded"
     batch_size: int | None = None  # samples at once; None: 32 on a CPU, on a GPU as many as half of its memory holds
     gpu_memory_utilization: float = 0.9  # the share of the GPU's memory that the backend vllm takes
     stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them
     resample: int = 0  # tries to replace a negative that is empty, equals the completion or (keep: wrong) is right
-    keep: str = "all"  # or wrong: right answers, as evaluation.answer checks them, are not negatives
+    keep: Literal["all", "wrong"] = "all"  # wrong: right answers, as evaluation.answer checks them, are not negatives
     shots: int = 5  # of strategy few_shot: training rows, solved, that stand before the prompt
     push: str | None = None  # a Hub data set to upload them to
     private: bool = True
@@ -94,7 +91,7 @@ class NegativesSection:
 class EvaluationSection:
     """What is measured on the held-out rows, before and after."""
 
-    answer: str = "auto"  # how a greedy answer is checked: number, choice, regex, math, none
+    answer: Literal["auto", "none", "number", "choice", "regex", "math"] = "auto"  # how a greedy answer is checked
     pattern: str | None = None  # of answer regex: its first group is the answer
     max_new_tokens: int = 256
     batch_size: int = 32

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from lowdft.config.sections import (
-    ANSWERS,
-    BACKENDS,
-    STRATEGIES,
-    DataSection,
-    Recipe,
-)
+from lowdft.config.sections import DataSection, Recipe
 from lowdft.errors import UserError
-from lowdft.text import did_you_mean
 
 
 def check_values(recipe: Recipe, path: str) -> None:
     """Raises UserError for a value that a key cannot have, or for keys that do not go together."""
-    choices = {
-        "model.dtype": (recipe.model.dtype, ("auto", "bfloat16", "float16", "float32")),
-        "data.prompt_style": (recipe.data.prompt_style, ("chat", "direct")),
-        "negatives.source": (recipe.negatives.source, ("auto", "data", "generate")),
-        "negatives.strategy": (recipe.negatives.strategy, STRATEGIES),
-        "negatives.keep": (recipe.negatives.keep, ("all", "wrong")),
-        "negatives.backend": (recipe.negatives.backend, BACKENDS),
-        "evaluation.answer": (recipe.evaluation.answer, ANSWERS),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(f"{path}: {key} is {value!r}.{did_you_mean(str(value), allowed)}")
     taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
     if taken:
         raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")

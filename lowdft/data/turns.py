@@ -39,6 +39,7 @@ class Turns:
     """
 
     def __init__(self, tokenizer, model_end_ids: Iterable[int] = ()):
+        self._recent: dict[str, list[int]] = {}
         if not tokenizer.chat_template:
             tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -59,8 +60,17 @@ class Turns:
         self.end_ids: list[int] = sorted(set(known))  # every token at which an answer ends
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a text without the special tokens that the tokenizer puts around texts."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """Ids of a text without the special tokens that the tokenizer puts around texts; not to be changed in place.
+
+        The last two texts are kept: all answers of a row stand after the same prompt.
+        """
+        found = self._recent.pop(text, None)
+        if found is None:
+            found = self.tokenizer(text, add_special_tokens=False).input_ids
+        self._recent[text] = found
+        if len(self._recent) > 2:
+            del self._recent[next(iter(self._recent))]
+        return found
 
     def end_for(self, completion: str | list[dict]) -> int:
         """The end token of an answer that has none in its text: of plain text, or of messages under the template."""
@@ -86,11 +96,11 @@ class Turns:
         Where a token of the whole text spans the boundary, no model that is given `before` could write it: the text
         then counts as tokenized after a separate character, which leaves no space of the tokenizer's own in front.
         """
-        whole, start = self.ids(before + text), self.ids(before)
+        start, whole = self.ids(before), self.ids(before + text)
         if whole[: len(start)] == start:
             return whole[len(start) :], True
         for other in ("\n", ".", "a"):
-            whole, start = self.ids(other + text), self.ids(other)
+            start, whole = self.ids(other), self.ids(other + text)
             if whole[: len(start)] == start:
                 return whole[len(start) :], False
         return self.ids(text), False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ class Run:
     def check(self) -> None:
         """Every check that needs no model, also of what the run folder holds; then writes the resolved recipe there."""
         for note in self._requirements():
-            say(f"warning: {note}")
+            warnings.warn(note, stacklevel=2)
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()

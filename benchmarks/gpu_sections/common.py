@@ -59,8 +59,7 @@ class Setting:
                 if tensor is not None and tensor.is_meta:
                     data = torch.randn(tensor.shape, dtype=self.dtype, device=self.device) * 0.02
                     module._parameters[key] = nn.Parameter(data + (tensor.dim() == 1), requires_grad=False)
-        rotary = type(model.model.rotary_emb)(model.config, device=self.device)
-        model.model.rotary_emb = rotary
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(self.device)
         model.is_loaded_in_4bit = model.is_quantized = True
         return model.requires_grad_(False)
 

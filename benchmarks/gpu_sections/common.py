@@ -60,7 +60,7 @@ class Setting:
                     data = torch.randn(tensor.shape, dtype=self.dtype, device=self.device) * 0.02
                     module._parameters[key] = nn.Parameter(data + (tensor.dim() == 1), requires_grad=False)
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(self.device)
-        model.is_loaded_in_4bit = model.is_quantized = True
+        model.is_loaded_in_4bit = True
         return model.requires_grad_(False)
 
     def _linear(self, like: nn.Linear) -> nn.Module:

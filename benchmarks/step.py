@@ -1,16 +1,25 @@
 """Time and memory of one training step, side by side on the same random ids, each trainer in a process of its own.
 
-    python benchmarks/step.py                                          # (256,256,2,2), bfloat16 base, LoRA r16
+    python benchmarks/step.py                                          # (256,256,2,2), dense base, LoRA r16
     python benchmarks/step.py --shapes 64,16,2,16 512,128,4,1 --4bit
+    python benchmarks/step.py --shapes 60,10,3,16 --trainers listwise sft                 # B = 3 beside SFT
+    python benchmarks/step.py --shapes 1024,128,1,1 1024,128,8,1 --trainers dft2          # from B = 1 to 8
+    python benchmarks/step.py --shapes 60,88,1,16 60,27,1,16,1000 --trainers sft          # equal pieces, and mixed
     python benchmarks/step.py --data rows.jsonl --tokenizer-columns question,answer    # 8 rows' own lengths
 
-A shape is (prompt tokens, completion tokens, B, prompts a step). The trainers:
+A shape is (prompt tokens, completion tokens, B, prompts per step), and may end with the tokens of the first prompt's
+completion. The trainers:
 
     dft, dft2     lowdft; DFT scores its reference in the step (adapter off), DFT2 has none
     padded dft    DFT as its authors' code computes it, written here anew: one padded row a completion, float32 logits
                   at every position, and a reference pass over all completions
     dft B=1       lowdft with one negative, to stand beside
     trl dpo       TRL's DPOTrainer, which has one negative a prompt
+    sft, listwise lowdft without negatives, and the listwise objective
+
+Beside every time stands the share of the machine's own rate of matrix products that the step reaches: the products
+that the method needs (every token of a prompt group once, forward and back; the reference's forward), by the rate
+measured in the same process on the shapes of the model's layers, in the same dtype, at the tokens of a step.
 
 Needs TRL (`pip install -e ".[dev]"`).
 """
@@ -27,8 +36,12 @@ import tempfile
 import time
 
 import torch
+from rates import linear_shapes, product_rate, useful_flop
+
+from lowdft.config.recipe import computes_bfloat16
 
 TRAINERS = ("dft", "dft2", "padded dft", "dft B=1", "trl dpo")
+MORE = ("sft", "listwise")
 
 
 def main() -> None:
@@ -37,11 +50,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["256,256,2,2"])
     parser.add_argument("--data", help="a jsonl file whose rows' lengths replace the shape's")
     parser.add_argument("--tokenizer-columns", default="question,answer", help="prompt and completion in --data")
-    parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS)
-    parser.add_argument("--4bit", dest="load_in_4bit", action="store_true", help="NF4 base instead of bfloat16")
+    parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS + MORE)
+    parser.add_argument("--4bit", dest="load_in_4bit", action="store_true", help="NF4 base instead of a dense one")
+    parser.add_argument("--dtype", help="of the arithmetic; bfloat16 where this machine computes it, else float32")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not counted")
     parser.add_argument("--one", nargs=2, metavar=("TRAINER", "SHAPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.dtype = options.dtype or ("bfloat16" if computes_bfloat16() else "float32")
     if options.one:
         print(json.dumps(measure(options, *options.one)))
         return
@@ -65,21 +80,31 @@ def print_what_with(options) -> None:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft, trl))
-    weights = "NF4" if options.load_in_4bit else "bfloat16"
-    print(f"{weights} base, LoRA r16 on all linear layers; median of {options.steps} steps after one not counted")
+    weights = f"{'NF4' if options.load_in_4bit else 'dense'} base, {options.dtype}"
+    print(f"{weights}, LoRA r16 on all linear layers; median of {options.steps} steps after one not counted")
     print(f"{device}; {versions}; {time.strftime('%Y-%m-%d')}")
 
 
 def show(shape: str, results: dict) -> None:
     """A markdown table; the ratios are those of time to `padded dft` (same work) and of B=1 to TRL."""
-    columns = ["trainer", "completions", "s a step", "min-max", "useful tokens/s", "peak GB", "time, padded = 1"]
+    columns = [
+        "trainer",
+        "completions",
+        "s a step",
+        "min-max",
+        "useful tokens/s",
+        "share of rate",
+        "peak GB",
+        "time, padded = 1",
+    ]
     print(f"\n**{shape}**\n\n| {' | '.join(columns)} |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---" * len(columns) + "|")
     for name, r in results.items():
         peer = results.get("trl dpo" if name == "dft B=1" else "padded dft")
         ratio = f"{r['seconds'] / peer['seconds']:.2f}" if peer else ""
         ratio += " (TRL = 1)" if name == "dft B=1" else ""
         numbers = f"{r['seconds']:.2f} | {r['fastest']:.2f}-{r['slowest']:.2f} | {r['tokens'] / r['seconds']:.0f}"
+        numbers += f" | {r['flop'] / r['seconds'] / r['rate']:.0%} of {r['rate'] / 1e9:.0f} Gflop/s"
         print(f"| {name} | {r['completions']} | {numbers} | {r['peak_gb']:.2f} | {ratio} |", flush=True)
 
 
@@ -88,13 +113,16 @@ def measure(options, name: str, shape: str) -> dict:
     from lowdft.training.metrics import peak_memory_gb
 
     model, tokenizer = load(options)
-    prompt, completion, count, prompts = map(int, shape.split(","))
-    count = 1 if name in ("dft B=1", "trl dpo") else count
+    prompt, completion, count, prompts, *first = map(int, shape.split(","))
+    count = 1 if name in ("dft B=1", "trl dpo") else 0 if name == "sft" else count
     rows = make_rows(options, tokenizer, (prompt, completion, count, prompts * (options.steps + 1)))
-    step = {"padded dft": padded_steps, "trl dpo": trl_steps}.get(name, lowdft_steps)
-    seconds = step(options, name, model, tokenizer, rows, count, prompts)[1:]
+    for row in rows[::prompts] if first else []:
+        row["completion_ids"] = (row["completion_ids"] * first[0])[: first[0]]
     used = rows[prompts:]
     lengths = [len(r["prompt_ids"]) + sum(map(len, [r["completion_ids"], *r["negative_ids"]])) for r in used]
+    layers = linear_shapes(model)
+    step = {"padded dft": padded_steps, "trl dpo": trl_steps}.get(name, lowdft_steps)
+    seconds = step(options, name, model, tokenizer, rows, count, prompts)[1:]
     return {
         "completions": prompts * (1 + count),
         "tokens": sum(lengths) / options.steps,
@@ -102,6 +130,8 @@ def measure(options, name: str, shape: str) -> dict:
         "fastest": min(seconds),
         "slowest": max(seconds),
         "peak_gb": peak_memory_gb(),
+        "flop": useful_flop(name, layers, model.get_output_embeddings().weight.numel(), used) / options.steps,
+        "rate": product_rate(layers, sum(lengths) // options.steps, getattr(torch, options.dtype), model.device),
     }
 
 
@@ -110,7 +140,7 @@ def load(options):
     from lowdft import models
     from lowdft.config.sections import ModelSection
 
-    section = ModelSection(name_or_path=options.model, load_in_4bit=options.load_in_4bit)
+    section = ModelSection(name_or_path=options.model, load_in_4bit=options.load_in_4bit, dtype=options.dtype)
     source = models.locate(section)
     return models.load_base(source, section), models.load_tokenizer(source, section)
 
@@ -185,8 +215,10 @@ def lowdft_steps(options, name, model, tokenizer, rows, count, prompts) -> list[
     """lowdft's trainer."""
     from lowdft import DFTConfig, DFTTrainer
 
-    settings = dict(objective=name.split()[0], reference="online", negatives_per_step=count)
-    args = DFTConfig(max_prompt_length=None, **settings, **common(options, prompts))
+    settings = dict(objective=name.split()[0], reference="online", negatives_per_step=max(1, count))
+    args = DFTConfig(
+        max_prompt_length=None, use_cpu=not torch.cuda.is_available(), **settings, **common(options, prompts)
+    )
     return timed(DFTTrainer(model, args, rows, peft_config=lora()))
 
 

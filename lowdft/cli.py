@@ -152,7 +152,7 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
     from lowdft.config.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = load_recipe(arguments.recipe, overrides, for_gpu=getattr(arguments, "gpu", None) is not None)
     doors.check(recipe)
     _quiet()
     from lowdft.files import locked

@@ -30,11 +30,12 @@ from lowdft.text import did_you_mean
 UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that send checkpoints or metrics to the Hub
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = False) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
 
     With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe. A run folder stands
-    for the resolved recipe that it holds, and is its output_dir.
+    for the resolved recipe that it holds, and is its output_dir. `for_gpu`: `dtype: auto` is what a GPU of today
+    computes in, bfloat16, whatever this machine does.
 
     Raises:
         UserError: with the recipe's key, what was found and what was wanted.
@@ -51,7 +52,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     recipe.interpolations = dict(_interpolations(OmegaConf.to_container(given), resolved))
     check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
-        recipe.model.dtype = "bfloat16" if computes_bfloat16() else "float32"
+        recipe.model.dtype = "bfloat16" if for_gpu or computes_bfloat16() else "float32"
     return recipe
 
 

@@ -109,7 +109,12 @@ class ContinuousSampler:
         blocks = at_once * pages
         if on_gpu:
             torch.cuda.empty_cache()
-            blocks = min(blocks, torch.cuda.mem_get_info(model.device)[0] // 2 // (page * cache_bytes(model)))
+            blocks = min(
+                blocks,
+                torch.cuda.mem_get_info(model.device)[0]
+                // 2
+                // (page * cache_bytes(model.config, model.dtype.itemsize)),
+            )
         if blocks < pages:
             raise MemoryError(f"a request of {longest} tokens takes {pages} blocks of the cache, and {blocks} fit")
         return ContinuousBatchingConfig(

@@ -25,6 +25,8 @@ from lowdft.errors import UserError
 from lowdft.logprobs import truncate
 from lowdft.models.safeguards import guard_four_bit
 
+SAMPLES_ON_A_CPU = 32
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -127,19 +129,24 @@ def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterato
 def fitting(model, requests: Sequence[Request], settings: SamplingSettings) -> int:
     """Samples at work at once: 32 on a CPU; on a GPU as many of the longest as half of its free memory holds."""
     if model.device.type != "cuda":
-        return 32
+        return SAMPLES_ON_A_CPU
     longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
-    each = longest * cache_bytes(model) + 32 * model.config.get_text_config().vocab_size  # logits, and their copies
     torch.cuda.empty_cache()
-    return max(1, min(len(requests), int(torch.cuda.mem_get_info(model.device)[0] / 2 / each)))
+    free = torch.cuda.mem_get_info(model.device)[0]
+    return max(1, min(len(requests), int(free / 2 / sample_bytes(model.config, model.dtype.itemsize, longest))))
 
 
-def cache_bytes(model) -> int:
+def sample_bytes(config, size: int, tokens: int) -> int:
+    """Bytes that a sample of so many tokens takes: keys and values of `size` bytes a number, and its logits."""
+    return tokens * cache_bytes(config, size) + 32 * config.get_text_config().vocab_size  # logits, and their copies
+
+
+def cache_bytes(config, size: int) -> int:
     """Bytes of keys and values per token, in all layers."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers * 2 * heads * head_dim * model.dtype.itemsize
+    return config.num_hidden_layers * 2 * heads * head_dim * size
 
 
 def fewer(batch_size: int, error: BaseException) -> int:

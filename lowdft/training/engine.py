@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
-from lowdft.errors import UserError
+from lowdft.errors import UserError, is_out_of_memory
 from lowdft.logprobs import Group
 from lowdft.objectives import Losses, Objective, Scores
 from lowdft.training.log_u import LogU
@@ -128,7 +128,9 @@ class StepEngine:
                 loss = self._backpropagate(todo[0])
                 self._done.append(todo.pop(0))
                 continue
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 failure = error.with_traceback(None)  # its frames hold on to the tensors of the failed pass
             self.passes.shrink(self._groups(todo[0]), failure)
             todo = self._begin_again() + todo
@@ -148,7 +150,9 @@ class StepEngine:
                 loss = self._backpropagate(batch)
             elif self.passes.in_step:
                 self._idle()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise self.passes.no_room() from error
         mine = (batch.index_M, self.log_u.values[batch.index_M], self.log_u.visits[batch.index_M])
         index, *updates = collectives.updates_from_all(*mine, self._most, self.passes.device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdft.distributed import collectives
-from lowdft.errors import UserError
+from lowdft.errors import UserError, is_out_of_memory
 from lowdft.logprobs import CompletionLogps, Group, Head, bare, packed_attention, score
 
 # surrogate(numbers, logps): the loss of the prompts `numbers`, from their completions' log-probabilities [.., K]
@@ -87,7 +87,9 @@ class Passes:
         while True:
             try:
                 return self._score_pieces(model, groups, self._pieces(groups), weighted=weighted)[0]
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 failure = error.with_traceback(None)  # its frames hold on to the tensors of the failed pass
             self.shrink(groups, failure)
 
@@ -121,7 +123,7 @@ class Passes:
         for_objective = (self.token_weight, self.predicted_share) if weighted else ()
         return score(model, groups, self.layout, self.chunk_size, self.head_logps, *for_objective)
 
-    def shrink(self, groups: Sequence[Group], error: torch.OutOfMemoryError) -> None:
+    def shrink(self, groups: Sequence[Group], error: BaseException) -> None:
         """Halves the budget after these groups ran out of memory, and says so.
 
         Raises:
@@ -206,15 +208,37 @@ class Passes:
         """The largest value of all ranks, where they must do the same; else this rank's own."""
         return collectives.largest(value, self.device) if self.in_step else int(value)
 
+    def expected(self, groups: Sequence[Group]) -> tuple[list[list[Group]], list[list[Group]]]:
+        """The passes that a gradient of these groups takes: those that only score, and those that go backward."""
+        if not self._in_two(groups):
+            return [], [[groups[i] for i in numbers] for numbers in self._split(groups)]
+        first = range(len(groups[0].completions) - self.knows_last)
+        return self._chosen([group.select(first) for group in groups]), self._chosen(groups)
+
+    def _chosen(self, groups: Sequence[Group]) -> list[list[Group]]:
+        parts = [groups[i].select(completions) for i, completions in self._pieces(groups)]
+        return [[parts[n] for n in numbers] for numbers in self._split(parts)]
+
     def _split(self, groups: Sequence[Group]) -> list[list[int]]:
-        """Groups (by number) that share a pass, like lengths together; one longer than the budget comes alone."""
+        """Groups (by number) that share a pass; one longer than the budget comes alone.
+
+        As few passes as taking the longest first gives. Packed ones are of like size: four of four groups rather than
+        three of five and one of one.
+        """
         passes: list[list[int]] = []
-        for i in sorted(range(len(groups)), key=lambda i: -_longest(groups[i], self.layout)):
+        order = sorted(range(len(groups)), key=lambda i: -_longest(groups[i], self.layout))
+        for i in order:
             if passes and self._cost([groups[n] for n in [*passes[-1], i]]) <= self.budget:
                 passes[-1].append(i)
             else:
                 passes.append([i])
-        return passes
+        if self.layout == "padded" or len(passes) == 1:
+            return passes
+        balanced: list[list[int]] = [[] for _ in passes]
+        for i in order:
+            min(balanced, key=lambda some: self._cost([groups[n] for n in some])).append(i)
+        largest = (max(self._cost([groups[n] for n in some]) for some in split) for split in (balanced, passes))
+        return balanced if next(largest) <= next(largest) else passes
 
     def _pieces(self, groups: Sequence[Group]) -> list[tuple[int, list[int]]]:
         """(group, its completions) pieces that fit the budget, or hold one completion."""

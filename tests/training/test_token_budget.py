@@ -58,6 +58,42 @@ def test_passes_keep_to_the_budget(monkeypatch):
         assert fits or (len(groups) == 1 and len(groups[0].completions) == 1)
 
 
+def test_passes_are_of_like_size():
+    """16 groups of 10 tokens, 5 of which fit a pass: four passes of four, not 5 + 5 + 5 + 1."""
+    groups = [Group([1] * 4, [[2] * 3, [3] * 3]) for _ in range(16)]
+    scored, passes = Passes("packed", 64, tokens_per_pass=52).expected(groups)
+    assert scored == [] and [len(some) for some in passes] == [4, 4, 4, 4]
+
+
+def test_what_a_long_group_takes_is_expected():
+    """A group of 34 tokens at 20 per pass: two completions a pass, which are scored first."""
+    scored, passes = Passes("packed", 64, tokens_per_pass=20, knows_last=True).expected([Group([1] * 4, [[2] * 6] * 5)])
+    assert [len(some[0].completions) for some in scored] == [2, 2]
+    assert [len(some[0].completions) for some in passes] == [2, 2, 1]
+
+
+def test_what_cublas_says_is_out_of_memory(monkeypatch):
+    """No OutOfMemoryError, and yet memory ran out; any other RuntimeError stays one."""
+    calls = []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        if len(calls) == 10:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        return score(*args)
+
+    monkeypatch.setattr("lowdft.training.token_budget.score", once)
+    passes, model, groups = Passes("packed", 64, 10_000), make_llama(), make_groups()
+    with pytest.warns(UserWarning, match="a pass takes at most"):
+        found = passes.score(model, groups)
+    torch.testing.assert_close(found.flatten(), score(model, groups).logps_C, rtol=1e-4, atol=1e-4)
+    calls[:] = [()] * 9
+    with pytest.raises(RuntimeError, match="mat1"):
+        passes.score(model, groups)
+
+
 def test_padded_passes_keep_to_the_budget_with_their_padding():
     """One prompt with a long completion beside many short ones: rows times the longest row stay within the budget."""
     groups = [Group([1] * 4, [[5] * 60])] + [Group([1] * 4, [[5] * 4]) for _ in range(15)]

@@ -13,8 +13,11 @@ from lowdft import models
 from lowdft.errors import UserError
 from lowdft.files.process import peak_bytes
 from lowdft.logprobs import Group, choose_layout
-from lowdft.models.memory import LIBRARIES, Memory, estimate, sharded
+from lowdft.models.memory import LIBRARIES, Memory, estimate, generation_memory, scoring_memory
 from lowdft.pipeline.context import Run, say
+from lowdft.pipeline.fitting import fits, largest_pass
+from lowdft.sampling import Request, SamplingSettings, get_sampler
+from lowdft.sampling.draw import SAMPLES_ON_A_CPU, sample_bytes
 from lowdft.training.token_budget import Passes, num_tokens
 
 GPU_CONTEXT = 0.6e9  # bytes that CUDA itself and its libraries take on a device
@@ -24,46 +27,118 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
     """Prints the plan.
 
     Args:
-        gpu: memory of a GPU in GB (10^9 bytes), to find the largest `tokens_per_pass` that fits.
+        gpu: memory of a GPU in GB (10^9 bytes), to find the fastest setting that fits.
         gpus: over how many the training is spread: all parameters by ZeRO-3, adapters as whole copies.
-        probe: load the base and time one pass.
+        probe: load the base and time one pass, and one batch of negatives if they are still to be written.
     """
     config, args = models.configuration(run.source, run.recipe.model), run.args
     groups = expected_groups(run)
-    sizes = sorted((num_tokens(group, "packed") for group in groups), reverse=True)
-    largest = min(args.tokens_per_pass, sum(sizes[: args.per_device_train_batch_size]))
     on_gpu = gpu is not None or torch.cuda.is_available()
-    memory = estimate(config, run.recipe.model, run.recipe.adapter, args, largest, on_gpu)
-    if gpus > 1 and run.recipe.adapter is None:
-        memory = sharded(memory, gpus, run.recipe.model.dtype)
     base = GPU_CONTEXT if on_gpu else process_bytes()
-    show_memory(memory, base, largest, gpus)
-    if gpus == 1 and run.recipe.adapter is None and run.recipe.model.dtype != "float32":
-        say(
-            f"warning: all parameters in {run.recipe.model.dtype}, without a float32 copy: rounding loses small steps "
-            f"(learning rate {args.learning_rate:g}). Set model.dtype=float32, or train with --launch zero3."
-        )
+    largest = largest_pass(args, groups, args.tokens_per_pass)
+    memory = estimate(config, run.recipe.model, run.recipe.adapter, args, largest, on_gpu, gpus)
+    show_memory(memory, base, sum(num_tokens(group, "packed") for group in largest), gpus)
     if gpu is not None:
-        most = int((gpu * 1e9 - base - memory.fixed) / memory.per_token)
-        longest = max(len(g.prompt_ids) + max(map(len, g.completions)) for g in groups)
-        if most < longest:
-            say(
-                f"does not fit {gpu:g} GB: one prompt with one completion has up to {longest} tokens, room is for "
-                f"{max(0, most)}. Lower training.max_length, load in 4 bit, set training.gradient_checkpointing=true."
-            )
-        else:
-            say(f"fits {gpu:g} GB up to training.tokens_per_pass={most}")
-    if to_write := negatives_to_write(run):
-        say(f"before it: {to_write:,} negatives of up to {run.recipe.negatives.max_new_tokens} tokens to write")
-    steps, tokens = count_work(run, sizes, gpus)
+        show_fits(run, config, groups, gpu, base, gpus)
+    scoring = scoring_memory(config, run.recipe.model, run.recipe.adapter, args, largest)
+    say(f"evaluation and reference: {(base + scoring) / 1e9:.2f} GB")
+    to_write = negatives_to_write(run)
+    if to_write:
+        samples, needed = generation(run, config, None if gpu is None else gpu * 1e9 - base)
+        say(
+            f"before it: {to_write:,} negatives of up to {run.recipe.negatives.max_new_tokens} tokens to write, "
+            f"{samples} at once in {(base + needed) / 1e9:.2f} GB"
+        )
+    steps, tokens = count_work(run, [num_tokens(group, "packed") for group in groups], gpus)
     over = f", over {gpus} GPUs" if gpus > 1 else ""
     say(f"{steps} steps; {tokens:,} tokens, scored and backpropagated once each{over}")
     if probe:
-        rate = tokens_per_second(run, groups, largest)
-        hours = tokens / rate / gpus / 3600
+        show_times(run, groups, largest, tokens, to_write, gpus)
+
+
+def show_fits(run: Run, config, groups: list[Group], gpu: float, base: float, gpus: int) -> None:
+    """The settings that fit a GPU, fastest first, or what to change."""
+    found = fits(run.recipe, run.args, config, groups, gpu * 1e9 - base, gpus)
+    if not found:
+        longest = max(len(g.prompt_ids) + max(map(len, g.completions)) for g in groups)
         say(
-            f"about {hours:.2f} h of training at {rate:.0f} tokens/s{' each' * (gpus > 1)} (a pass, timed here and now)"
+            f"does not fit {gpu:g} GB: one prompt with one completion has up to {longest} tokens. Lower "
+            "training.max_length, load in 4 bit, use a smaller adapter or training.optim=paged_adamw_8bit."
         )
+        return
+    table = Table(title=f"what fits {gpu:g} GB, fastest first (computed)", title_justify="left")
+    for name in ("training.", "tokens_per_pass", "GB", "time"):
+        table.add_column(name, justify="left" if name == "training." else "right", overflow="fold")
+    for fit in found:
+        words = " ".join(setting_words(fit.settings))
+        table.add_row(words, str(fit.tokens), f"{(base + fit.bytes) / 1e9:.1f}", f"{fit.work / found[0].work:.2f}")
+    Console().print(table)
+    best = [*setting_words(found[0].settings), f"tokens_per_pass={found[0].tokens}"]
+    say(f"fits {gpu:g} GB, fastest with " + " ".join(f"training.{word}" for word in best))
+
+
+def setting_words(settings: dict) -> list[str]:
+    """Fields of `DFTConfig` as overrides."""
+    words = []
+    for name, value in settings.items():
+        if name == "gradient_checkpointing_kwargs":
+            words += [f"{name}.{key}={str(v).lower()}" for key, v in value.items() if "every_n_layers" in value]
+        else:
+            words.append(f"{name}={str(value).lower()}")
+    return words
+
+
+def generation(run: Run, config, room: float | None) -> tuple[int, float]:
+    """How many negatives are written at once, and their peak bytes, weights included.
+
+    Args:
+        room: bytes of the GPU that are free before the model is loaded; None on a CPU.
+    """
+    section = run.recipe.negatives
+    prompt = max(len(run.sampling_ids(example)) for example in run.examples("train"))
+    per_prompt = run.negatives_wanted("train")
+
+    def needed(samples: int) -> float:
+        prompts = math.ceil(samples / per_prompt)
+        return generation_memory(config, run.recipe.model, prompts, samples, prompt, section.max_new_tokens)
+
+    samples = section.batch_size or SAMPLES_ON_A_CPU
+    if section.batch_size is None and room is not None:
+        size = getattr(torch, run.recipe.model.dtype).itemsize
+        each = sample_bytes(config, size, prompt + section.max_new_tokens)
+        samples = max(1, int((room - needed(1)) / 2 / each))
+    samples = min(samples, len(run.examples("train")) * per_prompt)
+    return samples, needed(samples)
+
+
+def show_times(run: Run, groups: list[Group], largest: list[Group], tokens: int, to_write: int, gpus: int) -> None:
+    """Hours of training, and of writing negatives, from one pass and one batch timed here."""
+    model = run.base()
+    each = " each" * (gpus > 1)
+    if to_write:
+        per_hour, answers = negatives_per_hour(run, model)
+        say(
+            f"about {to_write / per_hour / gpus:.2f} h of writing negatives at {per_hour:.0f} an hour{each} "
+            f"({answers} of them, timed here and now)"
+        )
+    if run.recipe.adapter:
+        model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
+    rate = tokens_per_second(run, model, groups, sum(num_tokens(group, "packed") for group in largest))
+    hours = tokens / rate / gpus / 3600
+    say(f"about {hours:.2f} h of training at {rate:.0f} tokens/s{each} (a pass, timed here and now)")
+
+
+def negatives_per_hour(run: Run, model) -> tuple[float, int]:
+    """Speed of one batch of negatives to the first prompts, and how many they were."""
+    section, per_prompt = run.recipe.negatives, run.negatives_wanted("train")
+    settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
+    backend = "padded" if section.backend == "vllm" else section.backend
+    sampler = get_sampler(backend, model, run.encoder.end_ids, settings, section.batch_size)
+    some = run.examples("train")[: math.ceil((section.batch_size or SAMPLES_ON_A_CPU) / per_prompt)]
+    requests = [Request(run.sampling_ids(example), k) for example in some for k in range(per_prompt)]
+    start = time.perf_counter()
+    sampler.sample(requests)
+    return 3600 * len(requests) / (time.perf_counter() - start), len(requests)
 
 
 def expected_groups(run: Run) -> list[Group]:
@@ -116,11 +191,8 @@ def show_memory(memory: Memory, base: float, tokens: int, gpus: int) -> None:
     Console().print(table)
 
 
-def tokens_per_second(run: Run, groups: list[Group], tokens: int) -> float:
+def tokens_per_second(run: Run, model, groups: list[Group], tokens: int) -> float:
     """Speed of one forward and backward pass over the first groups, up to `tokens` tokens and 4 of them."""
-    model = run.base()
-    if run.recipe.adapter:
-        model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
     model.train()
     passes = Passes(choose_layout(model, run.args.layout), run.args.logits_chunk_size, tokens)
     some = groups[:4]

@@ -91,7 +91,11 @@ def _given(path: str | Path, overrides: list[str]):
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
     given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(find_recipe(path))
-    return OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    over = OmegaConf.from_dotlist(list(overrides))
+    own, other = OmegaConf.select(given, "training.objective"), OmegaConf.select(over, "training.objective")
+    if other is not None and other != own and OmegaConf.select(given, "training.objective_args") is not None:
+        del given.training.objective_args  # hyper-parameters of the recipe's own objective
+    return OmegaConf.merge(given, over)
 
 
 def computes_bfloat16() -> bool:

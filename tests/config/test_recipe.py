@@ -32,6 +32,14 @@ def test_overrides_reach_sections(write):
     assert (recipe.negatives.temperature, recipe.adapter, recipe.data.columns) == (1.5, None, {"prompt": "q"})
 
 
+def test_another_objective_leaves_the_hyperparameters_of_the_recipes_own(write):
+    path = write(MINIMAL + "training: {objective: listwise, objective_args: {per_token: false}}\n")
+    assert "objective_args" not in load_recipe(path, ["training.objective=sft"]).training
+    assert load_recipe(path, ["training.objective=listwise"]).training["objective_args"] == {"per_token": False}
+    given = ["training.objective=dft", "training.objective_args={tau: 2.0}"]
+    assert load_recipe(path, given).training["objective_args"] == {"tau": 2.0}
+
+
 @pytest.mark.parametrize(
     "extra, words",
     [

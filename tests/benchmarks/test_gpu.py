@@ -18,7 +18,7 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert out.returncode == 0, out.stderr
     lines = out.stdout.splitlines()
-    found = json.loads(next(line for line in lines if line.startswith("{")))
+    found = json.loads(next(line for line in lines if line.startswith('{"')))
     assert len(found) == 14
     verdicts = {name: result["verdict"] for name, result in found.items()}
     assert {name for name, verdict in verdicts.items() if verdict == "SKIP"} == FOR_A_GPU

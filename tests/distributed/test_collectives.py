@@ -35,6 +35,8 @@ weights = {n: p.detach().flatten().tolist()[:5] for n, p in trainer.model.named_
 if trainer.args.process_index == 0:
     Path(folder, "log.json").write_text(json.dumps(trainer.state.log_history))
     Path(folder, "result.json").write_text(json.dumps([losses(trainer), trainer.log_u.tolist(), weights]))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # a rank that ends while gloo's threads run may abort
 """
 
 

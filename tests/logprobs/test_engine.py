@@ -98,18 +98,6 @@ def test_counts_tokens():
     assert out.per_token_logps_S.shape == (36,)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_unscored_tokens_are_read_but_not_counted(layout):
-    """The last tokens of a completion score as in the whole completion; selecting completions keeps their starts."""
-    model, (a, b) = make("llama"), groups()
-    out = score(model, [Group(a.prompt_ids, a.completions, [3, 0, 2]), b], layout)
-    whole = score(model, [a, b], layout).per_token_logps_S
-    assert out.tokens_C.tolist() == [2, 9, 1, 12, 1, 6]
-    wanted = torch.stack([whole[3:5].sum(), whole[5:14].sum(), whole[16:17].sum()])
-    torch.testing.assert_close(out.logps_C[:3], wanted, rtol=0, atol=1e-5)
-    assert Group([1], [[1, 2], [3]], [1, 0]).select([1]) == Group([1], [[3]], [0])
-
-
 def test_rows_worked_by_hand():
     """[7 8][5][6 4]: both completions start at position 2, predicted by the prompt's last token; then filler."""
     rows = lay_out([Group([7, 8], [[5], [6, 4]])])

@@ -113,7 +113,7 @@ def test_13_evaluation_keeps_to_tokens_per_pass(recipe, monkeypatch):
 
 
 def test_11_and_9_settings_that_move_memory_alone_may_change(recipe, capsys):
-    """Resumed with another budget, layout and evaluation: what is set wins, and nothing refuses."""
+    """Resumed with another budget and layout: what is set wins, and nothing refuses."""
     steps = ["training.objective=sft", "evaluation.answer=none"]
     assert main(["train", recipe, *steps]) == 0
     shutil.rmtree(folder(recipe) / "adapter")
@@ -121,8 +121,8 @@ def test_11_and_9_settings_that_move_memory_alone_may_change(recipe, capsys):
         json.dumps(_undone(json.loads((folder(recipe) / "adapter.manifest.json").read_text())))
     )
     shutil.rmtree(max((folder(recipe) / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])))
-    changed = ["training.tokens_per_pass=50", "training.layout=padded", "training.eval_strategy=steps"]
-    assert main(["train", recipe, *steps, *changed, "training.eval_steps=1"]) == 0
+    changed = ["training.tokens_per_pass=50", "training.layout=padded"]
+    assert main(["train", recipe, *steps, *changed]) == 0
     assert "resuming from" in capsys.readouterr().out
     newest = max((folder(recipe) / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     assert load_file(newest / "log_u.safetensors")["tokens_per_pass"] == torch.tensor(50)

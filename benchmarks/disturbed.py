@@ -18,7 +18,7 @@ from pathlib import Path
 
 import kills  # of this folder; it also finds the tests' helpers
 import operations
-from helpers import make_llama, make_tokenizer
+from helpers import save_tiny_model
 
 from lowdft.cli import main
 from lowdft.config.recipe import load_recipe
@@ -31,9 +31,7 @@ TEMPORARY = re.compile(r"\w+-\d+-[0-9a-f]{8}|\.tmp\w{6}")  # in names of files t
 
 def make_recipe(place: Path) -> str:
     """Three steps of DFT on negatives that the model writes; gives the recipe's path."""
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer)).save_pretrained(place / "tiny")
-    tokenizer.save_pretrained(place / "tiny")
+    save_tiny_model(place / "tiny")
     rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(14)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "recipe.yaml").write_text(

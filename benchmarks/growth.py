@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers import make_llama, make_tokenizer, make_trainer
+from helpers import make_trainer, save_tiny_model
 
 from lowdft.config.recipe import load_recipe
 from lowdft.pipeline.context import Run
@@ -75,9 +75,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        tokenizer = make_tokenizer()
-        make_llama(len(tokenizer)).save_pretrained(place / "tiny")
-        tokenizer.save_pretrained(place / "tiny")
+        save_tiny_model(place / "tiny")
         for count in options.steps:
             print(json.dumps(steps(count, place)), flush=True)
         for count in options.rows:

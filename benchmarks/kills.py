@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import pyarrow.parquet as pq
 import torch
-from helpers import make_llama, make_tokenizer
+from helpers import save_tiny_model
 from safetensors.torch import load_file
 
 from lowdft.cli import WHOLE_WAY, main
@@ -189,9 +189,7 @@ def losses(whole: dict, found: dict) -> Counter:
 
 def make_recipe(place: Path, objective: str) -> str:
     """A tiny model, rows of sums and a recipe that saves at every step; gives the recipe's path."""
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer)).save_pretrained(place / "tiny")
-    tokenizer.save_pretrained(place / "tiny")
+    save_tiny_model(place / "tiny")
     rows = [json.dumps({"prompt": f"{a}+{a}?", "completion": str(2 * a)}) + "\n" for a in range(ROWS)]
     (place / "rows.jsonl").write_text("".join(rows))
     (place / "recipe.yaml").write_text(

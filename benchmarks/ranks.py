@@ -28,11 +28,9 @@ SAID = "has not moved for"
 
 def make_recipe(place: Path) -> str:
     """Some hundred steps on rows with their own negatives, a checkpoint at every second one; gives the path."""
-    from helpers import make_llama, make_tokenizer
+    from helpers import save_tiny_model
 
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer)).save_pretrained(place / "tiny")
-    tokenizer.save_pretrained(place / "tiny")
+    save_tiny_model(place / "tiny")
     rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a), "negatives": ["no", "0"]} for a in range(10)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "recipe.yaml").write_text(

@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 
 def main(kind: str, count: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    make_model(folder / "tiny")
+    from helpers import save_tiny_model
+
+    save_tiny_model(folder / "tiny")
     make_rows(folder / "rows.jsonl", count, negatives=4 if kind == "text" else 0)
     (folder / "recipe.yaml").write_text(
         f"output_dir: {folder}/run\n"
@@ -45,14 +47,6 @@ def main(kind: str, count: int, folder: Path) -> None:
         report[f"s, {call} call"] = round(time.perf_counter() - start, 1)
         report["peak GB of the largest process so far"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     print(json.dumps(report, indent=2))
-
-
-def make_model(folder: Path) -> None:
-    from helpers import make_llama, make_tokenizer
-
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def make_rows(path: Path, count: int, negatives: int) -> None:

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from helpers import ROWS, make_llama, make_tokenizer
+from helpers import ROWS, make_llama, make_tokenizer, save_tiny_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -48,9 +48,7 @@ def llama() -> LlamaForCausalLM:
 def tiny_folder(tmp_path_factory) -> Path:
     """A tiny model and its tokenizer as a local transformers folder."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny_model(folder)
     return folder
 
 

@@ -43,6 +43,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def save_tiny_model(folder: Path) -> None:
+    """A tiny model and its tokenizer as a local transformers folder."""
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: one token a byte, and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

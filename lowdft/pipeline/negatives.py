@@ -12,7 +12,18 @@ from lowdft.data import Example
 from lowdft.data.prompting import plain_text, shot_stop
 from lowdft.errors import InvalidRequests, UserError
 from lowdft.pipeline.context import Run, truth_of
-from lowdft.sampling import Request, Sample, Sampler
+from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_sampler
+
+
+def negatives_sampler(run: Run, model, backend: str) -> Sampler:
+    """A sampler with the recipe's settings of negatives.
+
+    Args:
+        model: the base, with an adapter or without; for the backend vllm a `VllmModel`.
+    """
+    section = run.recipe.negatives
+    settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
+    return get_sampler(backend, model, run.encoder.end_ids, settings, section.batch_size)
 
 
 def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:

@@ -18,9 +18,9 @@ from lowdft.distributed import collectives
 from lowdft.pipeline import hub
 from lowdft.pipeline.chunked_job import make_in_parts, part_size
 from lowdft.pipeline.context import SPLITS, Run, say
-from lowdft.pipeline.negatives import write_negatives
+from lowdft.pipeline.negatives import negatives_sampler, write_negatives
 from lowdft.reporting import markdown, model_card
-from lowdft.sampling import Sampler, SamplingSettings, VllmModel, get_sampler
+from lowdft.sampling import Sampler, VllmModel
 
 
 def main(run: Run, push_data: str | None = None) -> None:
@@ -144,13 +144,12 @@ def _wanted(run: Run, split: str) -> bool:
 
 
 def _sampler(run: Run, adapter: str | None) -> Sampler:
-    section = run.recipe.negatives
-    settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    if section.backend == "vllm":
+    backend = run.recipe.negatives.backend
+    if backend == "vllm":
         model = _vllm_model(run, adapter)
     else:
         model = models.load_adapter(run.base(), adapter) if adapter else run.base()
-    return get_sampler(section.backend, model, run.encoder.end_ids, settings, section.batch_size)
+    return negatives_sampler(run, model, backend)
 
 
 def _vllm_model(run: Run, adapter: str | None) -> VllmModel:

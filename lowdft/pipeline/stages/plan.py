@@ -16,7 +16,8 @@ from lowdft.logprobs import Group, choose_layout
 from lowdft.models.memory import LIBRARIES, Memory, estimate, generation_memory, scoring_memory
 from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.fitting import fits, largest_pass
-from lowdft.sampling import Request, SamplingSettings, get_sampler
+from lowdft.pipeline.negatives import negatives_sampler
+from lowdft.sampling import Request
 from lowdft.sampling.draw import SAMPLES_ON_A_CPU, sample_bytes
 from lowdft.training.token_budget import Passes, num_tokens
 
@@ -131,9 +132,8 @@ def show_times(run: Run, groups: list[Group], largest: list[Group], tokens: int,
 def negatives_per_hour(run: Run, model) -> tuple[float, int]:
     """Speed of one batch of negatives to the first prompts, and how many they were."""
     section, per_prompt = run.recipe.negatives, run.negatives_wanted("train")
-    settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
     backend = "padded" if section.backend == "vllm" else section.backend
-    sampler = get_sampler(backend, model, run.encoder.end_ids, settings, section.batch_size)
+    sampler = negatives_sampler(run, model, backend)
     some = run.examples("train")[: math.ceil((section.batch_size or SAMPLES_ON_A_CPU) / per_prompt)]
     requests = [Request(run.sampling_ids(example), k) for example in some for k in range(per_prompt)]
     start = time.perf_counter()

@@ -23,8 +23,7 @@ from lowdft.files import write_json
 from lowdft.logprobs import choose_layout
 from lowdft.models.reference import reference_on
 from lowdft.pipeline.context import Run, say, truth_of
-from lowdft.pipeline.negatives import write_negatives
-from lowdft.sampling import SamplingSettings, get_sampler
+from lowdft.pipeline.negatives import negatives_sampler, write_negatives
 from lowdft.training.token_budget import Passes
 
 STEPS, SAMPLES = 15, 8
@@ -143,9 +142,7 @@ def _prepare(run: Run, parts: Sequence[Sequence[Example]]) -> tuple[torch.nn.Mod
 
 def _write(run: Run, model, examples: Sequence[Example]) -> tuple[dict, dict]:
     """`SAMPLES` negatives of every example: ids and texts by example_id."""
-    section = run.recipe.negatives
-    settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)
+    sampler = negatives_sampler(run, model, "padded")
     say(f"{SAMPLES} negatives for each of {len(examples)} rows")
     rows = write_negatives(run, sampler, examples, SAMPLES)
     return ({row["example_id"]: row["negative_ids"] for row in rows}, {r["example_id"]: r["negatives"] for r in rows})

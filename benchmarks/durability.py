@@ -38,7 +38,7 @@ if __name__ == "__main__":
     operations.preload()
 
 import kills  # of this folder; it also finds the tests' helpers
-from disturbed import Bench, attempt, change
+from disturbed import Bench, attempt, change, content_of
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 BAD = (
@@ -113,44 +113,46 @@ def full(bench: Bench, options: argparse.Namespace) -> None:
 
 def damage(bench: Bench, options: argparse.Namespace) -> None:
     """Every file of an unfinished run's newest checkpoint, and of a finished run: found, and what comes of it."""
-    cut = shutil.copytree(bench.place / "whole", bench.place / "cut")
+    whole = bench.place / "whole"
+    cut = shutil.copytree(whole, bench.place / "cut")
     shutil.rmtree(cut / "adapter")  # as if training had been killed after its last checkpoint
     manifest = json.loads((cut / "adapter.manifest.json").read_text())
     begun = {k: manifest[k] for k in ("lowdft", "made_from")} | {"done": False}
     (cut / "adapter.manifest.json").write_text(json.dumps(begun))
     for name in ("evaluation.json", "evaluation.json.manifest.json"):
         (cut / name).unlink()
-    newest = f"checkpoints/checkpoint-{kills.STEPS}"
-    for start, below in ((cut, newest), (bench.place / "whole", "")):
+    unread = bench.unread(whole)
+    for start, below in ((cut, f"checkpoints/checkpoint-{kills.STEPS}"), (whole, "")):
         for file in sorted(p for p in (start / below).rglob("*") if p.is_file() and p.stat().st_size):
             name = file.relative_to(start)
-            unread = name.parts[0] in ("checkpoints", ".lock") or name.name.startswith("base_evaluation.json")
-            if below or not unread:  # of a finished run
-                for how in ("deleted", "emptied", "cut", "with a flipped bit"):
-                    _one_damage(bench, start, name, how, options.end_every)
+            for how in ("deleted", "emptied", "cut", "with a flipped bit") if name.name != ".lock" else ():
+                _one_damage(bench, start, name, how, start == whole and name in unread)
 
 
-def _one_damage(bench: Bench, start: Path, name: Path, how: str, end_every: int) -> None:
+def _one_damage(bench: Bench, start: Path, name: Path, how: str, unread: bool) -> None:
+    """The same command on a folder with one damaged file: `unread`, it does not open this one."""
     folder, log = shutil.copytree(start, bench.place / "damaged"), bench.place / "looked"
     change(folder / name, how, bench.rng)
-    bench.found["damages"] += 1
-    status, text = bench.looked_at(folder), log.read_text(errors="replace")
+    damaged = content_of(folder / name)
+    status = attempt([bench.recipe, f"output_dir={folder}"], log)
+    text = log.read_text(errors="replace")
     named = name.name in text and any(
         word in text for word in ("is missing", "bytes, but", "other contents", "damaged")
     )
+    equal = status == 0 and bench.is_equal(folder)
+    bench.found["damages"] += 1
     bench.found["tracebacks"] += "Traceback" in text
     if status == 1 and named:
-        bench.found["stopped: the file is named, and what to do"] += 1
-    elif status == 0 and named:
-        bench.found["the checkpoint before it is used: the file is named"] += 1
-        if bench.found["damages"] % end_every == 0:
-            bench.continued(folder)
+        verdict = "stopped: the file is named, and what to do"
+    elif equal and named:
+        verdict = "the file is named and not used: equal end"
+    elif equal and content_of(folder / name) != damaged:
+        verdict = "made again: equal end"
     else:
-        status = attempt([bench.recipe, f"output_dir={folder}"], log)
-        equal = status == 0 and bench.is_equal(folder)
-        bench.found["made again: equal end" if equal else "not found"] += 1
-        if not equal:
-            print(name, how, status, log.read_text(errors="replace")[-1500:], file=sys.stderr)
+        verdict = "of a file that the command does not open: equal end" if equal and unread else "not found"
+    bench.found[verdict] += 1
+    if verdict == "not found" or "Traceback" in text:
+        print(name, how, status, text[-1500:], file=sys.stderr)
     shutil.rmtree(folder)
 
 

@@ -110,6 +110,9 @@ def full(bench: Bench, options: argparse.Namespace) -> None:
 
 # ---- damage --------------------------------------------------------------------------------------------------------
 
+HOW = ("deleted", "emptied", "cut", "with a flipped bit")
+NAMED = ("is missing", "bytes, but", "other contents", "damaged", "has no manifest", "is not JSON")  # in messages
+
 
 def damage(bench: Bench, options: argparse.Namespace) -> None:
     """Every file of an unfinished run's newest checkpoint, and of a finished run: found, and what comes of it."""
@@ -122,23 +125,26 @@ def damage(bench: Bench, options: argparse.Namespace) -> None:
     for name in ("evaluation.json", "evaluation.json.manifest.json"):
         (cut / name).unlink()
     unread = bench.unread(whole)
+    print("not opened by the command in a finished run:", *sorted(map(str, unread)))
     for start, below in ((cut, f"checkpoints/checkpoint-{kills.STEPS}"), (whole, "")):
         for file in sorted(p for p in (start / below).rglob("*") if p.is_file() and p.stat().st_size):
             name = file.relative_to(start)
-            for how in ("deleted", "emptied", "cut", "with a flipped bit") if name.name != ".lock" else ():
-                _one_damage(bench, start, name, how, start == whole and name in unread)
+            unopened = start == whole and name in unread  # then other contents cannot matter, only a name or a size
+            for how in HOW[: 2 if unopened else 4] if name.name != ".lock" else ():
+                _one_damage(bench, start, name, how, unopened)
 
 
-def _one_damage(bench: Bench, start: Path, name: Path, how: str, unread: bool) -> None:
-    """The same command on a folder with one damaged file: `unread`, it does not open this one."""
+def _one_damage(bench: Bench, start: Path, name: Path, how: str, unopened: bool) -> None:
+    """The same command on a folder with one damaged file. One that it does not open is put back before comparing."""
     folder, log = shutil.copytree(start, bench.place / "damaged"), bench.place / "looked"
     change(folder / name, how, bench.rng)
     damaged = content_of(folder / name)
     status = attempt([bench.recipe, f"output_dir={folder}"], log)
     text = log.read_text(errors="replace")
-    named = name.name in text and any(
-        word in text for word in ("is missing", "bytes, but", "other contents", "damaged")
-    )
+    named = name.name in text and any(word in text for word in NAMED)
+    mended = content_of(folder / name) != damaged
+    if unopened and how == "deleted":
+        shutil.copy(start / name, folder / name)
     equal = status == 0 and bench.is_equal(folder)
     bench.found["damages"] += 1
     bench.found["tracebacks"] += "Traceback" in text
@@ -146,10 +152,10 @@ def _one_damage(bench: Bench, start: Path, name: Path, how: str, unread: bool) -
         verdict = "stopped: the file is named, and what to do"
     elif equal and named:
         verdict = "the file is named and not used: equal end"
-    elif equal and content_of(folder / name) != damaged:
+    elif equal and mended:
         verdict = "made again: equal end"
     else:
-        verdict = "of a file that the command does not open: equal end" if equal and unread else "not found"
+        verdict = "of a file that the command does not open: equal end" if equal and unopened else "not found"
     bench.found[verdict] += 1
     if verdict == "not found" or "Traceback" in text:
         print(name, how, status, text[-1500:], file=sys.stderr)

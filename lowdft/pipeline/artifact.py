@@ -39,8 +39,8 @@ class Product:
         if not self.manifest.is_file():
             if self.path.exists():
                 raise UserError(
-                    f"{self.path}: has no manifest, so nobody knows what it was made from. Move it away, "
-                    "or choose another output_dir."
+                    f"{self.path}: has no manifest, so nobody knows what it was made from. Restore "
+                    f"{self.manifest.name}, move {self.path.name} away, or choose another output_dir."
                 )
             return False
         found = self._read()

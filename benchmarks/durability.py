@@ -111,7 +111,15 @@ def full(bench: Bench, options: argparse.Namespace) -> None:
 # ---- damage --------------------------------------------------------------------------------------------------------
 
 HOW = ("deleted", "emptied", "cut", "with a flipped bit")
-NAMED = ("is missing", "bytes, but", "other contents", "damaged", "has no manifest", "is not JSON")  # in messages
+NAMED = (
+    "is missing",
+    "bytes, but",
+    "other contents",
+    "damaged",
+    "has no manifest",
+    "is not JSON",
+    "is not what training wrote",
+)  # in messages
 
 
 def damage(bench: Bench, options: argparse.Namespace) -> None:
@@ -135,7 +143,11 @@ def damage(bench: Bench, options: argparse.Namespace) -> None:
 
 
 def _one_damage(bench: Bench, start: Path, name: Path, how: str, unopened: bool) -> None:
-    """The same command on a folder with one damaged file. One that it does not open is put back before comparing."""
+    """The same command on a folder with one damaged file.
+
+    What a finished run does not make again is put back before comparing: a deleted file that the command does not open,
+    and a damaged checkpoint that was set aside.
+    """
     folder, log = shutil.copytree(start, bench.place / "damaged"), bench.place / "looked"
     change(folder / name, how, bench.rng)
     damaged = content_of(folder / name)
@@ -145,6 +157,9 @@ def _one_damage(bench: Bench, start: Path, name: Path, how: str, unopened: bool)
     mended = content_of(folder / name) != damaged
     if unopened and how == "deleted":
         shutil.copy(start / name, folder / name)
+    for aside in folder.glob("checkpoints/*.damaged"):
+        shutil.rmtree(aside)
+        shutil.copytree(start / "checkpoints" / aside.stem, aside.with_suffix(""))
     equal = status == 0 and bench.is_equal(folder)
     bench.found["damages"] += 1
     bench.found["tracebacks"] += "Traceback" in text

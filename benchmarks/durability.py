@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +38,7 @@ if __name__ == "__main__":
 
 import kills  # of this folder; it also finds the tests' helpers
 from disturbed import Bench, attempt, change, content_of
+from pairs import pairs
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 BAD = (
@@ -175,57 +175,6 @@ def _one_damage(bench: Bench, start: Path, name: Path, how: str, unopened: bool)
     if verdict == "not found" or "Traceback" in text:
         print(name, how, status, text[-1500:], file=sys.stderr)
     shutil.rmtree(folder)
-
-
-# ---- two writers ---------------------------------------------------------------------------------------------------
-
-
-def pairs(bench: Bench, options: argparse.Namespace) -> None:
-    """The same command again, at random operations of the first; at every second one the first waits meanwhile."""
-    slowest, meanwhile = 0.0, 10
-    for i in range(-(-options.count // meanwhile)):
-        folder = bench.place / f"pair-{i}"
-        chosen = sorted(bench.rng.sample(range(3, bench.operations), meanwhile))  # the lock is the second one
-        told, tell = os.pipe()
-        heard, answer = os.pipe()
-
-        def act(number: int, *_, chosen=chosen, tell=tell, heard=heard) -> int:
-            if number in chosen:
-                os.write(tell, b"x")
-                if chosen.index(number) % 2 == 0:
-                    os.read(heard, 1)
-            return 0
-
-        line, begin = [bench.recipe, f"output_dir={folder}"], bench.watching(folder, act)
-        first = attempt(line, bench.place / "first", begin, wait=False)
-        for k in range(meanwhile):
-            os.read(told, 1)
-            before = _seen(folder)
-            began = time.perf_counter()
-            status = attempt(line, bench.place / "second")
-            seconds = time.perf_counter() - began
-            refused = status == 1 and f"process {first} on" in (bench.place / "second").read_text()
-            bench.found["second refused" if refused else "not refused"] += 1
-            slowest = max(slowest, seconds)
-            if k % 2 == 0:
-                bench.found["changes by the second"] += _seen(folder) != before
-                os.write(answer, b"x")
-        bench.found["first one failed"] += os.waitpid(first, 0)[1] != 0
-        bench.compare(folder, "ends with losses")
-        shutil.rmtree(folder)
-    bench.found["slowest refusal, ms"] = round(1000 * slowest)
-    for i in range(options.count // 5):
-        folder = bench.place / f"together-{i}"
-        both = [attempt([bench.recipe, f"output_dir={folder}"], bench.place / f"log-{k}", wait=False) for k in (0, 1)]
-        statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(one, 0)[1]) for one in both)
-        bench.found["begun together, one refused" if statuses == [0, 1] else "not refused"] += 1
-        bench.compare(folder, "ends with losses")
-        shutil.rmtree(folder)
-
-
-def _seen(folder: Path) -> dict:
-    found = {p: p.stat() for p in folder.rglob("*")}
-    return {p: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for p, stat in found.items()}
 
 
 # ---- power failure -------------------------------------------------------------------------------------------------

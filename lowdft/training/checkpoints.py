@@ -163,6 +163,9 @@ class WholeCheckpoints(Trainer):
         finally:
             self.remove_callback(notice)
             self.remove_callback(heartbeat)
+        if self.args.should_save and self.state.global_step:  # a process that was killed before it did
+            remove(Path(self.args.output_dir) / ".partial")
+            self._rotate()
         if notice.taken:
             done = f"step {self.state.global_step} of {self.state.max_steps}"
             stop(
@@ -205,11 +208,14 @@ class WholeCheckpoints(Trainer):
                 remove(partial)
         self.accelerator.wait_for_everyone()
         if first:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            self._rotate()
+
+    def _rotate(self) -> None:
+        rotate_checkpoints(
+            output_dir=str(self.args.output_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
 
     def _name(self, written: Path, checkpoint: Path) -> None:
         """Gives a checkpoint its place, once it and the log lines up to it are on the disk itself."""

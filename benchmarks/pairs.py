@@ -37,8 +37,9 @@ def pairs(bench: Bench, options: argparse.Namespace) -> None:
             status = attempt(line, bench.place / "second")
             seconds = time.perf_counter() - began
             text = (bench.place / "second").read_text()
-            if status == 1 and f"process {first} on" in text:
+            if status == 1 and "another lowdft is writing this folder" in text:
                 bench.found["second refused"] += 1
+                bench.found["refused naming the process"] += f"process {first} on" in text
                 slowest = max(slowest, seconds)
             elif status == 0 and k % 2 and (ended := _ended(first) if ended is None else ended) is not None:
                 bench.found["the first had ended"] += 1  # it did not wait

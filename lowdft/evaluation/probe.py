@@ -253,8 +253,10 @@ def recommend(found: dict, gains: dict[str, Gain]) -> tuple[str, str]:
         others = {name: gain for name, gain in others.items() if not objectives.get(name).uses_log_u} or others
     name = max(others, key=lambda one: others[one].ahead)
     best = others[name]
+    if best.ahead > best.error and gains["sft"].gain > 0:
+        return name, f"its next step gains {best.ahead / gains['sft'].gain:+.0%} on SFT's"
     if best.ahead > best.error:
-        return name, f"its next step gains {best.ahead / max(abs(gains['sft'].gain), 1e-30):+.0%} on SFT's"
+        return name, f"SFT's next step loses on held-out rows, and its own {'gains' if best.gain > 0 else 'loses less'}"
     if best.ahead < -best.error:
         return "sft", "no step with negatives gains as much on held-out rows as SFT's own"
     return "sft", "negatives gain no more on held-out rows than SFT's own steps, within the error, and cost more"

@@ -88,12 +88,10 @@ def look(loaded: Loaded) -> Seen:
 def recipe_text(model: str, data: str, name: str, seen: Seen, gpu: float | None) -> str:
     """The recipe as commented YAML."""
     own = seen.negatives > 0
+    objective, count, why = _objective(seen)
     checked = seen.answer != "none"
     prompt, completion = _round_up(seen.longest_prompt + 32), _round_up(seen.longest_completion + 8)
     written = ["negatives:", f"  max_new_tokens: {min(completion, 512)}", "  strategy: direct"]
-    why = "the completion against the rows' own negatives; sft is the baseline to compare with"
-    if not own:
-        why = "the paper's objective; `lowdft probe` says whether negatives will help, sft is the baseline"
     return TEMPLATE.format(
         output_dir=f"runs/{name}",
         model=model,
@@ -103,9 +101,9 @@ def recipe_text(model: str, data: str, name: str, seen: Seen, gpu: float | None)
         layout=seen.layout,
         eval_rows=max(1, min(200, seen.rows // 10)),
         negatives="" if own else "\n".join(written) + "  # how the base writes them\n",
-        objective="listwise" if own else "dft",
+        objective=objective,
         why=why,
-        count=min(seen.negatives, 7) if own else 2,
+        count=count,
         batch=min(16, max(1, seen.rows // 8)),
         longest_prompt=seen.longest_prompt,
         max_prompt_length=min(prompt, 2048),
@@ -114,6 +112,16 @@ def recipe_text(model: str, data: str, name: str, seen: Seen, gpu: float | None)
         answer=seen.answer,
         answer_note="greedy answers are compared with the completions" if checked else "open answers are not checked",
     )
+
+
+def _objective(seen: Seen) -> tuple[str, int, str]:
+    """The objective for such rows, its negatives per step, and why."""
+    if seen.layout == "choices":
+        return "dft", 1, f"chooses best; listwise (negatives_per_step: {seen.negatives}) keeps the right options likely"
+    if seen.negatives:
+        why = "the completion against the rows' own negatives; sft is the baseline to compare with"
+        return "listwise", min(seen.negatives, 7), why
+    return "dft", 2, "the paper's objective; `lowdft probe` says whether negatives will help, sft is the baseline"
 
 
 def _tokens(texts) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowdft.config.training import DFTConfig
+from lowdft.files.process import return_freed_memory
 from lowdft.logprobs import choose_layout
 from lowdft.models.adapters import REFERENCE, make_policy
 from lowdft.models.reference import is_trained
@@ -29,6 +30,8 @@ def ready_model(model: nn.Module | str, args: DFTConfig, peft_config) -> nn.Modu
     guard_four_bit(model)
     if (dropped := switch_off_dropout(model)) > 0:
         warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=3)
+    if args.gradient_checkpointing and args.device.type == "cpu":
+        return_freed_memory()
     return model
 
 

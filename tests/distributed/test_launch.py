@@ -113,13 +113,16 @@ def launched(request, recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launched", ["ddp", "zero2", "zero3"], indirect=True)
 @pytest.mark.parametrize(
-    "send, status, words",
+    "launched, send, status, words",
     [
-        (lambda process: process.terminate(), 143, "stopped by SIGTERM after step"),
-        (lambda process: os.killpg(process.pid, signal.SIGINT), 130, "stopped; the same command"),
+        *(
+            (kind, subprocess.Popen.terminate, 143, "stopped by SIGTERM after step")
+            for kind in ("ddp", "zero2", "zero3")
+        ),
+        ("ddp", lambda process: os.killpg(process.pid, signal.SIGINT), 130, "stopped; the same command"),
     ],
+    indirect=["launched"],
 )
 def test_signals_have_their_status_and_no_traceback(launched, send, status, words):
     process, ranks = launched

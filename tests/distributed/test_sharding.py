@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,33 +13,25 @@ import torch
 from accelerate.utils import DistributedType
 from helpers import make_llama
 from peft import PeftModel
+from ranks import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowdft.distributed.sharding import check_checkpoint
 from lowdft.errors import UserError
 
-HERE = Path(__file__).parent
+TRAINING = Path(__file__).with_name("training.py")
 SETTINGS = {"adapter": {"reference": "online"}, "full": {"peft": False}}
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'lowdft[deepspeed]'"
 )
 
 
-def train(folder: Path, kind: str, processes: int, settings: dict) -> subprocess.CompletedProcess:
-    """A training of 14 examples in steps of 6, the last one uneven, in passes of 25 tokens at most."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0", "--standalone"]
-    settings = {"gradient_accumulation_steps": 1, **settings}
-    script = [str(HERE / "sharded_training.py"), str(folder), kind, str(6 // processes), json.dumps(settings)]
-    command = [sys.executable, *(launcher if kind != "one" else []), *script]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def result(folder: Path, kind: str, processes: int, trained: str) -> dict:
+    """A training of 14 examples in steps of 6, the last one uneven, in passes of 25 tokens at most."""
     folder.mkdir(exist_ok=True)
-    out = train(folder, kind, processes, SETTINGS[trained])
-    assert out.returncode == 0, out.stderr[-3000:]
+    settings = {"per_device_train_batch_size": 6 // processes, "num_train_epochs": 1, "tokens_per_pass": 25}
+    run(TRAINING, processes, str(folder), kind, json.dumps(settings | SETTINGS[trained]), plain=kind == "one")
     return json.loads((folder / "result.json").read_text())
 
 

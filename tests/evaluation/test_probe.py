@@ -113,6 +113,8 @@ def test_recommendations():
     found = {"outscored_after": 0.3, "lead_after": 1.0, "drift": 0.5, "half_weight": 1.7}
     gains = {"sft": Gain(10.0, 0.0, 0.0), "listwise": Gain(12.0, 2.0, 1.0), "dft": Gain(13.0, 3.0, 1.0)}
     assert recommend(found, gains) == ("dft", "its next step gains +30% on SFT's")
+    losing = {"sft": Gain(-10.0, 0.0, 0.0), "dft": Gain(2.0, 12.0, 1.0)}
+    assert recommend(found, losing) == ("dft", "SFT's next step loses on held-out rows, and its own gains")
     assert recommend(found | {"drift": 5.0}, gains)[0] == "listwise"
     assert "within the error" in recommend(found, gains | {"dft": Gain(11.0, 1.0, 2.0), "listwise": gains["sft"]})[1]
     assert "as much" in recommend(found, {"sft": gains["sft"], "dft": Gain(1.0, -9.0, 1.0)})[1]

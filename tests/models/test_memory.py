@@ -128,11 +128,7 @@ print((base + memory.total) / (peak_memory_gb() * 1e9))
     [
         ("dense", "no"),
         ("nf4", "no"),
-        pytest.param(
-            "dense",
-            "checkpointed",
-            marks=pytest.mark.xfail(reason="estimated 0.62 of a CPU's measured peak; cause not found", strict=False),
-        ),
+        ("dense", "checkpointed"),
     ],
 )
 def test_estimate_is_within_15_percent_of_the_measured_peak(smollm2, weights, checkpointing, tmp_path):

@@ -13,11 +13,18 @@ from lowdft.errors import UserError
 from lowdft.start import init
 
 LAYOUTS = {
-    "open": ([{"prompt": f"Say {n}.", "completion": "word " * n} for n in range(1, 41)], "dft", "none"),
-    "numbers": ([{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(40)], "dft", "number"),
+    "open": ([{"prompt": f"Say {n}.", "completion": "word " * n} for n in range(1, 41)], "dft", 2, "none"),
+    "numbers": ([{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(40)], "dft", 2, "number"),
     "negatives": (
         [{"prompt": f"{n}?", "completion": "yes it is", "negatives": ["no", "maybe", "why"]} for n in range(40)],
         "listwise",
+        3,
+        "none",
+    ),
+    "options": (
+        [{"question": f"{n}?", "choices": ["yes", "no", "why"], "answer": n % 3} for n in range(40)],
+        "dft",
+        1,
         "none",
     ),
 }
@@ -25,14 +32,14 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_recipe_fits_the_rows(kind, tmp_path, tiny_folder):
-    rows, objective, answer = LAYOUTS[kind]
+    rows, objective, count, answer = LAYOUTS[kind]
     data, output = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     init.main(str(tiny_folder), str(data), str(output))
     recipe = load_recipe(output)
     args = training_config(recipe)
     assert args.objective == objective and recipe.evaluation.answer == answer
-    assert recipe.data.eval_rows == 4 and args.negatives_per_step == (3 if objective == "listwise" else 2)
+    assert recipe.data.eval_rows == 4 and args.negatives_per_step == count
     assert args.max_length > args.max_prompt_length
 
 

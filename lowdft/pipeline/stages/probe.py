@@ -195,7 +195,8 @@ def _print(found: dict) -> None:
         if name != "sft":
             scale = 100 / max(abs(sft.gain), 1e-30)
             told = f"{scale * gain['ahead']:+.0f} ± {scale * gain['error']:.0f}%"
-            table.add_row(escape(f"next step's gain on held-out rows, {name} against SFT"), told)
+            of = "SFT's gain" if sft.gain > 0 else "what SFT's loses"
+            table.add_row(escape(f"next step on held-out rows, {name} ahead of SFT, of {of}"), told)
     console.print(table)
     say(f"verdict: {found['objective']}, for {found['why']}.")
     if found.get("share_right", 0) > 0.1:

@@ -1,4 +1,4 @@
-"""One training for `test_sharding.py`: folder, kind, prompts a micro-batch, settings in JSON; run by every process."""
+"""One training: its folder, how it is sharded, settings in JSON; run by every rank (`ranks.run`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+import helpers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import helpers
 from helpers import losses, make_rows, make_trainer
+from transformers import TrainerCallback
 
 from lowdft.models.base import ModelSection, load_base, locate
 
@@ -46,30 +44,36 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
-if __name__ == "__main__":
-    folder, kind, size, settings = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+class StopAfter(TrainerCallback):
+    """Stops the training after a step, as if it had been killed there."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def main(folder: str, kind: str, settings: dict) -> None:
     allow_fsdp_on_cpu()
     if base := settings.pop("nf4", None):  # QLoRA: loaded as `lowdft train` loads it
         if kind == "fsdp":
             os.environ["ACCELERATE_USE_FSDP"] = "true"
         section = ModelSection(name_or_path=base, load_in_4bit=True, dtype="bfloat16")
         helpers.make_llama = lambda: load_base(locate(section), section)
-    trainer = make_trainer(
-        folder,
-        make_rows(14),
-        per_device_train_batch_size=size,
-        num_train_epochs=1,
-        tokens_per_pass=25,
-        save_strategy="steps",
-        save_steps=2,
-        seed=3,
-        **settings,
-        **SHARDING[kind],
-    )
+    stop = settings.pop("stop", None)
+    common = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 2, "seed": 3}
+    trainer = make_trainer(folder, make_rows(14), **(common | settings | SHARDING[kind]))
+    if stop:
+        trainer.add_callback(StopAfter(stop))
     trainer.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")))
     trainer.save_model(os.path.join(folder, "saved"))
     if trainer.args.process_index == 0:
         kept = {"losses": losses(trainer), "log_u": trainer.log_u.tolist(), "model": type(trainer.model).__name__}
-        Path(folder, "result.json").write_text(json.dumps(kept))
+        Path(folder, "result.json").write_text(json.dumps(kept | {"log": trainer.state.log_history}))
     if PartialState().num_processes > 1:  # without this gloo's threads may abort the process at its end
         PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

@@ -274,11 +274,17 @@ def borrow(product: Product, study_folder: Path) -> None:
 
 
 def measures_of(folder: Path) -> dict:
-    """Held-out metrics of the trained model and of the base, cost, and the training's curves."""
+    """Held-out metrics of the trained model and of the base, cost, and the training's curves.
+
+    The cost in seconds is that of the training, of the negatives and of their reference scores (also where a sibling
+    run has made these); the evaluation's own is left out.
+    """
     evaluation = read_json(folder / "evaluation.json")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = next(path for name in ("adapter", "model") if (path := folder / f"{name}.manifest.json").is_file())
-    cost = {"seconds": read_json(trained)["facts"]["seconds"], "peak_memory_gb": lines[-1].get("peak_memory_gb")}
+    made = [trained, *(folder / f"{name}.parquet.manifest.json" for name in ("negatives", "reference"))]
+    seconds = sum(read_json(path).get("facts", {}).get("seconds") or 0.0 for path in made if path.is_file())
+    cost = {"seconds": seconds, "peak_memory_gb": lines[-1].get("peak_memory_gb")}
     curves = {key: [line.get(key) for line in lines] for key in ("logps/positive", "logps/negative", "weights/mean")}
     systems = evaluation["systems"]
     return {

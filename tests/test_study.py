@@ -66,6 +66,20 @@ def test_study(study, capsys, monkeypatch):
     capsys.readouterr()
 
 
+def test_cost_counts_negatives_and_reference(tmp_path):
+    """Of a run that borrowed them too; SFT has none."""
+    facts = {"adapter": 100.0, "negatives.parquet": 20.0, "reference.parquet": 5.5}
+    for name, seconds in facts.items():
+        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"facts": {"seconds": seconds}}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": 3.0}))
+    systems = {"rows": 1, "systems": {"after": {}, "base": {}}, "per_row": {"after": {}}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(systems))
+    assert lowdft.study.measures_of(tmp_path)["after"]["seconds"] == 125.5
+    for name in ("negatives.parquet", "reference.parquet"):
+        (tmp_path / f"{name}.manifest.json").unlink()
+    assert lowdft.study.measures_of(tmp_path)["after"]["seconds"] == 100.0
+
+
 def test_a_failing_run_does_not_stop_the_others(study, capsys):
     study.write_text(study.read_text().replace("[sft, dft, dpo]", "[poft, sft]").replace("[0, 1]", "[0]"))
     assert main(["compare", str(study)]) == 1

@@ -24,7 +24,7 @@ STUDY = {
     "margin": "margin, nats",
     "logps/positive": "completions, nats",
     "logps/negative": "negatives, nats",
-    "seconds": "training, s",
+    "seconds": "training, negatives, reference, s",
     "peak_memory_gb": "peak GB",
 }
 

@@ -100,6 +100,11 @@ def change(path: Path, how: str, rng: random.Random) -> None:
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
 
 
+def content_of(path: Path) -> bytes | None:
+    """What a file holds; None where there is none."""
+    return path.read_bytes() if path.is_file() else None
+
+
 def state_of(folder: Path) -> str:
     """A hash of all names and contents below a folder, whatever its temporary files are called."""
     found = hashlib.sha256()
@@ -191,6 +196,19 @@ class Bench:
         if lost := kills.losses(self.whole, kills.contents(folder)):
             self.found[name] += 1
             print(dict(lost), file=sys.stderr)
+
+    def unread(self, whole: Path) -> set[Path]:
+        """The files of a finished run that the same command does not open, by their times of access."""
+        folder = shutil.copytree(whole, self.place / "read")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        for path in files:
+            os.utime(path, ns=(0, path.stat().st_mtime_ns))
+        status = attempt([self.recipe, f"output_dir={folder}"], self.place / "log")
+        found = {path for path in files if path.is_file() and not path.stat().st_atime_ns}
+        if status or folder / "recipe.yaml" in found or folder / "evaluation.json" in found:
+            raise SystemExit("times of access are not kept here (mount option noatime)")
+        shutil.rmtree(folder)
+        return {path.relative_to(folder) for path in found}
 
     def is_equal(self, folder: Path) -> bool:
         """Is this the end of the run without disturbance?"""

@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,8 @@ if __name__ == "__main__":
     operations.preload()
 
 import kills  # of this folder; it also finds the tests' helpers
-from disturbed import Bench, attempt, change
+from disturbed import Bench, attempt, change, content_of
+from pairs import pairs
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 BAD = (
@@ -110,99 +110,71 @@ def full(bench: Bench, options: argparse.Namespace) -> None:
 
 # ---- damage --------------------------------------------------------------------------------------------------------
 
+HOW = ("deleted", "emptied", "cut", "with a flipped bit")
+NAMED = (
+    "is missing",
+    "bytes, but",
+    "other contents",
+    "damaged",
+    "has no manifest",
+    "is not JSON",
+    "is not what training wrote",
+)  # in messages
+
 
 def damage(bench: Bench, options: argparse.Namespace) -> None:
     """Every file of an unfinished run's newest checkpoint, and of a finished run: found, and what comes of it."""
-    cut = shutil.copytree(bench.place / "whole", bench.place / "cut")
+    whole = bench.place / "whole"
+    cut = shutil.copytree(whole, bench.place / "cut")
     shutil.rmtree(cut / "adapter")  # as if training had been killed after its last checkpoint
     manifest = json.loads((cut / "adapter.manifest.json").read_text())
     begun = {k: manifest[k] for k in ("lowdft", "made_from")} | {"done": False}
     (cut / "adapter.manifest.json").write_text(json.dumps(begun))
     for name in ("evaluation.json", "evaluation.json.manifest.json"):
         (cut / name).unlink()
-    newest = f"checkpoints/checkpoint-{kills.STEPS}"
-    for start, below in ((cut, newest), (bench.place / "whole", "")):
+    unread = bench.unread(whole)
+    print("not opened by the command in a finished run:", *sorted(map(str, unread)))
+    for start, below in ((cut, f"checkpoints/checkpoint-{kills.STEPS}"), (whole, "")):
         for file in sorted(p for p in (start / below).rglob("*") if p.is_file() and p.stat().st_size):
             name = file.relative_to(start)
-            unread = name.parts[0] in ("checkpoints", ".lock") or name.name.startswith("base_evaluation.json")
-            if below or not unread:  # of a finished run
-                for how in ("deleted", "emptied", "cut", "with a flipped bit"):
-                    _one_damage(bench, start, name, how, options.end_every)
+            unopened = start == whole and name in unread  # then other contents cannot matter, only a name or a size
+            for how in HOW[: 2 if unopened else 4] if name.name != ".lock" else ():
+                _one_damage(bench, start, name, how, unopened)
 
 
-def _one_damage(bench: Bench, start: Path, name: Path, how: str, end_every: int) -> None:
+def _one_damage(bench: Bench, start: Path, name: Path, how: str, unopened: bool) -> None:
+    """The same command on a folder with one damaged file.
+
+    What a finished run does not make again is put back before comparing: a deleted file that the command does not open,
+    and a damaged checkpoint that was set aside.
+    """
     folder, log = shutil.copytree(start, bench.place / "damaged"), bench.place / "looked"
     change(folder / name, how, bench.rng)
+    damaged = content_of(folder / name)
+    status = attempt([bench.recipe, f"output_dir={folder}"], log)
+    text = log.read_text(errors="replace")
+    named = name.name in text and any(word in text for word in NAMED)
+    mended = content_of(folder / name) != damaged
+    if unopened and how == "deleted":
+        shutil.copy(start / name, folder / name)
+    for aside in folder.glob("checkpoints/*.damaged"):
+        shutil.rmtree(aside)
+        shutil.copytree(start / "checkpoints" / aside.stem, aside.with_suffix(""))
+    equal = status == 0 and bench.is_equal(folder)
     bench.found["damages"] += 1
-    status, text = bench.looked_at(folder), log.read_text(errors="replace")
-    named = name.name in text and any(
-        word in text for word in ("is missing", "bytes, but", "other contents", "damaged")
-    )
     bench.found["tracebacks"] += "Traceback" in text
     if status == 1 and named:
-        bench.found["stopped: the file is named, and what to do"] += 1
-    elif status == 0 and named:
-        bench.found["the checkpoint before it is used: the file is named"] += 1
-        if bench.found["damages"] % end_every == 0:
-            bench.continued(folder)
+        verdict = "stopped: the file is named, and what to do"
+    elif equal and named:
+        verdict = "the file is named and not used: equal end"
+    elif equal and mended:
+        verdict = "made again: equal end"
     else:
-        status = attempt([bench.recipe, f"output_dir={folder}"], log)
-        equal = status == 0 and bench.is_equal(folder)
-        bench.found["made again: equal end" if equal else "not found"] += 1
-        if not equal:
-            print(name, how, status, log.read_text(errors="replace")[-1500:], file=sys.stderr)
+        verdict = "of a file that the command does not open: equal end" if equal and unopened else "not found"
+    bench.found[verdict] += 1
+    if verdict == "not found" or "Traceback" in text:
+        print(name, how, status, text[-1500:], file=sys.stderr)
     shutil.rmtree(folder)
-
-
-# ---- two writers ---------------------------------------------------------------------------------------------------
-
-
-def pairs(bench: Bench, options: argparse.Namespace) -> None:
-    """The same command again, at random operations of the first; at every second one the first waits meanwhile."""
-    slowest, meanwhile = 0.0, 10
-    for i in range(-(-options.count // meanwhile)):
-        folder = bench.place / f"pair-{i}"
-        chosen = sorted(bench.rng.sample(range(3, bench.operations), meanwhile))  # the lock is the second one
-        told, tell = os.pipe()
-        heard, answer = os.pipe()
-
-        def act(number: int, *_, chosen=chosen, tell=tell, heard=heard) -> int:
-            if number in chosen:
-                os.write(tell, b"x")
-                if chosen.index(number) % 2 == 0:
-                    os.read(heard, 1)
-            return 0
-
-        line, begin = [bench.recipe, f"output_dir={folder}"], bench.watching(folder, act)
-        first = attempt(line, bench.place / "first", begin, wait=False)
-        for k in range(meanwhile):
-            os.read(told, 1)
-            before = _seen(folder)
-            began = time.perf_counter()
-            status = attempt(line, bench.place / "second")
-            seconds = time.perf_counter() - began
-            refused = status == 1 and f"process {first} on" in (bench.place / "second").read_text()
-            bench.found["second refused" if refused else "not refused"] += 1
-            slowest = max(slowest, seconds)
-            if k % 2 == 0:
-                bench.found["changes by the second"] += _seen(folder) != before
-                os.write(answer, b"x")
-        bench.found["first one failed"] += os.waitpid(first, 0)[1] != 0
-        bench.compare(folder, "ends with losses")
-        shutil.rmtree(folder)
-    bench.found["slowest refusal, ms"] = round(1000 * slowest)
-    for i in range(options.count // 5):
-        folder = bench.place / f"together-{i}"
-        both = [attempt([bench.recipe, f"output_dir={folder}"], bench.place / f"log-{k}", wait=False) for k in (0, 1)]
-        statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(one, 0)[1]) for one in both)
-        bench.found["begun together, one refused" if statuses == [0, 1] else "not refused"] += 1
-        bench.compare(folder, "ends with losses")
-        shutil.rmtree(folder)
-
-
-def _seen(folder: Path) -> dict:
-    found = {p: p.stat() for p in folder.rglob("*")}
-    return {p: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for p, stat in found.items()}
 
 
 # ---- power failure -------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What grows with rows and steps: `python benchmarks/growth.py --rows 6250 25000 100000 --steps 1000 100000`.
 
-Rows: one prompt, one completion and four own negatives each; CPU time of this process and its children for reading them
-with every check that `lowdft` makes before a model is loaded (`Run.check`), and again from what the first call left.
+Rows: one prompt, one completion and four own negatives each; CPU time of this process and its children for the checks
+of rows by themselves and together; for all that `lowdft` does before a model is loaded (`Run.check`: it reads,
+understands and checks them, and writes them down again); and for that again from what the first call left.
 Steps: a checkpoint of a tiny model, written by a trainer that has logged so many lines; its bytes and its CPU time.
 """
 
@@ -20,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import make_trainer, save_tiny_model
 
 from lowdft.config.recipe import load_recipe
+from lowdft.data.checks import check_row, check_table
+from lowdft.data.formats import to_row
+from lowdft.data.read import read_records
 from lowdft.pipeline.context import Run
 
 
@@ -44,7 +48,11 @@ def rows(count: int, place: Path) -> dict:
         f"output_dir: {place}/{count}\nmodel: {{name_or_path: {place}/tiny, load_in_4bit: false, dtype: float32}}\n"
         f"data: {{train: {path}, eval_rows: 100}}\nadapter: {{r: 2}}\ntraining: {{objective: dft2, use_cpu: true}}\n"
     )
-    found = {"rows": count}
+    rows = [to_row(record, {}, expected="prompt+completion") for record in read_records(path)]
+    began = cpu_seconds()
+    assert not [*(finding for row in rows for finding in check_row(row)), *check_table(rows)]
+    found = {"rows": count, "ms per row, checks": round(1000 * (cpu_seconds() - began) / count, 4)}
+    del rows
     for call in ("first", "second"):
         began = cpu_seconds()
         Run(load_recipe(place / "recipe.yaml")).check()

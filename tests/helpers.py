@@ -17,6 +17,7 @@ from lowdft import DFTConfig, DFTTrainer
 from lowdft.config.recipe import computes_bfloat16
 from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Recipe
 from lowdft.models import add_adapter
+from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run
 
 TESTS = Path(__file__).parent
@@ -123,6 +124,12 @@ def make_trainer(folder, rows=None, peft=True, dropout=0.0, eval_rows=None, **se
         eval_dataset=eval_rows,
         peft_config=lora(dropout) if peft else None,
     )
+
+
+def say_other_base(run: Run, name: str) -> None:
+    """Lets the manifest of a trained adapter name another base."""
+    made = Product(run.training.path, run.training.made_from | {"base": name})
+    made.finish(**run.training.facts())
 
 
 def write_benchmark(folder: Path) -> None:

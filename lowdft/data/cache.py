@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowdft.distributed import collectives
-from lowdft.files import read_json, write_json
+from lowdft.errors import UserError
+from lowdft.files import as_written, checksum_of, contents_of, damage_in, read_json, write_json
 
 
-def cached(note: Path, made_from: dict, make: Callable[[], dict], again: bool = False) -> dict:
+def cached(note: Path, made_from: dict, files: Sequence[Path], make: Callable[[], dict], again: bool = False) -> dict:
     """The facts that `make` returned, called anew unless `note` says that it ran with the same `made_from`.
 
-    The first rank makes, the others wait for its note, however long that takes: they poll the file, since collective
-    operations time out, and since not every stage runs on all ranks.
+    A note or a file that is missing, cut or changed since is made anew too. The first rank makes, the others wait for
+    its note, however long that takes: they poll the file, since collective operations time out, and since not every
+    stage runs on all ranks.
 
     Args:
         note: a JSON file beside what `make` writes.
         made_from: plain values.
+        files: what `make` writes, beside the note.
         again: make it even where the note fits.
     """
     if collectives.rank() == 0 and (again or _facts(note, made_from) is None):
         note.unlink(missing_ok=True)
-        write_json(note, {"made_from": made_from, "facts": make()})
+        facts = make()
+        value = {"made_from": made_from, "facts": facts, "contents": {p.name: contents_of(p)["."] for p in files}}
+        value = as_written(value)
+        write_json(note, value | {"checksum": checksum_of(value)})
     while (facts := _facts(note, made_from)) is None:
         time.sleep(0.1)
     return facts
 
 
 def _facts(note: Path, made_from: dict) -> dict | None:
-    if not note.is_file():
+    try:
+        found = read_json(note)
+    except UserError:  # missing or damaged
         return None
-    found = read_json(note)
-    return found["facts"] if found["made_from"] == json.loads(json.dumps(made_from)) else None
+    checksum = found.pop("checksum", None)
+    if checksum != checksum_of(found) or found["made_from"] != as_written(made_from):
+        return None
+    return None if damage_in(note.parent, found["contents"]) else found["facts"]

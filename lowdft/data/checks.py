@@ -193,6 +193,7 @@ def _call(row: Row, call: dict, path: str) -> Iterator[Finding]:
 
 def _negatives(row: Row) -> Iterator[Finding]:
     good = row.completion[0]
+    said = _said([good]) if row.negatives else ""
     for (turn,) in row.negatives:
         if is_empty(turn):
             yield Finding(row.where, turn.at(1), "is empty", "an empty negative, dropped")
@@ -201,7 +202,7 @@ def _negatives(row: Row) -> Iterator[Finding]:
             yield Finding(row.where, turn.at(0), f'is "{cut(turn.role)}"; {wanted}')
         else:
             yield from _text(row, turn)
-            if _said([turn]) == _said([good]):
+            if _said([turn]) == said:
                 kind = "a negative equal to the completion, kept"
                 yield Finding(row.where, turn.at(1), f"equals {good.at(1)}", kind)
 

@@ -31,6 +31,9 @@ class Example:
     aligned_logps: float | None = None  # mean log-probability a token of the completion under aligned models
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
+
+
 @dataclass
 class Turn:
     """One message and its place: "messages[1]", or the bare column ("answer") where it was written as text."""
@@ -166,4 +169,4 @@ def _call(call: dict) -> dict:
 
 def canonical_json(value: object) -> str:
     """One text for equal values."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return _CANONICAL.encode(value)

@@ -81,7 +81,7 @@ def prepare(
         write_table(path, SCHEMA, parts)
         return dataclasses.asdict(truncation)
 
-    facts = cached(path.with_suffix(".json"), made_from, make)
+    facts = cached(path.with_suffix(".json"), made_from, [path], make)
     return EncodedRows(drop_unused(map_table(path))), Truncation(**facts)
 
 

@@ -49,7 +49,9 @@ def load_splits(section: DataSection, folder: Path) -> Splits:
         digests.append(_digest(section, section.eval, section.eval_split, section.eval_revision or section.revision))
     made_from = {"lowdft": __version__, "data": settings, "contents": digests}
     paths = {name: folder / f"{name}.arrow" for name in SPLITS}
-    facts = cached(folder / "rows.json", made_from, lambda: _make(section, paths), again=None in digests)
+    facts = cached(
+        folder / "rows.json", made_from, list(paths.values()), lambda: _make(section, paths), again=None in digests
+    )
     for line in facts["lines"]:
         log.info(line)
     tables = {name: Examples(map_table(path)) for name, path in paths.items()}

@@ -1,8 +1,8 @@
 """Files that are whole or not there, that survive a power failure, and that one process at a time writes."""
 
 from lowdft.files.atomic import (
+    as_written,
     conceal,
-    concealed,
     flush,
     make_folder,
     read_json,
@@ -17,10 +17,10 @@ from lowdft.files.digest import checksum_of, contents_of, damage_in, digest_of
 from lowdft.files.lock import check_free, locked
 
 __all__ = [
+    "as_written",
     "check_free",
     "checksum_of",
     "conceal",
-    "concealed",
     "contents_of",
     "damage_in",
     "digest_of",

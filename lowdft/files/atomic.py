@@ -179,6 +179,11 @@ def concealed(text: str) -> str:
     return text
 
 
+def as_written(value: dict) -> dict:
+    """A dict as it is read back from a file of `write_json`."""
+    return json.loads(concealed(json.dumps(value, ensure_ascii=False)))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a whole UTF-8 text file atomically, without what `conceal` was told; UserError when it cannot."""
     with replacing(path) as temporary:

@@ -7,14 +7,13 @@ was made with other settings or its content is no longer what was written.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowdft import __version__
 from lowdft.errors import UserError
-from lowdft.files import checksum_of, concealed, contents_of, damage_in, read_json, write_json
+from lowdft.files import as_written, checksum_of, contents_of, damage_in, read_json, write_json
 
 VERSION = "version."  # begins the keys of `made_from` that may differ
 
@@ -40,12 +39,12 @@ class Product:
         if not self.manifest.is_file():
             if self.path.exists():
                 raise UserError(
-                    f"{self.path}: has no manifest, so nobody knows what it was made from. Move it away, "
-                    "or choose another output_dir."
+                    f"{self.path}: has no manifest, so nobody knows what it was made from. Restore "
+                    f"{self.manifest.name}, move {self.path.name} away, or choose another output_dir."
                 )
             return False
         found = self._read()
-        old, new = found["made_from"], _as_written(self.made_from)
+        old, new = found["made_from"], as_written(self.made_from)
         differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
         if versions := [k for k in differing if k.startswith(VERSION)]:
             _warn("; ".join(f"{k.removeprefix(VERSION)} {old.get(k)} -> {new.get(k)}" for k in versions))
@@ -57,12 +56,16 @@ class Product:
             )
         if not (found["done"] and self.path.exists()):
             return False
-        if damage := damage_in(self.path, found.get("contents", {})):
+        self.require_whole()
+        return True
+
+    def require_whole(self) -> None:
+        """Raises UserError when the content is not what was written, whatever it was made from."""
+        if damage := damage_in(self.path, self._read().get("contents", {})):
             raise UserError(
                 f"{damage}: it was changed, cut or damaged after it was made. Restore it, or delete {self.path} and "
                 f"{self.manifest.name} to make it anew."
             )
-        return True
 
     def begin(self) -> None:
         """Notes what is being made, so that an interrupted stage can resume or stop."""
@@ -76,13 +79,17 @@ class Product:
         """What `finish` noted."""
         return self._read().get("facts", {})
 
+    def base(self) -> str | None:
+        """The identity of the base that the product was made with."""
+        return self._read()["made_from"].get("base")
+
     def content(self) -> str | None:
         """A hash of all that the finished product holds; None when it is not finished."""
         contents = self._read().get("contents") if self.manifest.is_file() else None
         return contents and checksum_of(contents)
 
     def _write(self, value: dict) -> None:
-        value = _as_written({"lowdft": __version__, "made_from": self.made_from, **value})
+        value = as_written({"lowdft": __version__, "made_from": self.made_from, **value})
         write_json(self.manifest, value | {"checksum": checksum_of(value)})
 
     def _read(self) -> dict:
@@ -94,11 +101,6 @@ class Product:
                 f"Restore it, or delete it and {self.path.name} to make both anew."
             )
         return found
-
-
-def _as_written(value: dict) -> dict:
-    """A dict as it is read back from a file, without the text of the environment that a recipe refers to."""
-    return json.loads(concealed(json.dumps(value, ensure_ascii=False)))
 
 
 @functools.lru_cache

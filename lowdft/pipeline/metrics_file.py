@@ -62,7 +62,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def mend(path: Path, checkpoint: str | None, resuming: bool, log: bool = True) -> None:
-    """Drops lines that are cut off, and adds those that the checkpoint has and the file lacks.
+    """Drops lines that are cut off, and takes those from the checkpoint that the file lacks or has otherwise.
 
     Args:
         checkpoint: a whole one, which keeps its last 200 log lines; None: there is none.
@@ -70,12 +70,12 @@ def mend(path: Path, checkpoint: str | None, resuming: bool, log: bool = True) -
         log: the file holds log lines, which the checkpoint has too.
     """
     step = step_of(checkpoint) if checkpoint else 0
-    lines = [line for line in read_lines(path) if not resuming or line["step"] <= step]
+    lines = {line["step"]: line for line in read_lines(path) if not resuming or line["step"] <= step}
     if checkpoint and log:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        have = {line["step"] for line in lines}
-        logged = [entry for entry in state["log_history"] if "loss" in entry and entry["step"] not in have]
-        lines += [{"step": entry["step"], **entry} for entry in logged]
-    text = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
+        for entry in state["log_history"]:
+            if "loss" in entry and not entry.items() <= lines.get(entry["step"], {}).items():
+                lines[entry["step"]] = {"step": entry["step"], **entry}
+    text = "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines))
     if text and (not path.is_file() or path.read_bytes() != text.encode()) or path.is_file() and resuming:
         write_text(path, text)

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from lowdft import models
 from lowdft.errors import UserError
-from lowdft.files import read_json
 from lowdft.models.adapters import adapter_digest
 from lowdft.models.reference import reference_on
+from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.identity import adapter_folder
 from lowdft.sampling import Request, SamplingSettings, get_sampler
@@ -24,26 +24,25 @@ def trained_folder(run: Run) -> Path:
     """The trained adapter or model of the run.
 
     Raises:
-        UserError: nothing is trained yet, or it was trained on another base than the recipe's.
+        UserError: nothing is trained yet, it was trained on another base than the recipe's, or it was damaged since.
     """
     folder = run.folder / ("adapter" if run.recipe.adapter else "model")  # found without reading any data
     if not folder.exists():
         raise UserError(f"{folder}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
-    if run.recipe.adapter:
-        require_same_base(run, folder)
+    require_as_trained(run, folder)
     return folder
 
 
-def require_same_base(run: Run, adapter: Path) -> None:
-    """Raises UserError when the manifest beside an adapter says that it was trained on another base."""
-    manifest = adapter.with_name(adapter.name + ".manifest.json")
-    if not manifest.is_file():
+def require_as_trained(run: Run, trained: Path) -> None:
+    """Raises UserError when the manifest beside an adapter or model says otherwise than its content or this base."""
+    product = Product(trained, {})
+    if not product.manifest.is_file():
         return
-    found = read_json(manifest)["made_from"].get("base")
-    if found != run.source.identity:
+    product.require_whole()
+    if run.recipe.adapter and product.base() != run.source.identity:
         raise UserError(
-            f"{adapter}: was trained on another base ({found}) than this recipe's ({run.source.identity}). Set "
-            "model.name_or_path and model.revision to that base."
+            f"{trained}: was trained on another base ({product.base()}) than this recipe's ({run.source.identity}). "
+            "Set model.name_or_path and model.revision to that base."
         )
 
 
@@ -52,7 +51,7 @@ def compared_adapters(run: Run) -> dict[str, Path]:
     found = {}
     for name, given in run.recipe.evaluation.compare.items():
         found[name] = adapter_folder(given)
-        require_same_base(run, found[name])
+        require_as_trained(run, found[name])
     return found
 
 

@@ -17,7 +17,8 @@ from lowdft.pipeline.metrics_file import mend, read_lines
 from lowdft.reporting import benchmark_table, charts, evaluation_table, findings, samples
 from lowdft.reporting.metrics import GLOSSARY, HINTS
 from lowdft.reporting.page import render
-from lowdft.training.checkpoints import newest_whole
+from lowdft.training.checkpoints import damage_of, newest_whole, step_of
+from lowdft.training.trainer import STATE_FILE
 
 REFRESH = 15  # seconds between two reloads of the page while training runs
 ANSWERS = 12  # steps whose sample answers are shown
@@ -40,8 +41,9 @@ def write(run: Run, beside: Mapping[str, Path] | None = None, running: bool = Fa
     if len(runs) > RUNS:
         raise UserError(f"{len(runs)} runs in one report; wanted at most {RUNS}")
     evaluation = _evaluation(run)
-    warnings = [*findings.of_steps(steps), *_warnings(run, evaluation)]
-    page = _page(run, runs, evaluation, warnings, running)
+    tables = {name: _log_u(folder) for name, (folder, _) in runs.items()}
+    warnings = [*findings.of_steps(steps), *_warnings(run, evaluation, next(iter(tables.values())))]
+    page = _page(run, runs, tables, evaluation, warnings, running)
     write_text(run.folder / "report.html", page)
     return warnings
 
@@ -80,10 +82,10 @@ def _evaluation(run: Run) -> dict | None:
     return None
 
 
-def _warnings(run: Run, evaluation: dict | None) -> list[str]:
-    """Those that need more than the log lines."""
+def _warnings(run: Run, evaluation: dict | None, table: tuple | None) -> list[str]:
+    """Those that need more than the log lines; `table`: values and visits of the moving averages."""
     out = []
-    if table := _log_u(run.folder):
+    if table:
         gamma = run.args.hyperparameters().get("gamma")
         out += findings.of_log_u(*table, run.args.log_u_init, gamma)
     if run.objective.uses_negatives and not run.ready_negatives():
@@ -101,20 +103,22 @@ def _facts(product) -> dict:
 
 def _log_u(folder: Path) -> tuple[list[float], list[int]] | None:
     """Values and visits of the newest checkpoint's moving averages, where there is one."""
-    found = sorted(
-        folder.glob("checkpoints/checkpoint-*/log_u.safetensors"), key=lambda p: int(p.parent.name.split("-")[1])
-    )
-    if not found:
+    checkpoint = max(folder.glob("checkpoints/checkpoint-*[0-9]"), key=step_of, default=None)
+    if checkpoint is None:
         return None
-    table = load_file(found[-1])
+    if damage := damage_of(checkpoint, STATE_FILE):
+        say(f"warning: {damage}; the report does not show the moving averages log_u")
+        return None
+    if not (checkpoint / STATE_FILE).is_file():
+        return None
+    table = load_file(checkpoint / STATE_FILE)
     return table["values"].tolist(), table["visits"].tolist()
 
 
-def _page(run: Run, runs: dict, evaluation: dict | None, warnings: list[str], running: bool) -> str:
+def _page(run: Run, runs: dict, tables: dict, evaluation: dict | None, warnings: list[str], running: bool) -> str:
     steps = next(iter(runs.values()))[1]
     drawn = charts.of_training([(name, lines) for name, (_, lines) in runs.items()])
-    tables = [(i, name, _log_u(folder)) for i, (name, (folder, _)) in enumerate(runs.items())]
-    values = [(i, name, table[0]) for i, name, table in tables if table]
+    values = [(i, name, table[0]) for i, (name, table) in enumerate(tables.items()) if table]
     drawn.append(charts.histogram("log_u", "Moving averages log_u", "examples", "log_u, nats", values))
     shown = samples.of(evaluation) if evaluation else {"samples": [], "filters": [], "samples_note": ""}
     benchmarks = None

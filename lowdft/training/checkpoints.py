@@ -102,8 +102,8 @@ def _newest_whole(folder: Path) -> tuple[str | None, str | None]:
     return None, f"{'; '.join(damages)}. No whole checkpoint is left: delete {folder} to train from the start."
 
 
-def damage_of(checkpoint: str | Path) -> str | None:
-    """Why training cannot resume from a checkpoint exactly; None when it is as it was written."""
+def damage_of(checkpoint: str | Path, file: str | None = None) -> str | None:
+    """Why training cannot resume from a checkpoint exactly, or what became of one `file` of it; None: as written."""
     path = Path(checkpoint) / MANIFEST
     if not path.is_file():
         return f"{path} is missing (it was deleted, or the checkpoint is another program's)"
@@ -114,6 +114,8 @@ def damage_of(checkpoint: str | Path) -> str | None:
     files = noted.get("files")
     if not isinstance(files, dict) or noted.get("checksum") != checksum_of(files):
         return f"{path} is damaged"
+    if file:
+        return damage_in(checkpoint, {file: files[file]} if file in files else {})
     if not any("optim" in name for name in files):
         return f"{checkpoint} has no optimizer state (training.save_only_model leaves it out)"
     return damage_in(checkpoint, files)
@@ -161,6 +163,9 @@ class WholeCheckpoints(Trainer):
         finally:
             self.remove_callback(notice)
             self.remove_callback(heartbeat)
+        if self.args.should_save and self.state.global_step:  # a process that was killed before it did
+            remove(Path(self.args.output_dir) / ".partial")
+            self._rotate()
         if notice.taken:
             done = f"step {self.state.global_step} of {self.state.max_steps}"
             stop(
@@ -203,11 +208,14 @@ class WholeCheckpoints(Trainer):
                 remove(partial)
         self.accelerator.wait_for_everyone()
         if first:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            self._rotate()
+
+    def _rotate(self) -> None:
+        rotate_checkpoints(
+            output_dir=str(self.args.output_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
 
     def _name(self, written: Path, checkpoint: Path) -> None:
         """Gives a checkpoint its place, once it and the log lines up to it are on the disk itself."""

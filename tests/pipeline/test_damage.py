@@ -54,6 +54,43 @@ def test_a_damaged_product_is_named(run, name, how, capsys):
     assert f"{folder / name} has" in error and "Restore it, or delete" in error and "Traceback" not in error
 
 
+def test_a_damaged_adapter_is_neither_merged_nor_talked_to(run, capsys):
+    arguments, folder = run
+    path = folder / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    for verb in ("merge", "chat"):
+        assert main([verb, *arguments]) == 1
+        assert f"{path} has other contents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["base_evaluation.json", "base_evaluation.json.manifest.json", "evaluation.json.manifest.json"]
+)
+def test_measures_of_the_base_are_checked_when_all_is_measured(run, name, capsys):
+    arguments, folder = run
+    (folder / name).write_bytes(b"")
+    assert main(["evaluate", *arguments]) == 1
+    assert f"{folder / name}" in capsys.readouterr().err
+
+
+def test_deleted_measures_of_the_base_are_made_again(run):
+    arguments, folder = run
+    before = (folder / "base_evaluation.json").read_bytes()
+    (folder / "base_evaluation.json").unlink()
+    assert main(["evaluate", *arguments]) == 0
+    assert (folder / "base_evaluation.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["log_u.safetensors", "manifest.json"])
+def test_a_report_leaves_out_damaged_moving_averages(run, name, capsys):
+    arguments, folder = run
+    newest = folder / "checkpoints" / "checkpoint-2"
+    (newest / name).write_bytes(b"")
+    assert main(["report", *arguments]) == 0
+    assert f"warning: {newest / name}" in capsys.readouterr().out
+    assert "Moving averages log_u" not in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_negatives_made_anew_do_not_take_the_old_reference(run, capsys):
     """Other negatives with a manifest of their own: the reference beside them is of those before."""
     arguments, folder = run
@@ -68,13 +105,17 @@ def test_negatives_made_anew_do_not_take_the_old_reference(run, capsys):
     assert "was scored on other negatives" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["deleted", "emptied", "cut"])
+@pytest.mark.parametrize("how", ["deleted", "emptied", "cut", "with another number"])
 def test_lost_log_lines_come_back_from_the_checkpoint(run, how, capsys):
     """`train` says "already trained" and `report` draws: no dead end, and the lines are those that were."""
     arguments, folder = run
     path = folder / "metrics.jsonl"
     before = [json.loads(line) for line in path.read_text().splitlines()]
-    path.unlink() if how == "deleted" else path.write_bytes(b"" if how == "emptied" else path.read_bytes()[:-40])
+    if how == "deleted":
+        path.unlink()
+    else:
+        other = path.read_text().replace(f'"loss": {before[0]["loss"]}', '"loss": 0.5')
+        path.write_text({"emptied": "", "cut": path.read_text()[:-40], "with another number": other}[how])
     assert main(["report", *arguments]) == 0
     assert "is not what training wrote" in capsys.readouterr().out
     after = [json.loads(line) for line in path.read_text().splitlines()]

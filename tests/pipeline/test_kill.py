@@ -35,7 +35,7 @@ def test_nothing_is_lost(objective):
     sys.platform != "linux" or os.geteuid() != 0 or shutil.which("cc") is None, reason="needs Linux, root, a C compiler"
 )
 def test_disturbances_leave_no_dead_end_and_no_loss():
-    """The short form of `benchmarks/durability.py` but for damage, a tenth of which is not found (results page)."""
+    """The short form of `benchmarks/durability.py`; damage, which takes minutes, is in `test_damage.py`."""
     parts = ["faults", "kills", "full", "pairs", "power"]
     command = [sys.executable, str(SCRIPT.with_name("durability.py")), *parts]
     command += ["--count", "4", "--every", "200", "--end-every", "10"]

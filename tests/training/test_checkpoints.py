@@ -71,6 +71,14 @@ def test_resume_from_the_one_before_has_the_same_end(folder, trained):
     assert damage_of(folder / "checkpoint-6") is None and not (folder / "checkpoint-6.damaged").exists()
 
 
+def test_a_resume_after_the_last_step_tidies_up(trained, tmp_path):
+    """What a kill left behind right after the last checkpoint got its name: one too many, and half of a next one."""
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    (folder / ".partial" / "old").mkdir(parents=True)
+    make_trainer(folder, **(SETTINGS | {"save_total_limit": 2})).train(resume_from_checkpoint=True)
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"checkpoint-4", "checkpoint-6"}
+
+
 def test_without_a_whole_one_it_is_an_error(folder):
     for number in (2, 4, 6):
         change(folder / f"checkpoint-{number}" / "scheduler.pt", "deleted")

@@ -29,7 +29,7 @@ def main(run: Run) -> dict | None:
         say("no held-out rows (data.eval or data.eval_rows): nothing to evaluate")
         return None
     product = run.evaluation
-    if product.is_done():
+    if run.base_evaluation.is_done() and product.is_done():
         say(f"{product.path}: already measured")
         result = read_json(product.path)
     else:

@@ -6,7 +6,7 @@ import json
 import statistics
 
 import pytest
-from helpers import make_run_folder
+from helpers import make_run_folder, say_other_base
 
 from lowdft import models
 from lowdft.cli import main
@@ -107,6 +107,7 @@ def test_another_adapter_is_another_result(tmp_path, tiny_folder, data):
     first, second = map(names, runs)
     assert first == second
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    runs[1].training.finish()
     changed = names(runs[1])
     assert changed["base"] == first["base"] and changed["after"] != first["after"]
 
@@ -131,8 +132,7 @@ def test_local_rows_lacking_a_split_or_a_file(data):
 
 def test_an_adapter_of_another_base(tmp_path, tiny_folder, data, capsys):
     run = make_run(tmp_path, tiny_folder, data, benchmarks=["arc_easy"])
-    manifest = run.training.manifest
-    manifest.write_text(manifest.read_text().replace(run.source.identity, "someone/else@1"))
+    say_other_base(run, "someone/else@1")
     assert main(["chat", str(run.folder)]) == 1
     assert "was trained on another base (someone/else@1)" in capsys.readouterr().err
 

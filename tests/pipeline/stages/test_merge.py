@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import make_run_folder
+from helpers import make_run_folder, say_other_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowdft import models
@@ -76,8 +76,7 @@ def test_both_ways_from_a_4bit_base(tmp_path, tiny_folder, capsys):
 
 @pytest.mark.parametrize("change, words", [
     (lambda run: merge.main(run, into="dequantized"), "was not trained on a 4-bit base"),
-    (lambda run: run.training.manifest.write_text(
-        run.training.manifest.read_text().replace(run.source.identity, "other@1")), "trained on another base"),
+    (lambda run: say_other_base(run, "other@1"), "trained on another base"),
 ])  # fmt: skip
 def test_what_cannot_be_merged(tmp_path, tiny_folder, change, words):
     run = make_run_folder(tmp_path, tiny_folder)

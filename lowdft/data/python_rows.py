@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -33,7 +34,8 @@ def encode_rows(dataset: Iterable[Mapping] | EncodedRows, encoder: Encoder, name
     texts, `chosen` and `rejected` alone, have TRL's implicit prompt.
 
     Args:
-        dataset: any iterable of dictionaries, taken up in batches; `EncodedRows` stay as they are.
+        dataset: any iterable or sequence of dictionaries (torch's and pandas' too), taken up in batches;
+            `EncodedRows` stay as they are.
         encoder: with the trainer's lengths; without a tokenizer for rows that are ids already.
         name: what error messages call the data set.
 
@@ -48,10 +50,14 @@ def encode_rows(dataset: Iterable[Mapping] | EncodedRows, encoder: Encoder, name
             f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; one data set is wanted. Pass one "
             f"of them, as in {name}[{next(iter(dataset), 'train')!r}]."
         )
-    if isinstance(dataset, str) or not hasattr(dataset, "__iter__"):
+    if hasattr(dataset, "iterrows"):  # of pandas
+        dataset = dataset.to_dict("records")
+    if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         raise UserError(f"{name} is {kind_of(dataset)}; a data set, or a list of rows, is wanted")
     if hasattr(dataset, "with_format"):  # of `datasets`: Python's own values, whatever it was set to give
         dataset = dataset.with_format(None)
+    if not hasattr(dataset, "__iter__"):  # of torch
+        dataset = map(dataset.__getitem__, range(len(dataset)))
     reading = _Reading(encoder, name)
     rows = EncodedRows.from_rows(reading.rows(dataset))
     reading.conclude(rows)
@@ -163,15 +169,15 @@ def _check_reference(row: dict) -> None:
     if logps is not None:
         negatives = row.get("negative_ids", row.get("negatives")) or []
         if not isinstance(logps, list) or len(logps) != len(negatives) or not all(map(_is_number, logps)):
-            wanted = f"a list of {len(negatives)} numbers, one per negative, is needed"
+            wanted = f"a list of {len(negatives)} finite numbers, one per negative, is needed"
             raise BadRow("ref_negative_logps", f"is {kind_of(logps)}; {wanted}.")
     for name in ("ref_logps", "aligned_logps"):
         if row.get(name) is not None and not _is_number(row[name]):
-            raise BadRow(name, f"is {kind_of(row[name])}; a number is needed.")
+            raise BadRow(name, f"is {kind_of(row[name])}; a finite number is needed.")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(value: object) -> object:

@@ -2,7 +2,8 @@
 
 Numbers are those of the list of defects seen in an earlier version ("small": its unnumbered ones). Elsewhere stand
 1 test_engine, 5 and 14 logprobs/test_check, 6 7 16 data/test_turns, 8 test_engine, 10 test_support, 15 test_support,
-19 logprobs/test_engine, 21 models/test_safeguards; through the command line: pipeline/test_edges.
+19 logprobs/test_engine, 21 models/test_safeguards; 17 is an option that was left off (docs/what-did-not-work.md);
+through the command line: pipeline/test_edges.
 """
 
 from __future__ import annotations
@@ -104,17 +105,12 @@ def test_rows_of_ids_in_any_format(rows, tmp_path):
         ([{"prompt_ids": [4], "completion_ids": [5, -100]}], "completion_ids is a list.*token ids"),
         ([{"prompt_ids": [4]}], "completion_ids is missing"),
         ([{"prompt_ids": [4], "completion_ids": [5, 300]}], "token id 300, and the model has embeddings for 0 to 299"),
-        ([IDS[0] | {"ref_negative_logps": [-1.0]}], "ref_negative_logps is a list.*4 finite numbers, one per negative"),
+        ([IDS[0] | {"ref_negative_logps": [-1.0]}], "ref_negative_logps is a list.*4 numbers, one per negative"),
         ({"train": IDS}, r"train_dataset is a dict of train; .*train_dataset\['train'\]"),
         (None, "train_dataset is null"),
         ("rows.parquet", "train_dataset is a string .rows.parquet.; a data set"),
-        ([IDS[0] | {"ref_negative_logps": [-1.0, float("nan"), -1.0, -1.0]}], "ref_negative_logps is a list.*finite"),
-        ([IDS[0] | {"ref_logps": float("-inf")}], "ref_logps is .*a finite number is needed"),
     ],
-    ids=[
-        "small: " + s
-        for s in "text empty null number string id-below missing id-above logps dict none name nan inf".split()
-    ],
+    ids=["small: " + s for s in "text empty null number string id-below missing id-above logps dict none name".split()],
 )
 def test_rows_that_cannot_be_trained_on_are_named(rows, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:

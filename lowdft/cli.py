@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.skip_invalid:
         overrides.append("data.skip_invalid=true")
     try:
-        with on_sigterm(lambda: stop("stopped by SIGTERM; the same command goes on from here")):
+        with on_sigterm(lambda: stop("stopped by SIGTERM; run the same command again to resume")):
             if arguments.verb not in READING:
                 _check_free(arguments, overrides)
             if getattr(arguments, "launch", None) or getattr(arguments, "processes", None):
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return stopped.code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("\nlowdft: stopped; the same command goes on from here", file=sys.stderr)
+            print("\nlowdft: stopped; run the same command again to resume", file=sys.stderr)
         return 130
     except Exception as error:
         if words := _words(error):

@@ -193,3 +193,17 @@ def make_run_folder(folder: Path, base: Path, adapter: bool = True, **sections) 
     run.tokenizer.save_pretrained(run.training.path)
     run.training.finish(steps=2, seconds=1.0)
     return run
+
+
+def interrupt(monkeypatch, owner, name: str, call: int) -> list:
+    """That call of the function raises as Ctrl-C does, the others do their work; clearing the list counts anew."""
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    return calls

@@ -14,6 +14,8 @@ UNSUPPORTED = {  # fields of transformers that only its own step reads, and the 
     "torch_compile": (False,),
     "use_liger_kernel": (False,),
     "neftune_noise_alpha": (0.0,),
+    "bf16_full_eval": (False,),  # it would turn the weights themselves into a half precision
+    "fp16_full_eval": (False,),
     "train_sampling_strategy": ("random", "sequential"),
 }
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
@@ -96,6 +98,10 @@ class DFTConfig(TrainingArguments):
             self.reference_prompt,
             ", ".join(REFERENCE_PROMPTS),
         )
+        batch, longest = self.per_device_train_batch_size, self.max_prompt_length
+        _require(batch >= 1, "per_device_train_batch_size", batch, "1 or more")
+        _require(longest is None or longest >= 1, "max_prompt_length", longest, "1 or more, or null for no limit")
+        _require(self.max_grad_norm is not None, "max_grad_norm", None, "a number; 0 for no clipping")
         _require(self.tokens_per_pass >= 1, "tokens_per_pass", self.tokens_per_pass, "1 or more")
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
@@ -112,7 +118,6 @@ class DFTConfig(TrainingArguments):
                 f"training for {chosen.name}",
             )
         if chosen.uses_mismatched:
-            batch = self.per_device_train_batch_size
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
         for name, supported in UNSUPPORTED.items():
             found = getattr(self, name)

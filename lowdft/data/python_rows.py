@@ -33,7 +33,8 @@ def encode_rows(dataset: Iterable[Mapping] | EncodedRows, encoder: Encoder, name
     texts, `chosen` and `rejected` alone, have TRL's implicit prompt.
 
     Args:
-        dataset: any iterable of dictionaries, taken up in batches; `EncodedRows` stay as they are.
+        dataset: any iterable or sequence of dictionaries (torch's and pandas' too), taken up in batches;
+            `EncodedRows` stay as they are.
         encoder: with the trainer's lengths; without a tokenizer for rows that are ids already.
         name: what error messages call the data set.
 
@@ -48,10 +49,14 @@ def encode_rows(dataset: Iterable[Mapping] | EncodedRows, encoder: Encoder, name
             f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; one data set is wanted. Pass one "
             f"of them, as in {name}[{next(iter(dataset), 'train')!r}]."
         )
-    if isinstance(dataset, str) or not hasattr(dataset, "__iter__"):
+    if hasattr(dataset, "iterrows"):  # of pandas
+        dataset = dataset.to_dict("records")
+    if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         raise UserError(f"{name} is {kind_of(dataset)}; a data set, or a list of rows, is wanted")
     if hasattr(dataset, "with_format"):  # of `datasets`: Python's own values, whatever it was set to give
         dataset = dataset.with_format(None)
+    if not hasattr(dataset, "__iter__"):  # of torch
+        dataset = map(dataset.__getitem__, range(len(dataset)))
     reading = _Reading(encoder, name)
     rows = EncodedRows.from_rows(reading.rows(dataset))
     reading.conclude(rows)

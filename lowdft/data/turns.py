@@ -53,8 +53,8 @@ class Turns:
         if not known:
             raise UserError(
                 "nothing ends an answer: the tokenizer has no eos_token, the generation settings have no eos_token_id "
-                "and the chat template writes no end token. Set tokenizer.eos_token (in tokenizer_config.json, for a "
-                "model folder), or choose a base that has one."
+                "that is a control token, and the chat template writes no end token. Set tokenizer.eos_token (in "
+                "tokenizer_config.json, for a model folder), or choose a base that has one."
             )
         self._text_end, self._turn_end = known[0], known[0] if turn_end is None else turn_end
         self.end_ids: list[int] = sorted(set(known))  # every token at which an answer ends

@@ -201,6 +201,8 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | No
     inputs |= dict(input_ids=rows.input_ids_RL) if embeddings_RLD is None else dict(inputs_embeds=embeddings_RLD)
     decoder = causal_lm.get_decoder()
     if decoder is causal_lm or decoder is causal_lm.get_output_embeddings():  # it names none (Llama 4, ModernBERT)
+        if rows.parts is not None:
+            raise ValueError("packed rows need a model that names its decoder")
         return _before_head(causal_lm, inputs)
     if rows.parts is None:
         return decoder(attention_mask=torch.ones_like(rows.input_ids_RL), **inputs).last_hidden_state

@@ -137,6 +137,10 @@ def check_config(config: PeftConfig) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA"):
         raise UserError(f"adapter: {kind} adds tokens or runs the model twice, which packed rows do not support")
+    if kind == "ADALORA":
+        raise UserError(
+            "adapter: ADALORA needs a loss and a call after every step of its own, which lowdft does not make"
+        )
     for name in ("target_modules", "modules_to_save"):
         value = getattr(config, name, None) or ()
         value = [value] if isinstance(value, str) else value

@@ -49,7 +49,7 @@ class Product:
         if versions := [k for k in differing if k.startswith(VERSION)]:
             _warn("; ".join(f"{k.removeprefix(VERSION)} {old.get(k)} -> {new.get(k)}" for k in versions))
         if differing := [k for k in differing if k not in versions]:
-            told = "; ".join(f"{k} was {_short(old.get(k))}, is now {_short(new.get(k))}" for k in differing)
+            told = "; ".join(f"{k} was {old.get(k)!r}, is now {new.get(k)!r}" for k in differing)
             raise UserError(
                 f"{self.path}: was made with other settings ({told}). Use them again, choose another output_dir, or "
                 f"delete {self.path.name} and {self.manifest.name} to make it anew."
@@ -108,8 +108,3 @@ def _warn(changed: str) -> None:
     """Once per process and change."""
     text = "warning: packages changed since this run folder was begun (%s): numbers may differ by rounding"
     logging.getLogger("lowdft").info(text, changed)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -169,17 +169,21 @@ class WholeCheckpoints(Trainer):
         if notice.taken:
             done = f"step {self.state.global_step} of {self.state.max_steps}"
             stop(
-                f"stopped by SIGTERM after {done}, which is saved; the same command goes on from here",
+                f"stopped by SIGTERM after {done}, which is saved; run the same command again to resume",
                 tell=self.is_world_process_zero(),
             )
         if notice.given:  # after the last step: for whoever comes next
             signal.raise_signal(signal.SIGTERM)
         return out
 
+    def before_saving(self) -> None:
+        """Raises, on every rank, where a subclass finds that the weights are not worth saving."""
+
     def save_beside(self, folder: Path) -> None:
         """Adds what a subclass needs to resume exactly to the checkpoint in `folder`."""
 
     def _save_checkpoint(self, model, trial) -> None:
+        self.before_saving()
         run_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         partial, first = run_dir / ".partial", self.args.should_save

@@ -30,7 +30,7 @@ def encoded(dataset, encoder: Encoder, objective: Objective, name: str = "eval_d
     """
     if isinstance(dataset, dict) and name == "eval_dataset":
         return {key: encoded(rows, encoder, objective, f"{name}[{key!r}]", faults) for key, rows in dataset.items()}
-    if dataset is None and name != "train_dataset" or isinstance(dataset, str):
+    if name != "train_dataset" and (dataset is None or isinstance(dataset, str)):
         return dataset
     try:
         rows = encode_rows(dataset, encoder, name)

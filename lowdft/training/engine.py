@@ -24,19 +24,16 @@ from torch import Tensor, nn
 
 from lowdft.data.batch import Batch
 from lowdft.distributed import collectives
-from lowdft.errors import UserError, is_out_of_memory
+from lowdft.errors import is_out_of_memory
 from lowdft.logprobs import Group
+from lowdft.models.reference import reference_logps
 from lowdft.objectives import Losses, Objective, Scores
+from lowdft.training import finite
 from lowdft.training.log_u import LogU
 from lowdft.training.metrics import StepMetrics, check_gap
 from lowdft.training.score_inputs import mismatched_gain, prepare
 from lowdft.training.step import Snapshot, StepTotals
 from lowdft.training.token_budget import Backward, Passes
-
-ADVICE = (
-    "Nothing of this step was applied, and earlier checkpoints are intact. Lower training.learning_rate or lengthen "
-    "training.warmup_steps; if it is the first step, look at these rows and at the base's dtype."
-)
 
 
 class StepEngine:
@@ -78,6 +75,7 @@ class StepEngine:
         self.count = negatives_per_step if objective.uses_negatives else 0
         self.metrics, self.evaluation = StepMetrics(), StepMetrics()
         self.totals, self.step = StepTotals(), 0
+        self._evaluating, self._largest = False, 0.0  # the largest |log-probability| of the step
         self._backward = backward or (lambda loss, last: loss.backward())
         self._done: list[Batch] = []
         self._left, self._most, self._first = 0, 0, True
@@ -107,6 +105,7 @@ class StepEngine:
         self._start = Snapshot.take(self.log_u, index_M, self.metrics)
         self._first = not self.log_u.visits.any()
         self._done, self._left, self.step = [], len(batches), step
+        self._evaluating, self._largest = False, 0.0
         return prompts
 
     def accumulate(self, batch: Batch) -> Tensor:
@@ -180,6 +179,7 @@ class StepEngine:
         scores, final = losses(range(len(batch)), scored.logps_MK)
         self._require_finite("log-probabilities", scored.logps_MK, batch)
         self._require_finite("losses", final.surrogate_M[:, None], batch)
+        self._largest = max(self._largest, scored.logps_MK.abs().max().item())
         self.log_u.update(batch.index_M, final.log_u_M)
         self.metrics.add(scores, final, self.objective, batch, scored)
         if self._first:
@@ -209,7 +209,7 @@ class StepEngine:
             UserError: a log-probability or a loss is not finite; names the rows.
         """
         first_M = torch.zeros(len(batch), dtype=torch.int64)
-        groups = self._groups(batch, first_M)
+        groups, self._evaluating = self._groups(batch, first_M), True
         with self.around():
             totals = StepTotals(len(batch), batch.completion_tokens, self._mismatched_gain([batch]))
             given = self._given(batch, first_M, totals)
@@ -244,7 +244,8 @@ class StepEngine:
         how = (self.count, self.objective, self.reference_prompt, self.passes)
         given = prepare(self.policy, batch, visits_M, *how)
         for name, value in given.items():
-            self._require_finite(f"reference's {name}" if name.startswith("ref") else name, value, batch)
+            what = "reference's log-probabilities" if name.startswith("ref") else name.removesuffix("_M")
+            self._require_finite(what, value, batch)
         if self.objective.uses_mismatched:
             given["mismatched_gain_M"] = torch.full((len(batch),), totals.mismatched_gain, dtype=torch.float64)
         return given
@@ -259,24 +260,21 @@ class StepEngine:
             scaled: a loss scaler watches over overflows, and skips such steps.
         """
         if not math.isfinite(norm) and not scaled:
-            ids = [str(row.get("example_id", "?")) for batch in self._done for row in batch.rows]
-            raise UserError(
-                f"step {self.step}: the gradient's norm is {norm}, though every loss is finite (example_id "
-                f"{_some(ids)}). {ADVICE}"
-            )
+            raise finite.bad_gradient(self.step, norm, self._done, self._largest)
+
+    def check_weights(self) -> None:
+        """Raises UserError when the weights, as the last step left them, give no finite score to a training row.
+
+        To be called on every rank, before anything is saved.
+        """
+        spare = Batch(torch.zeros(1, dtype=torch.int64), [self.spare])
+        with self.around():
+            logps_1K = reference_logps(self.policy, self._groups(spare, spare.index_M), self.passes)
+        if not logps_1K.isfinite().all():
+            raise finite.bad_weights(self.step, self.spare, self._largest)
 
     def _require_finite(self, what: str, values: Tensor, batch: Batch) -> None:
-        finite_M = values.reshape(len(batch), -1).isfinite().all(1)
-        if finite_M.all():
-            return
-        ids = [str(row.get("example_id", i)) for i, row in zip(batch.index_M.tolist(), batch.rows, strict=True)]
-        bad = [name for name, good in zip(ids, finite_M.tolist(), strict=True) if not good]
-        rest = values[values.isfinite()].abs()
-        largest = f"; the largest finite one is {rest.max().item():.4g}" if len(rest) else ""
-        raise UserError(
-            f"step {self.step}: the {what} of {len(bad)} of {len(batch)} rows are not finite (example_id {_some(bad)}"
-            f"{largest}). {ADVICE}"
-        )
+        finite.require_rows(self.step, self._evaluating, what, values, batch)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +286,3 @@ class StepEngine:
         """Takes over what `state_dict` gave; of the budget only under the same `tokens_per_pass`."""
         self.log_u.load_state_dict(state)
         self.passes.load_state_dict(state)
-
-
-def _some(ids: list[str]) -> str:
-    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")

@@ -6,17 +6,21 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from lowdft.compat import use_one_gpu
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
+from lowdft.logprobs import bare
 
 ARGUMENTS = {
     "compute_metrics": "evaluation never makes whole logits. Take the logged eval_* metrics, or use a callback",
     "preprocess_logits_for_metrics": "evaluation never makes whole logits",
     "compute_loss_func": "the loss is that of training.objective",
+    "tokenizer": "it is called processing_class",
+    "ref_model": "the reference is the model that training starts from, or training.reference_model: adapter:PATH",
+    "formatting_func": "map the rows to prompt and completion beforehand",
     "model_init": "pass the model itself",
     "data_collator": "rows become micro-batches of prompts with their negatives",
 }
@@ -63,6 +67,9 @@ def check_peft(peft_config: object, args: DFTConfig, needs_base: bool) -> None:
     """
     if peft_config is None:
         return
+    if not isinstance(peft_config, PeftConfig):
+        found = type(peft_config).__name__
+        raise UserError(f"peft_config is a {found}; a configuration of peft is wanted (LoraConfig, …)")
     if getattr(peft_config, "is_prompt_learning", False):
         raise UserError(
             f"the adapter is {peft_config.peft_type.value}: soft prompts (prompt tuning, prefix tuning, p-tuning) "
@@ -78,6 +85,12 @@ def check_peft(peft_config: object, args: DFTConfig, needs_base: bool) -> None:
 def check_model(model: nn.Module, args: DFTConfig) -> None:
     """Raises UserError for a model whose training would silently differ from what was asked for."""
     config = getattr(model, "config", None)
+    causal_lm = bare(model)
+    if getattr(config, "is_encoder_decoder", False) or causal_lm.get_output_embeddings() is None:
+        raise UserError(
+            f"the model is a {type(causal_lm).__name__}; a causal language model with its output head is wanted. Load "
+            "it with AutoModelForCausalLM."
+        )
     if getattr(config, "output_router_logits", False):
         raise UserError(
             "the model's output_router_logits is on, which asks for a loss that balances experts; lowdft does not add "

@@ -167,6 +167,13 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         """Evaluation's loss."""
         return self.compute_loss(model, inputs), None, None
 
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Raises UserError: there are no predictions beside the measures of `evaluate`."""
+        raise UserError(
+            "DFTTrainer does not support predict: evaluation never makes whole logits. For the measures of other rows "
+            'call evaluate(rows, metric_key_prefix="test").'
+        )
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """transformers' evaluate; the rows may be text or ids, as for the training.
 
@@ -174,7 +181,14 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             UserError: the rows lack reference log-probabilities that the model can no longer give.
         """
         chosen = self._encode(self.eval_dataset if eval_dataset is None else eval_dataset)
-        if not isinstance(chosen, str):
+        if isinstance(chosen, str):
+            known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if chosen not in known:
+                raise UserError(
+                    f"evaluate({chosen!r}): there is no such evaluation set (known: {', '.join(known) or 'none'}). "
+                    "Pass a known name, or rows."
+                )
+        else:
             at_hand = self._at_hand or (self._starts_from_base and self.state.global_step == 0)
             check_evaluation(as_list(chosen), self.objective, self.args, at_hand)
         return super().evaluate(None if eval_dataset is None else chosen, ignore_keys, metric_key_prefix)
@@ -206,7 +220,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     # ---- beginning and resuming -------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Trains; with `resume_from_checkpoint`, goes on from there with the very numbers it would have had."""
+        """Trains; with `resume_from_checkpoint`, resumes from there with the numbers of an uninterrupted run."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -221,7 +235,9 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         if self.objective.uses_any_reference:
             resuming = bool(resume_from_checkpoint)
             check_reference(self.model, self._datasets(), self.objective, self.args, resuming, self._at_hand)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        out = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        self.before_saving()
+        return out
 
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
         """The initial weights, sharded or not, score what rows lack of the reference."""
@@ -239,6 +255,10 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def before_optimizer_step(self, gradient_norm: object) -> None:
         """Stops before a gradient that is not finite reaches the weights (with fp16 its scaler skips such steps)."""
         self.engine.check_gradient(float(gradient_norm), scaled=self.args.fp16)
+
+    def before_saving(self) -> None:
+        """Stops before weights are saved that the last step made worthless."""
+        self.engine.check_weights()
 
     @property
     def _at_hand(self) -> bool:

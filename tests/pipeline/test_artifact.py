@@ -69,3 +69,12 @@ def test_what_comes_from_the_environment_is_not_in_a_manifest(tmp_path):
     made.finish()
     assert "canary" not in made.manifest.read_text() and made.is_done()
     _concealed.clear()
+
+
+def test_differing_settings_are_named_whole(product):
+    """However long their values are, for they differ somewhere."""
+    long = "a system prompt that " * 9
+    product.made_from["strategy"] = long + "ends so"
+    with pytest.raises(UserError) as error:
+        Product(product.path, product.made_from).is_done()
+    assert f"is now '{long}ends so'" in str(error.value)

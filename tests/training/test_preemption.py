@@ -75,7 +75,7 @@ def test_command_goes_on_after_each_stage_was_stopped(recipe, monkeypatch, capsy
 
     monkeypatch.setattr(generate, "write_negatives", told)
     assert main(["run", recipe]) == 143
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert len(list((folder(recipe) / "negatives.parts").iterdir())) == 2
     from lowdft.training.log_u import LogU
 

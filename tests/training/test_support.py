@@ -7,8 +7,14 @@ import json
 import pytest
 import torch
 from helpers import lora, losses, make_llama, make_rows, make_trainer
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from peft import AdaLoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    TrainingArguments,
+)
 
 from lowdft import DFTConfig, DFTTrainer
 from lowdft.cli import main
@@ -28,6 +34,8 @@ def arguments(folder, **settings) -> DFTConfig:
         {"use_liger_kernel": True},
         {"neftune_noise_alpha": 5.0},
         {"train_sampling_strategy": "group_by_length"},
+        {"bf16_full_eval": True},
+        {"fp16_full_eval": True},
     ],
     ids=lambda s: next(iter(s)),
 )
@@ -36,7 +44,42 @@ def test_settings(settings, tmp_path):
         arguments(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"max_prompt_length": -1}, "max_prompt_length is -1; wanted 1 or more"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; wanted 1 or more"),
+        ({"max_grad_norm": None}, "max_grad_norm is None; wanted a number"),
+    ],
+)
+def test_settings_without_a_sense(settings, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_without_an_output_head(kind, tmp_path):
+    with pytest.raises(
+        UserError, match=f"the model is a {kind.__name__}; a causal language model with its output head"
+    ):
+        DFTTrainer(kind(make_llama().config), arguments(tmp_path), make_rows(), peft_config=lora())
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"r": 4}, "peft_config is a dict; a configuration of peft is wanted"),
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=10), "ADALORA needs a loss and a call after every step"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_so(config, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        DFTTrainer(make_llama(), arguments(tmp_path), make_rows(), peft_config=config)
+
+
+@pytest.mark.parametrize(
+    "name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "tokenizer", "ref_model"]
+)
 def test_arguments(name, tmp_path):
     with pytest.raises(UserError, match=f"does not support {name}"):
         DFTTrainer(make_llama(), arguments(tmp_path), make_rows(), **{name: lambda *_: {}})

@@ -9,31 +9,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROWS, folder, metrics
+from helpers import ROWS, folder, interrupt, metrics
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowdft.cli import main
 from lowdft.config.recipe import load_recipe
-from lowdft.pipeline import negatives
 from lowdft.pipeline.context import Run
-from lowdft.pipeline.stages import generate
-from lowdft.sampling import Sample
-
-
-def interrupt(monkeypatch, owner, name: str, call: int) -> list:
-    """That call of the function raises as Ctrl-C does, the others do their work; clearing the list counts anew."""
-    original, calls = getattr(owner, name), []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(owner, name, interrupted)
-    return calls
 
 
 @pytest.mark.parametrize("objective", ["dft", "dft2", "sft"])
@@ -83,35 +66,6 @@ def test_other_settings_are_refused_in_words(recipe, capsys):
     assert "Traceback" not in error
 
 
-def test_generation_goes_on_after_a_kill(recipe, monkeypatch):
-    """Killed in the second part, then gone on: the same negatives, seeds and finish reasons as without the kill."""
-    assert main(["generate", recipe]) == 0
-    whole = pq.read_table(folder(recipe) / "negatives.parquet").to_pylist()
-    shutil.rmtree(folder(recipe))
-    interrupt(monkeypatch, generate, "write_negatives", call=2)
-    assert main(["generate", recipe]) == 130
-    assert not (folder(recipe) / "negatives.parquet").exists()
-    assert len(list((folder(recipe) / "negatives.parts").iterdir())) == 1
-    assert main(["generate", recipe]) == 0
-    assert pq.read_table(folder(recipe) / "negatives.parquet").to_pylist() == whole
-
-
-def test_parts_of_another_size_or_of_other_settings(recipe, monkeypatch):
-    """Interrupted, then gone on with a smaller batch: no row lost or twice. Parts without a manifest are not used."""
-    assert main(["generate", recipe, f"output_dir={folder(recipe)}2"]) == 0
-    whole = pq.read_table(f"{folder(recipe)}2/negatives.parquet")
-    calls = interrupt(monkeypatch, generate, "write_negatives", call=3)
-    assert main(["generate", recipe]) == 130
-    assert main(["generate", recipe, "negatives.batch_size=2"]) == 0
-    assert pq.read_table(folder(recipe) / "negatives.parquet").to_pylist() == whole.to_pylist()
-    shutil.rmtree(folder(recipe)), calls.clear()
-    assert main(["generate", recipe]) == 130
-    (folder(recipe) / "negatives.parquet.manifest.json").unlink()
-    assert main(["generate", recipe, "negatives.seed=5"]) == 0
-    seeds = pq.read_table(folder(recipe) / "negatives.parquet")["seeds"].to_pylist()
-    assert not any(a == b for a, b in zip(seeds, whole["seeds"].to_pylist(), strict=True))
-
-
 def test_checkpoints_without_a_manifest_are_refused(recipe, capsys):
     """As after deleting the adapter to train with other settings: the old checkpoints would be gone on from."""
     assert main(["run", recipe]) == 0
@@ -119,45 +73,6 @@ def test_checkpoints_without_a_manifest_are_refused(recipe, capsys):
     (folder(recipe) / "adapter.manifest.json").unlink()
     assert main(["train", recipe, "training.learning_rate=1e-3"]) == 1
     assert "checkpoint-6: cannot resume, because adapter.manifest.json is missing" in capsys.readouterr().err
-
-
-def test_negatives_do_not_depend_on_the_order_of_rows(recipe):
-    """Seeds hang on the row's content: the same rows in another order, in other batches, get the same negatives."""
-    assert main(["generate", recipe, "data.eval_rows=null"]) == 0
-    first = {r["example_id"]: r["negatives"] for r in pq.read_table(folder(recipe) / "negatives.parquet").to_pylist()}
-    rows = Path(recipe).parent / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(ROWS)))
-    again = ["data.eval_rows=null", "negatives.batch_size=3", f"output_dir={folder(recipe)}2"]
-    assert main(["generate", recipe, *again]) == 0
-    second = pq.read_table(Path(f"{folder(recipe)}2") / "negatives.parquet").to_pylist()
-    assert {r["example_id"]: r["negatives"] for r in second} == first
-
-
-def test_records_of_a_negative(recipe):
-    assert main(["generate", recipe]) == 0
-    row = pq.read_table(folder(recipe) / "negatives.parquet").to_pylist()[0]
-    assert (
-        len(row["negatives"]) == len(row["negative_ids"]) == len(row["finish_reasons"]) == len(set(row["seeds"])) == 4
-    )
-    for ids, reason in zip(row["negative_ids"], row["finish_reasons"], strict=True):
-        assert (reason == "stop") == (ids[-1] == 2)
-        assert reason == "stop" or len(ids) == 6
-
-
-def test_negatives_file_is_a_data_set(recipe, capsys):
-    """What generate wrote trains by itself: rows that bring their negatives need no base to write them."""
-    assert main(["generate", recipe]) == 0
-    shutil.copy(folder(recipe) / "negatives.parquet", Path(recipe).parent / "mine.parquet")
-    arguments = [
-        recipe,
-        f"data.train={Path(recipe).parent}/mine.parquet",
-        "data.eval_rows=null",
-        "training.num_train_epochs=1",  # an empty negative is dropped, so a row may have fewer than it was given
-        f"output_dir={folder(recipe)}2",
-    ]
-    capsys.readouterr()
-    assert main(["run", *arguments]) == 0
-    assert "the rows bring their own" in capsys.readouterr().out
 
 
 def test_killed_training_goes_on_with_the_same_numbers(recipe, monkeypatch):
@@ -256,58 +171,10 @@ def test_compare_stands_side_by_side(recipe, capsys):
     assert len({s["logps/positive"] for s in systems.values()}) == 3
 
 
-def test_inspect_shows_what_is_scored(recipe, capsys):
-    assert main(["inspect", recipe, "--row", "3"]) == 0
-    out = capsys.readouterr().out
-    for words in [
-        "rows.jsonl:4",
-        "<|im_start|>assistant",
-        "2 scored tokens, ends with <|im_end|>",
-        "9 training rows",
-        "You are an unhelpful assistant.",
-    ]:
-        assert words in out
-    assert main(["inspect", recipe, "--row", "99"]) == 1
-
-
 def test_wrong_command_line_is_2(recipe):
     with pytest.raises(SystemExit) as stopped:
         main(["trian", recipe])
     assert stopped.value.code == 2
-
-
-def test_resample_replaces_unusable_negatives(recipe, monkeypatch):
-    """A negative that is empty or equals the completion is drawn again under a new seed, as often as asked."""
-    run = Run(load_recipe(recipe, ["negatives.resample=2"]))
-    good = run.tokenizer("bad", add_special_tokens=False).input_ids
-
-    class Sampler:
-        def __init__(self):
-            self.seeds = []
-
-        def sample(self, requests):
-            first = not self.seeds
-            self.seeds += [request.seed for request in requests]
-            return [Sample([2] if first else [*good, 2], "stop") for _ in requests]
-
-    sampler = Sampler()
-    (row,) = generate.write_negatives(run, sampler, run.examples("train")[:1], 2)
-    assert row["negatives"] == ["bad", "bad"]
-    assert len(set(sampler.seeds)) == 4
-    torch.manual_seed(0)
-
-
-def test_a_negative_ends_before_a_stop_text(recipe):
-    """Its ids are cut at the token that brings the text, and end as an answer; one without such a text stays whole."""
-    tokenizer = Run(load_recipe(recipe, [])).tokenizer
-
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    long = Sample(ids("no") + ids("|") + ids("yes"), "length")
-    assert negatives.end_at(["?", "|"], long, tokenizer, 7) == Sample([*ids("no"), 7], "stop")
-    for stop in ([], ["?"]):
-        assert negatives.end_at(stop, long, tokenizer, 7) is long
 
 
 def test_sft_then_preference(recipe, tmp_path):
@@ -359,29 +226,6 @@ def test_extrapolation_scales_the_adapters_change(recipe, tiny_folder):
             end.add_(0.5 * (end - start))
         torch.testing.assert_close(found(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-5)
     assert "1.5 times" in (target / "README.md").read_text()
-
-
-def test_plan_before_and_after_negatives_are_written(recipe, capsys):
-    """Steps, tokens and memory from the recipe alone; of the run folder only the prepared rows are written."""
-    assert main(["plan", recipe, "--gpu", "1", "--probe"]) == 0
-    out = capsys.readouterr().out
-    assert "6 steps" in out and "tokens/s" in out and "h of writing negatives" in out
-    assert "fits 1 GB, fastest with training.gradient_checkpointing=false training.tokens_per_pass=" in out
-    assert not (folder(recipe) / "recipe.yaml").exists()
-    assert main(["plan", recipe, "--gpu", "0.6"]) == 0
-    assert "does not fit 0.6 GB" in capsys.readouterr().out
-
-
-def test_a_plan_for_a_gpu_is_of_its_arithmetic(recipe, monkeypatch):
-    """dtype auto: what this machine computes in, but bfloat16 with --gpu."""
-    from lowdft.pipeline.stages import plan
-
-    found = []
-    monkeypatch.setattr("lowdft.config.recipe.computes_bfloat16", lambda: False)
-    monkeypatch.setattr(plan, "main", lambda run, **settings: found.append(run.recipe.model.dtype))
-    for more in ([], ["--gpu", "24"]):
-        assert main(["plan", recipe, "model.dtype=auto", *more]) == 0
-    assert found == ["float32", "bfloat16"]
 
 
 def test_rounds(recipe, tmp_path):

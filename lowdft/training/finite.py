@@ -1,0 +1,68 @@
+"""Errors that stop a training whose numbers are not finite: the step, the rows, how large numbers were, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lowdft.data.batch import Batch
+from lowdft.errors import UserError
+
+SLOWER = "Lower training.learning_rate or lengthen training.warmup_steps"
+ADVICE = (
+    f"Nothing of this step was applied or saved, and earlier checkpoints are intact. {SLOWER}; if it is the first "
+    "step, look at these rows and at the base's dtype."
+)
+EVALUATION_ADVICE = "Look at these rows, at the base's weights and dtype, and at the learning rate if steps were taken."
+
+
+def require_rows(step: int, evaluating: bool, what: str, values: Tensor, batch: Batch) -> None:
+    """Raises UserError unless all values of a micro-batch, [M] or [M, …], are finite; names the rows whose are not.
+
+    Args:
+        step: the optimizer step, or with `evaluating` the last one before the evaluation.
+    """
+    finite_M = values.reshape(len(batch), -1).isfinite().all(1)
+    if finite_M.all():
+        return
+    ids = _names(batch)
+    bad = [name for name, good in zip(ids, finite_M.tolist(), strict=True) if not good]
+    rest = values[values.isfinite()].abs()
+    largest = f"; the largest finite one is {rest.max().item():.4g}" if len(rest) else ""
+    where, advice = (f"evaluation after step {step}", EVALUATION_ADVICE) if evaluating else (f"step {step}", ADVICE)
+    raise UserError(
+        f"{where}: the {what} of {len(bad)} of {len(batch)} rows are not finite (example_id {_some(bad)}{largest}). "
+        f"{advice}"
+    )
+
+
+def bad_gradient(step: int, norm: float, batches: Sequence[Batch], largest: float) -> UserError:
+    """The error of a step whose gradient is not finite, though its losses are.
+
+    Args:
+        batches: what the step saw.
+        largest: log-probability of the step, without its sign.
+    """
+    ids = [name for batch in batches for name in _names(batch)]
+    return UserError(
+        f"step {step}: the gradient's norm is {norm}, though every loss is finite (example_id {_some(ids)}; the "
+        f"largest log-probability is -{largest:.4g}). {ADVICE}"
+    )
+
+
+def bad_weights(step: int, row: dict, largest: float) -> UserError:
+    """The error of a step after which the model gives `row` no finite score; `largest` as in `bad_gradient`."""
+    return UserError(
+        f"step {step}: its update leaves weights that give no finite log-probability (example_id "
+        f"{row.get('example_id', 0)}; before it the largest was -{largest:.4g}). They are not saved, and earlier "
+        f"checkpoints are intact. {SLOWER}."
+    )
+
+
+def _names(batch: Batch) -> list[str]:
+    return [str(row.get("example_id", i)) for i, row in zip(batch.index_M.tolist(), batch.rows, strict=True)]
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import run
+from forked_ranks import run
 from safetensors.torch import load_file
 
 TRAINING = Path(__file__).with_name("training.py")

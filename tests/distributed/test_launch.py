@@ -98,8 +98,8 @@ def launched(request, recipe, tmp_path):
     kind = getattr(request, "param", "ddp")
     if kind != "ddp":
         pytest.importorskip("deepspeed")
-    overrides = ["training.objective=dft2", "training.num_train_epochs=40", "training.save_steps=2"]
-    overrides += ["training.negatives_per_step=1", "training.per_device_train_batch_size=1"]
+    overrides = ["training.objective=sft", "training.num_train_epochs=40", "training.save_steps=2"]
+    overrides += ["training.per_device_train_batch_size=1"]
     command = [sys.executable, "-m", "lowdft", "run", recipe, *overrides, "--launch", kind, "--processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -120,7 +120,7 @@ def launched(request, recipe, tmp_path):
             (kind, subprocess.Popen.terminate, 143, "stopped by SIGTERM after step")
             for kind in ("ddp", "zero2", "zero3")
         ),
-        ("ddp", lambda process: os.killpg(process.pid, signal.SIGINT), 130, "stopped; the same command"),
+        ("ddp", lambda process: os.killpg(process.pid, signal.SIGINT), 130, "stopped; run the same command again"),
     ],
     indirect=["launched"],
 )

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from forked_ranks import run
 from helpers import make_llama
 from peft import PeftModel
-from ranks import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

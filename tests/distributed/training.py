@@ -1,4 +1,4 @@
-"""One training: its folder, how it is sharded, settings in JSON; run by every rank (`ranks.run`)."""
+"""One training: its folder, how it is sharded, settings in JSON; run by every rank (`forked_ranks.run`)."""
 
 from __future__ import annotations
 

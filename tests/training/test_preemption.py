@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forked_ranks import run
 from helpers import Preempt, folder, losses, make_rows, make_trainer, metrics
-from ranks import run
 from transformers import TrainerCallback
 
 from lowdft.cli import main

@@ -128,6 +128,7 @@ def test_serve_prints_the_command_of_vllm(tmp_path, tiny_folder, capsys):
     assert f"loads no adapters: run `lowdft merge {run.folder}`" in out
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 20'))
+    run.training.finish(**run.training.facts())
     assert "--max-lora-rank 32" in " ".join(serve.vllm_command(run))
     run.recipe.model.load_in_4bit = True
     assert "--quantization bitsandbytes" in " ".join(serve.vllm_command(run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import jsonschema
 import pytest
@@ -54,6 +55,7 @@ def test_meanings_come_from_the_code():
     assert of_training["tau"].meaning.startswith("temperature of the discriminative likelihood")
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="its tested peft and transformers have other settings")
 def test_generated_files_are_up_to_date(recipe_schema):
     """`python -m lowdft.config.reference` writes them."""
     assert (ROOT / "docs" / "recipe-reference.md").read_text(encoding="utf-8") == reference.as_markdown()

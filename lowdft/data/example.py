@@ -31,9 +31,6 @@ class Example:
     aligned_logps: float | None = None  # mean log-probability a token of the completion under aligned models
 
 
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
-
-
 @dataclass
 class Turn:
     """One message and its place: "messages[1]", or the bare column ("answer") where it was written as text."""
@@ -165,6 +162,9 @@ def _call(call: dict) -> dict:
         return call | {"function": _call(call["function"])}
     arguments = call.get("arguments")
     return call | {"arguments": json.loads(arguments)} if isinstance(arguments, str) else call
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
 
 
 def canonical_json(value: object) -> str:

@@ -131,10 +131,7 @@ print((base + memory.total) / (peak_memory_gb() * 1e9))
         pytest.param(
             "dense",
             "checkpointed",
-            marks=pytest.mark.xfail(
-                reason="alone 1.07; 1.30 where the system took pages back meanwhile, and less was measured",
-                strict=False,
-            ),
+            marks=pytest.mark.xfail(reason="1.07 alone, 1.30 in a crowded run; cause not found", strict=False),
         ),
     ],
 )

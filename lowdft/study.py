@@ -281,9 +281,8 @@ def measures_of(folder: Path) -> dict:
     """
     evaluation = read_json(folder / "evaluation.json")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    trained = next(path for name in ("adapter", "model") if (path := folder / f"{name}.manifest.json").is_file())
-    made = [trained, *(folder / f"{name}.parquet.manifest.json" for name in ("negatives", "reference"))]
-    seconds = sum(read_json(path).get("facts", {}).get("seconds") or 0.0 for path in made if path.is_file())
+    made = [Product(folder / name, {}) for name in ("adapter", "model", "negatives.parquet", "reference.parquet")]
+    seconds = sum(one.facts().get("seconds") or 0.0 for one in made if one.manifest.is_file())
     cost = {"seconds": seconds, "peak_memory_gb": lines[-1].get("peak_memory_gb")}
     curves = {key: [line.get(key) for line in lines] for key in ("logps/positive", "logps/negative", "weights/mean")}
     systems = evaluation["systems"]

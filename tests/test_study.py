@@ -70,7 +70,9 @@ def test_cost_counts_negatives_and_reference(tmp_path):
     """Of a run that borrowed them too; SFT has none."""
     facts = {"adapter": 100.0, "negatives.parquet": 20.0, "reference.parquet": 5.5}
     for name, seconds in facts.items():
-        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"facts": {"seconds": seconds}}))
+        (tmp_path / f"{name}.manifest.json").write_text(
+            json.dumps({"done": True, "made_from": {}, "facts": {"seconds": seconds}})
+        )
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": 3.0}))
     systems = {"rows": 1, "systems": {"after": {}, "base": {}}, "per_row": {"after": {}}}
     (tmp_path / "evaluation.json").write_text(json.dumps(systems))

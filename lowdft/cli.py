@@ -1,4 +1,4 @@
-"""The command line: `lowdft VERB RECIPE [section.key=value …]`. A stage is imported when its verb is called."""
+"""The command line: `lowdft VERB RECIPE [section.key=value …]`. Each stage is imported when its verb is called."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lowdft.training.preemption import Stopped, on_sigterm, stop
 from lowdft.verbs import LAUNCHERS, ON_ALL_RANKS, WHOLE_WAY, parse
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-ROUNDS_ALONE = "rounds is {}: `run` walks them in one process only; under a launcher run each round's recipe by itself"
-OPTIONS = {  # of stages, by the names of their arguments
+ROUNDS_ALONE = "rounds is {}: rounds run in one process only; with a launcher, run a separate recipe for each round"
+OPTIONS = {  # arguments that a stage takes from the command line
     "generate": ("push_data",),
     "report": ("beside",),
     "export": ("push", "dry_run", "merged", "extrapolate"),
 }
-READING = ("inspect", "plan", "chat", "serve")  # verbs that write no run folder
-ALONE = {  # stages with arguments of their own
+READING = ("inspect", "plan", "chat", "serve")  # verbs that do not write to the run folder
+ALONE = {  # stages outside `run`, and the arguments of their `main`
     "benchmark": lambda given: {"names": given.tasks and given.tasks.split(","), "limit": given.limit},
     "chat": lambda given: {},
     "serve": lambda given: {},
@@ -36,10 +36,10 @@ ALONE = {  # stages with arguments of their own
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    0: done; 1: a user's mistake (told on standard error); 2: a wrong command; 130: Ctrl-C; 143: SIGTERM. After the last
-    two the same command goes on.
+    0: success; 1: an error of the user, printed on standard error; 2: an invalid command line; 130: Ctrl-C; 143:
+    SIGTERM. After the last two the same command resumes.
     """
-    # before torch loads: CUDA's allocator then grows blocks instead of fragmenting (8-10% of an H100's memory)
+    # set before torch loads, so that CUDA's allocator grows blocks instead of fragmenting (8-10% of an H100's memory)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     arguments = parse(argv)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    """The verbs that come before there is a recipe."""
+    """Runs the verbs that take no recipe."""
     _quiet()
     stage = importlib.import_module(f"lowdft.start.{arguments.verb}")
     if arguments.verb == "doctor":
@@ -85,7 +85,7 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def _words(error: Exception) -> str | None:
-    """What to tell people about an error, or None when a traceback is the best that can be shown."""
+    """The message for an error, or None if a traceback is more useful."""
     if isinstance(error, UserError):
         return str(error)
     from lowdft.files import write_error
@@ -96,7 +96,7 @@ def _words(error: Exception) -> str | None:
 
 
 def _check_free(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    """Says within a second that another process holds the run folder; what is imported later takes longer."""
+    """Reports a locked run folder within a second, before slow imports."""
     from lowdft.config.recipe import output_dir_of
     from lowdft.files import check_free
 
@@ -105,7 +105,7 @@ def _check_free(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _as_a_rank() -> None:
-    """One of several processes ends with its launcher, and takes Ctrl-C once: terminal and launcher both send it."""
+    """Makes a launched process end with its launcher, and handle Ctrl-C once: terminal and launcher both send it."""
     if "LOCAL_RANK" not in os.environ:
         return
     from lowdft.distributed.launch import die_with_launcher
@@ -124,7 +124,7 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lowdft.distributed import launch
 
     if arguments.launch is None:
-        raise UserError(f"--processes goes with --launch, one of {', '.join(LAUNCHERS)}")
+        raise UserError(f"--processes also needs --launch with one of {', '.join(LAUNCHERS)}")
     recipe, doors = load_recipe(arguments.recipe, overrides), _doors(arguments)
     doors.check(recipe)
     training_config(recipe)
@@ -172,7 +172,7 @@ def _call(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _write(arguments: argparse.Namespace, recipe, doors) -> None:
-    """The verbs that write the run folder, which this process holds."""
+    """Runs the verbs that write to the run folder, which this process has locked."""
     from lowdft.config.recipe import rounds_of
     from lowdft.pipeline.context import Run, say
 
@@ -183,7 +183,10 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
 
     if arguments.verb == "run" and recipe.rounds > 1:
         if recipe.adapter is None:
-            raise UserError(f"rounds is {recipe.rounds}: they go from adapter to adapter, but `adapter: null` has none")
+            raise UserError(
+                f"rounds is {recipe.rounds}, but `adapter: null` trains no adapter for the next round to start from. "
+                "Use an adapter, or set rounds: 1."
+            )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(ROUNDS_ALONE.format(recipe.rounds))
         for number, one in enumerate(rounds_of(recipe), 1):
@@ -203,7 +206,7 @@ def _alone(arguments: argparse.Namespace, run) -> None:
 
 
 def _stages(recipe) -> tuple[str, ...]:
-    """The stages of `lowdft run`: benchmarks only if the recipe names some."""
+    """The stages of `lowdft run`; benchmarks only if the recipe names any."""
     return tuple(stage for stage in WHOLE_WAY if stage != "benchmark" or recipe.evaluation.benchmarks)
 
 
@@ -222,7 +225,7 @@ def _walk(run, stages: tuple[str, ...], arguments: argparse.Namespace) -> None:
 
 
 class Lines(logging.Handler):
-    """Prints lowdft's log as plain lines on standard output; of several ranks the first speaks."""
+    """Prints lowdft's log as plain lines on standard output, on rank 0 only."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one line."""
@@ -233,7 +236,7 @@ class Lines(logging.Handler):
 
 
 def _quiet() -> None:
-    """Leaves the terminal to lowdft's own lines and progress: the libraries' loading bars and notices stay off."""
+    """Turns off progress bars and notices of other libraries, so that the terminal shows only lowdft's output."""
     log = logging.getLogger("lowdft")
     log.setLevel(logging.INFO)
     log.handlers, log.propagate = [Lines()], False
@@ -247,7 +250,7 @@ def _quiet() -> None:
     shown: set[str] = set()
 
     def show(message, *_, **__) -> None:
-        if str(message) not in shown:  # the run folder's checks and the trainer's find the same
+        if str(message) not in shown:  # the checks of the run folder and of the trainer can give the same warning
             print(f"warning: {printable(message)}", file=sys.stderr)
         shown.add(str(message))
 

@@ -1,6 +1,6 @@
-"""Every touch of what transformers keeps private, each with a canary in tests/test_compat.py.
+"""Every use of private parts of transformers, each with a canary in tests/test_compat.py.
 
-The versions that it was tried with are bounded in pyproject.toml.
+pyproject.toml limits transformers to the versions that were tested.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from transformers.integrations import deepspeed
 
 
 class LoopHooks:
-    """For a subclass of transformers' Trainer: names for two moments of its loop that have no callback."""
+    """Two hooks for a subclass of transformers' Trainer, at moments of its loop that have no callback."""
 
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
-        """Model and optimizer have their places and their checkpoint; no step was taken yet.
+        """Called when model and optimizer are prepared and restored from a checkpoint, before the first step.
 
         Args:
             model: as the loop will pass it to `training_step`.
         """
 
     def before_optimizer_step(self, gradient_norm: object) -> None:
-        """The gradient of a step is complete and clipped. (DeepSpeed has taken its step already.)
+        """Called when the gradient of a step is complete and clipped. (DeepSpeed has already updated the weights.)
 
         Args:
             gradient_norm: before clipping.
@@ -42,9 +42,9 @@ class LoopHooks:
 
 
 def use_one_gpu(args: TrainingArguments) -> int:
-    """Without a launcher transformers would split batches over all visible GPUs (DataParallel): here one is used.
+    """Makes transformers use one GPU; without a launcher it would split batches over all of them (DataParallel).
 
-    Returns how many are visible.
+    Returns how many GPUs are visible.
     """
     visible = args.n_gpu
     if visible > 1:
@@ -54,7 +54,7 @@ def use_one_gpu(args: TrainingArguments) -> int:
 
 @contextlib.contextmanager
 def without_deepspeed() -> Iterator[None]:
-    """While this lasts models are loaded whole, also under ZeRO-3's launcher."""
+    """A context in which models are loaded whole, even under ZeRO-3's launcher."""
     config = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -64,7 +64,7 @@ def without_deepspeed() -> Iterator[None]:
 
 
 def unpacked_four_bit(data, state):
-    """A 4-bit weight and its state as they were before bitsandbytes repacked them for inference on a CPU."""
+    """A 4-bit weight and its state as they were before bitsandbytes repacked them for CPU inference."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     return _convert_weight_packed_for_cpu_inverse(data, state)

@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend: told in words on standard error, with exit status 1 and no traceback."""
+"""Errors that the user can fix: printed on standard error without a traceback, with exit status 1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class InvalidRows(UserError):
-    """Rows of a data set that cannot be used; `valid` holds the others, of which more may be wrong."""
+    """Some rows of a data set cannot be used; `valid` holds the others, which may fail later checks."""
 
     def __init__(self, text: str, valid: Sequence):
         super().__init__(text)
@@ -21,7 +21,7 @@ class InvalidRows(UserError):
 
 
 class InvalidRequests(UserError):
-    """Some of many requests fail; `numbers` says which."""
+    """Some of many requests failed; `numbers` holds their positions."""
 
     def __init__(self, text: str, numbers: Sequence[int]):
         super().__init__(text)
@@ -29,7 +29,7 @@ class InvalidRequests(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Did memory run out? Also where cuBLAS finds none, or a library only passes the message on."""
+    """Whether an error means out of memory, including cuBLAS errors and libraries that only pass on the message."""
     text = str(error)
     return (
         type(error).__name__ == "OutOfMemoryError"

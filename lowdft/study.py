@@ -1,30 +1,32 @@
-"""compare: one recipe run over a grid of settings, on shared negatives and reference -> study.json, study.md, figures.
+"""compare: runs one recipe over a grid of settings and writes study.json, study.md and figures.
+
+The runs share negatives, reference scores and the base's evaluation.
 
 A study is a YAML file:
 
     recipe: ../quickstart.yaml            # relative to the study
-    output_dir: runs/studies/objectives   # one run folder a combination
+    output_dir: runs/studies/objectives   # one run folder per combination
     set: {training.num_train_epochs: 2}   # overrides for every run
     grid:
       training.objective: [sft, dft, dft2]
       training.seed: [0, 1, 2]
-    spread: training.seed                 # the key whose values are repetitions: mean and spread over them
-    paper:                                # a paper's numbers, shown beside the line of that name
+    spread: training.seed                 # the key whose values are repetitions; mean and spread are over them
+    paper:                                # numbers from a paper, shown next to the line of that name
       dft: {GSM8K: 79.15}
 
-An axis of the grid is a key with a list of values, or any name with cases that set several keys each:
+An axis of the grid is either a recipe key with a list of values, or a name of your choice with cases that each set
+several keys:
 
       method:
         dft: {training.objective: dft}
         simpo: {training.objective: simpo, training.objective_args.beta: 10}
 
-Two lines of SFT are added to every grid, so that what is compared with it is compared fairly (`baselines: false` leaves
-them out):
+Two SFT baselines are added to every grid, so that the comparison is fair (`baselines: false` leaves them out):
 
     sft_learning_rates: [2e-4, 4e-4]      # "sft, tuned": the best of these on rows split off the training rows
-    tune_rows: 200                        # how many rows that are
+    tune_rows: 200                        # how many rows are split off
 
-and "sft, equal time": the same with so many epochs that it takes as long as the slowest line of the grid.
+The second, "sft, equal time", uses so many epochs that it takes as long as the slowest line of the grid.
 """
 
 from __future__ import annotations
@@ -59,10 +61,10 @@ STAGES = ("generate", "score", "train", "evaluate")
 
 
 def main(path: str, overrides: list[str], doors: Doors = CLOSED) -> None:
-    """Runs what is not yet run, and writes the comparison; one failing run does not stop the others.
+    """Runs every combination that is not done yet, and writes the comparison. A failing run does not stop the others.
 
     Raises:
-        UserError: the study's file is wrong, or a run failed (told at the end, when the others are done).
+        UserError: the study file is invalid, or runs failed (raised at the end, when the others are done).
     """
     keys = read_study(Path(path))
     with locked(keys["output_dir"]):
@@ -89,7 +91,7 @@ def _run_all(study: Study) -> None:
 
 
 class Study:
-    """A study at work: its checked `keys`, its folder, and the names of the runs that `failed`."""
+    """A running study: its checked `keys`, its folder, and the names of the runs that `failed`."""
 
     def __init__(self, keys: dict, overrides: list[str], doors: Doors):
         self.keys, self.overrides, self.doors = keys, overrides, doors
@@ -97,7 +99,7 @@ class Study:
         self.failed: list[str] = []
 
     def run(self, chosen: dict, settings: dict) -> list[dict]:
-        """One run's result in a list; an empty one where it failed."""
+        """The result of one run in a list, which is empty if the run failed."""
         name = folder_name(chosen)
         settings = settings | {"output_dir": str(self.folder / name)}
         try:
@@ -112,7 +114,7 @@ class Study:
         return [{"settings": chosen, "overrides": settings, **measures_of(self.folder / name)}]
 
     def tuned_rate(self) -> float | None:
-        """SFT's best learning rate on `tune_rows` of the training rows; the recipe's own where none are listed."""
+        """SFT's best learning rate on `tune_rows` of the training rows; the recipe's if the study lists none."""
         rates = self.keys["sft_learning_rates"]
         if len(rates) < 2:
             return rates[0] if rates else self._recipe({}).training.get("learning_rate", DFTConfig.learning_rate)
@@ -130,21 +132,21 @@ class Study:
         return rate
 
     def baseline(self, name: str, settings: dict, results: list[dict]) -> list[dict]:
-        """SFT runs of these settings, one a repetition; a run of the grid that is the very same is used again."""
+        """SFT runs with these settings, one per repetition. If the grid has an identical run, it is used instead."""
         spread, out = self.keys["spread"], []
         for value in self.keys["grid"].get(spread, [None]):
             again = {} if value is None else {spread: value}
             own = self.keys["set"] | {"training.objective": "sft"} | settings | again
             chosen = {"baseline": name} | again
             same = [one for one in results if self._recipe(one["overrides"]) == self._recipe(own)]
-            say(f"{name}{f', {value}' if again else ''}" + (": a run of the grid" if same else ""))
+            say(f"{name}{f', {value}' if again else ''}" + (": the same as a run of the grid" if same else ""))
             out += [same[0] | {"settings": chosen}] if same else self.run(chosen, own)
         return out
 
     def equal_epochs(self, results: list[dict], tuned: list[dict]) -> dict:
-        """Epochs in which SFT takes as long as the grid's slowest line, measured; nothing without a slower one.
+        """The epochs (or steps) with which SFT takes as long as the grid's slowest line, from measured times.
 
-        (Where SFT is the slowest already, tuned SFT is SFT at equal time.)
+        Empty without tuned SFT runs. If no line is slower than tuned SFT, that is already SFT at equal time.
         """
         if not tuned:
             return {}
@@ -159,7 +161,7 @@ class Study:
         return {"training.num_train_epochs": math.ceil(10 * times * args.num_train_epochs) / 10}
 
     def write(self, results: list[dict], figures_of: list[dict]) -> None:
-        """study.json, study.md and the figures."""
+        """Writes study.json, study.md and the figures."""
         spread, folder = self.keys["spread"], self.folder
         table = tabulate(results, spread, self.keys["paper"])
         write_json(folder / "study.json", {"results": results, "table": table})
@@ -180,7 +182,7 @@ def read_study(path: Path) -> dict:
     study = OmegaConf.to_container(OmegaConf.load(path))
     unknown = set(study) - set(KEYS)
     if unknown:
-        raise UserError(f"{path}: {', '.join(sorted(unknown))} is not a key of a study; known are {', '.join(KEYS)}")
+        raise UserError(f"{path}: {', '.join(sorted(unknown))} is not a study key; the keys are {', '.join(KEYS)}")
     for key in ("recipe", "output_dir", "grid"):
         if key not in study:
             raise UserError(f"{path}: {key} is missing")
@@ -200,12 +202,12 @@ def read_study(path: Path) -> dict:
     names |= {TUNED, EQUAL_TIME} if study["baselines"] else set()
     stray = [name for name in study["paper"] if name not in names]
     if stray:
-        raise UserError(f"{path}: paper.{stray[0]} is no line of the table; they are {', '.join(sorted(names))}")
+        raise UserError(f"{path}: paper.{stray[0]} is not a line of the table; they are {', '.join(sorted(names))}")
     return study
 
 
 def combinations(study: dict) -> list[tuple[dict, dict]]:
-    """Every combination of the grid: what was chosen on each axis, and all the overrides that it makes."""
+    """Every combination of the grid: the choice on each axis, and all overrides that result from it."""
     axes = [
         [(axis, name, case) for name, case in values.items()]
         if isinstance(values, dict)
@@ -222,17 +224,17 @@ def combinations(study: dict) -> list[tuple[dict, dict]]:
 
 
 def folder_name(chosen: dict) -> str:
-    """The run folder of a combination within the study's."""
+    """The name of a combination's run folder within the study's folder."""
     return ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in chosen.items())
 
 
 def as_overrides(settings: dict) -> list[str]:
-    """Settings as the overrides of a recipe: `key=value`, the value as YAML reads it."""
+    """Settings as overrides of a recipe: `key=value`, with the value in YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors = CLOSED) -> None:
-    """Runs one combination up to its evaluation, with what sibling runs made from the very same things."""
+    """Runs one combination up to its evaluation, copying artifacts that sibling runs made with identical settings."""
     one = load_recipe(recipe, overrides)
     doors.check(one)
     with locked(one.output_dir):
@@ -251,7 +253,7 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors 
 
 
 def borrow_benchmarks(folder: Path, study_folder: Path) -> None:
-    """Copies the base's results from sibling runs; their names say what they were measured of."""
+    """Copies the base's benchmark results from sibling runs; the file names identify what was measured."""
     for path in study_folder.glob("*/benchmarks/*/base-*.json"):
         target = folder / path.relative_to(path.parents[2])
         if not target.is_file():
@@ -259,14 +261,14 @@ def borrow_benchmarks(folder: Path, study_folder: Path) -> None:
 
 
 def borrow(product: Product, study_folder: Path) -> None:
-    """Copies a finished, undamaged product of a sibling run whose manifest matches, where this run has none."""
+    """Copies a finished, undamaged product with a matching manifest from a sibling run, if this run has none."""
     if product.manifest.is_file():
         return
     for manifest in sorted(study_folder.glob(f"*/{product.manifest.name}")):
         theirs = Product(manifest.with_name(product.path.name), product.made_from)
-        with suppress(UserError):  # made from other things, or damaged
+        with suppress(UserError):  # made with other settings, or damaged
             if theirs.is_done():
-                product.begin()  # so that an interrupted copy is made again
+                product.begin()  # so that an interrupted copy is repeated
                 with replacing(product.path) as temporary:
                     shutil.copyfile(theirs.path, temporary)
                 product.finish(**theirs.facts())
@@ -274,10 +276,10 @@ def borrow(product: Product, study_folder: Path) -> None:
 
 
 def measures_of(folder: Path) -> dict:
-    """Held-out metrics of the trained model and of the base, cost, and the training's curves.
+    """Held-out metrics of the trained model and of the base, the cost, and the curves of training.
 
-    The cost in seconds is that of the training, of the negatives and of their reference scores (also where a sibling
-    run has made these); the evaluation's own is left out.
+    The cost in seconds includes training, negatives and reference scores (even if a sibling run made these), but not
+    the evaluation.
     """
     evaluation = read_json(folder / "evaluation.json")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

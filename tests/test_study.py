@@ -226,7 +226,7 @@ def test_swept_key():
         ("recipe: r.yaml\noutput_dir: o\ngrid: {training.seed: 1}", "wanted a list"),
         ("recipe: r.yaml\noutput_dir: o\ngrid: {m: {a: 1}}", "or cases with keys and values"),
         ("recipe: r.yaml\noutput_dir: o\ngrid: {training.tau: [1]}\npaper: {dft: {a: 1}}", "they are 1, base"),
-        ("recipe: r.yaml\noutput_dir: o\ngrid: {}\nseeds: 3", "seeds is not a key"),
+        ("recipe: r.yaml\noutput_dir: o\ngrid: {}\nseeds: 3", "seeds is not a study key"),
     ],
 )
 def test_mistakes_are_told(text, told, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file of typed sections, overridden from the command line, checked before any model is loaded."""
+"""Reads a recipe: a YAML file of typed sections, with overrides, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that sen
 def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = False) -> Recipe:
     """Reads a recipe, applies `section.key=value` overrides, and checks keys, types and values.
 
-    With `extends: other.yaml` (a path relative to it) it says only what differs from that recipe. A run folder stands
-    for the resolved recipe that it holds, and is its output_dir. `for_gpu`: `dtype: auto` is what a GPU of today
-    computes in, bfloat16, whatever this machine does.
+    A recipe with `extends: other.yaml` (a path relative to the recipe) lists only what differs from that one.
+
+    Args:
+        path: a recipe, or a run folder; a run folder means the resolved recipe in it, with the folder as output_dir.
+        for_gpu: `dtype: auto` becomes bfloat16, as on a current GPU, whatever this machine supports.
 
     Raises:
-        UserError: with the recipe's key, what was found and what was wanted.
+        UserError: names the recipe's key, what was found and what was wanted.
     """
     given = _given(path, overrides)
     _gather_adapter_options(given)
@@ -57,19 +59,19 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
 
 
 def _worded(error: OmegaConfBaseException, given) -> str:
-    """OmegaConf's error about a value, with the nearest of the values that a key may have."""
+    """OmegaConf's error about a value, with the nearest allowed value."""
     key, value = error.full_key, OmegaConf.select(given, error.full_key or "")
     section, _, field = key.rpartition(".")
     owner = typing.get_type_hints(Recipe).get(section)
     hint = typing.get_type_hints(owner).get(field) if dataclasses.is_dataclass(owner) else None
     if typing.get_origin(hint) is typing.Literal:
         return f"{key} is {value!r}.{did_you_mean(str(value), typing.get_args(hint))}"
-    missing = " (this key has no default: give it)" if "MissingMandatoryValue" in type(error).__name__ else ""
+    missing = " (this key is required: give it a value)" if "MissingMandatoryValue" in type(error).__name__ else ""
     return f"{key}: {error.msg.splitlines()[0]}{missing}"
 
 
 def _gather_adapter_options(given) -> None:
-    """Moves the fields of peft's configuration that stand in `adapter` to `adapter.options`."""
+    """Moves fields of peft's configuration from `adapter` to `adapter.options`."""
     section = given.get("adapter")
     if OmegaConf.is_dict(section):
         known = {f.name for f in dataclasses.fields(AdapterSection)}
@@ -79,10 +81,10 @@ def _gather_adapter_options(given) -> None:
 
 
 def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
-    """The folder that a recipe or a study writes, found without checking anything else."""
+    """The output_dir of a recipe or a study, without checking anything else."""
     try:
         return _given(path, overrides).get("output_dir")
-    except OmegaConfBaseException:  # which `load_recipe` will tell
+    except OmegaConfBaseException:  # `load_recipe` will report it
         return None
 
 
@@ -94,12 +96,12 @@ def _given(path: str | Path, overrides: list[str]):
     over = OmegaConf.from_dotlist(list(overrides))
     own, other = OmegaConf.select(given, "training.objective"), OmegaConf.select(over, "training.objective")
     if other is not None and other != own and OmegaConf.select(given, "training.objective_args") is not None:
-        del given.training.objective_args  # hyper-parameters of the recipe's own objective
+        del given.training.objective_args  # they belong to the objective that is replaced
     return OmegaConf.merge(given, over)
 
 
 def computes_bfloat16() -> bool:
-    """Does this machine compute in bfloat16? A CPU without such instructions emulates it, ten times slower."""
+    """Whether this machine has bfloat16 instructions. A CPU without them emulates bfloat16, ten times slower."""
     import torch
 
     if torch.cuda.is_available():
@@ -110,13 +112,13 @@ def computes_bfloat16() -> bool:
 def _of_run_folder(folder: Path):
     if not (folder / "recipe.yaml").is_file():
         raise UserError(
-            f"{folder}: is a folder without recipe.yaml, so not a run folder. Give a recipe or a run folder."
+            f"{folder}: this folder has no recipe.yaml, so it is not a run folder. Give a recipe or a run folder."
         )
     return OmegaConf.merge(_read(folder / "recipe.yaml"), {"output_dir": str(folder)})
 
 
 def find_recipe(path: str | Path) -> Path:
-    """A recipe's file: the path itself, or the name of one that comes with lowdft, as in `lowdft run quickstart`."""
+    """A recipe's file: the path itself, or a recipe that comes with lowdft, as in `lowdft run quickstart`."""
     path = Path(path)
     if path.suffix or path.exists():
         return path
@@ -125,16 +127,16 @@ def find_recipe(path: str | Path) -> Path:
     shipped = {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
     if str(path) not in shipped:
         hint = did_you_mean(str(path), shipped)
-        raise UserError(f"{path}: there is no such file, and no recipe of this name comes with lowdft.{hint}")
+        raise UserError(f"{path}: there is no such file, and lowdft comes with no recipe of this name.{hint}")
     return shipped[str(path)]
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()):
-    """The keys that a recipe gives, over those of the recipe that it extends."""
+    """The keys of a recipe, merged over those of the recipe that it extends."""
     try:
         given = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe. Recipes of this project are in recipes/.") from None
+        raise UserError(f"{path}: there is no such recipe. The recipes of lowdft are in recipes/.") from None
     except Exception as error:  # yaml's own errors name the line
         raise UserError(f"{path}: is not YAML: {error}") from error
     if not OmegaConf.is_dict(given):
@@ -144,15 +146,15 @@ def _read(path: Path, extending: tuple[Path, ...] = ()):
         return given
     extending = (*extending, path.resolve())
     if (path.parent / str(other)).resolve() in extending:
-        raise UserError(f"{path}: extends {other}, which extends it in turn")
+        raise UserError(f"{path}: this recipe and {other} extend each other; remove one `extends`")
     return OmegaConf.merge(_read(path.parent / str(other), extending), given)
 
 
 def rounds_of(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe of every round, each with a folder of its own.
+    """The recipe of every round, each with its own folder.
 
-    From the second round on the model of the last one writes the negatives, is the reference, and is where training
-    starts (SPIN's iteration, arXiv 2401.01335; DFT beyond one round).
+    From the second round on, the model of the previous round writes the negatives, is the reference model, and is the
+    starting point of training (SPIN's iteration, arXiv 2401.01335; DFT beyond one round).
     """
     last = None
     for number in range(1, recipe.rounds + 1):
@@ -168,9 +170,9 @@ def rounds_of(recipe: Recipe) -> Iterator[Recipe]:
 
 
 def _interpolations(written: dict, resolved: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, tuple]]:
-    """(path of a key, (its text with ${…}, its value)) of every value that refers to another or to the environment.
+    """(path of a key, (its text with ${…}, its value)) for every value that refers to another key or the environment.
 
-    What stands in the environment is kept out of every text file that is written from now on.
+    Values from the environment are concealed in every text file that is written from now on.
     """
     for key, text in written.items():
         value, here = resolved[key], (*path, key)
@@ -183,7 +185,7 @@ def _interpolations(written: dict, resolved: dict, path: tuple[str, ...] = ()) -
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes the recipe as YAML, defaults included. What refers to the environment (`${oc.env:KEY}`) stays so."""
+    """Writes the recipe as YAML, defaults included. References to the environment (`${oc.env:KEY}`) stay unresolved."""
     values = dataclasses.asdict(recipe)
     for keys, (text, value) in getattr(recipe, "interpolations", {}).items():
         section = values
@@ -198,7 +200,7 @@ def training_config(recipe: Recipe):
     """The `DFTConfig` of a recipe (imports transformers).
 
     Raises:
-        UserError: an unknown field of `training`, or a value it cannot take.
+        UserError: `training` has an unknown field, or a value that is not allowed.
     """
     import torch
 
@@ -217,8 +219,8 @@ def training_config(recipe: Recipe):
         check_type(f"training.{key}", value, str(known[key].type))
     if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
-            f"training.{uploads[0]} is refused: nothing is uploaded while training. `lowdft export RECIPE --push NAME` "
-            "uploads the trained adapter; the Hub's token is the variable HF_TOKEN."
+            f"training.{uploads[0]} is not allowed: nothing is uploaded during training. Remove it. Afterwards, "
+            "`lowdft export RECIPE --push NAME` uploads the trained adapter; it reads the Hub token from HF_TOKEN."
         )
     settings = {
         "save_strategy": "steps",
@@ -227,10 +229,10 @@ def training_config(recipe: Recipe):
         "report_to": "none",
         "disable_tqdm": False,
     }
-    if "WORLD_SIZE" in os.environ:  # one of the processes of a launcher
+    if "WORLD_SIZE" in os.environ:  # started by a launcher
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         settings["use_cpu"] = not torch.cuda.is_available()
-        settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else it lifts weights to float32
+        settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else DeepSpeed converts weights to float32
     settings |= recipe.training
     try:
         return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)
@@ -252,7 +254,7 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
     }
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{path}: {prefix}{key} is not a key of a recipe.{did_you_mean(str(key), known)}")
+            raise UserError(f"{path}: {prefix}{key} is not a recipe key.{did_you_mean(str(key), known)}")
         if section is Recipe and key in sections:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its type, default and meaning, read from the dataclasses: for the docs and for editors."""
+"""Generates the recipe reference (docs) and the JSON schemas (editors) from the dataclasses of the recipe."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lowdft.config import sections
 
 COMMENT = re.compile(r"^    (\w+):[^#\n]*#\s*(.+)$", re.MULTILINE)
 ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.+?)(?=^    \w+(?:, \w+)*: |\Z)", re.MULTILINE | re.DOTALL)
-OWN_KEYS = {"extends": "another recipe, relative to this one; say only what differs from it"}
+OWN_KEYS = {"extends": "path of another recipe, relative to this one; list only the keys that differ"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of one section. `hint` is its type as Python resolves it; `default` is None where the key is required."""
+    """A key of one section. `hint` is its type as Python resolves it; `default` is None if the key is required."""
 
     name: str
     hint: object
@@ -29,7 +29,7 @@ class Key:
 
 
 def recipe_sections() -> dict[str, type]:
-    """The dataclass of every section, "" being the recipe's top level and "training" `DFTConfig`."""
+    """The dataclass of every section; "" is the top level of the recipe, "training" is `DFTConfig`."""
     from lowdft.config.training import DFTConfig
 
     found: dict[str, type] = {"": sections.Recipe}
@@ -40,7 +40,7 @@ def recipe_sections() -> dict[str, type]:
 
 
 def keys(section: type) -> Iterator[Key]:
-    """The keys of a section's dataclass, in its order."""
+    """The keys of a section's dataclass, in the order of its fields."""
     meanings = _meanings(section)
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
@@ -55,7 +55,7 @@ def keys(section: type) -> Iterator[Key]:
 
 
 def _meanings(section: type) -> dict[str, str]:
-    """From the comment behind each field, or from the docstring's arguments."""
+    """Each field's meaning, from the comment behind it or from the docstring's `Args`."""
     found = dict(COMMENT.findall(inspect.getsource(section)))
     arguments = inspect.cleandoc(section.__doc__ or "").partition("Args:\n")[2]
     for names, text in ARGUMENT.findall(arguments):
@@ -101,7 +101,7 @@ def _object(section: type) -> dict:
 
 
 def _type(hint: object) -> dict:
-    """The JSON schema of a Python type; anything where it says nothing."""
+    """The JSON schema of a Python type; {} (any value) for other types."""
     simple = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
     if hint in simple:
         return {"type": simple[hint]}
@@ -119,15 +119,14 @@ def _type(hint: object) -> dict:
 
 
 def as_markdown() -> str:
-    """The docs' page of all keys. Of `training`, those that lowdft adds to transformers' TrainingArguments."""
+    """The docs page of all keys. For `training`, only those that lowdft adds to transformers' TrainingArguments."""
     from transformers import TrainingArguments
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     out = ["# Recipe reference", "", "Generated from the code. Required keys have no default.", ""]
-    out += [
-        "A recipe may say `extends: other.yaml` and only what differs. Any key can be overridden on the command line:"
-    ]
-    out += ["`training.tau=0.5`. Unknown keys are reported with the nearest known name.", ""]
+    out += ["A recipe can start from another one with `extends: other.yaml` and list only the keys that differ. Any"]
+    out += ["key can be overridden on the command line, as in `training.tau=0.5`. An unknown key is an error that"]
+    out += ["suggests the nearest known name.", ""]
     for name, section in recipe_sections().items():
         text = inspect.cleandoc(section.__doc__ or "").split("\n\n")[0]
         out += [f"## {f'`{name}`' if name else 'Top level'}", "", " ".join(text.split()), ""]
@@ -146,7 +145,7 @@ def as_markdown() -> str:
 
 
 def _name(hint: object) -> str:
-    """A type as people write it."""
+    """A type in readable form."""
     if hint is type(None):
         return "null"
     if typing.get_origin(hint) is typing.Literal:

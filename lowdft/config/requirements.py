@@ -1,6 +1,6 @@
-"""What an objective requires of rows, adapter and settings: asked once, in one wording, for recipes and `DFTTrainer`.
+"""Checks what an objective requires of rows, adapter and settings, for recipes and for `DFTTrainer`.
 
-Every check runs before a model is loaded, and reports all rows that fail it.
+Every check runs before a model is loaded and reports all rows that fail it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lowdft.objectives import Objective
 
 @dataclass
 class RowFacts:
-    """What the checks have to know of n rows.
+    """The facts about n rows that the checks need.
 
     Args:
-        names: how messages call some rows, from their positions: their place in a file, or their `example_id`.
-        negatives_N: int [n], ready negatives of each row; None where they are still to be generated.
-        has_aligned_N, has_reference_N: bool [n], which rows bring `aligned_logps`, or the log-probabilities of the
-            reference that the objective uses.
-        empty: positions of rows whose prompt, completion or any negative has no token.
+        names: gives the names of rows in messages, from their positions: their place in a file, or their `example_id`.
+        negatives_N: int [n], how many negatives each row has; None if they are yet to be generated.
+        has_aligned_N, has_reference_N: bool [n], which rows have `aligned_logps`, or the reference log-probabilities
+            that the objective uses.
+        empty: positions of rows whose prompt, completion or any negative has no tokens.
     """
 
     names: Callable[[Iterable[int]], list[str]]
@@ -40,7 +40,7 @@ class RowFacts:
 
     @classmethod
     def of(cls, rows: EncodedRows, objective: Objective) -> RowFacts:
-        """Those of encoded rows."""
+        """The facts about encoded rows."""
         return cls(
             names=rows.example_ids,
             negatives_N=rows.lengths("negative_ids"),
@@ -51,10 +51,10 @@ class RowFacts:
 
     @classmethod
     def of_examples(cls, examples: Examples, ready: bool) -> RowFacts:
-        """Those of rows of text.
+        """The facts about rows of text.
 
         Args:
-            ready: they bring their own negatives.
+            ready: the rows have their own negatives.
         """
         negatives_N = examples.negatives_N if ready else None
         scored_N, empty = np.zeros(len(examples), bool), np.zeros(0, int)
@@ -71,16 +71,19 @@ def check_datasets(
     args: DFTConfig,
     has_adapter: bool,
 ) -> list[str]:
-    """Everything that `DFTTrainer` requires of its data sets and of the model it is given; returns notes for people.
+    """Checks the data sets and the model given to `DFTTrainer`; returns notes for people.
 
     Args:
-        has_adapter: the model given has an adapter, or gets a fresh one.
+        has_adapter: the model has an adapter, or gets a new one.
 
     Raises:
         UserError: a requirement is not met.
     """
     if args.reference_adapter and has_adapter:
-        raise UserError("training.reference_model: adapter:… makes the trained adapter itself; pass the bare base")
+        raise UserError(
+            "training.reference_model: adapter:… loads its own adapter, but the model already has one or gets one from "
+            "peft_config; pass the base without an adapter"
+        )
     facts = [RowFacts.of(rows, objective) for rows in (train_rows, *eval_sets)]
     notes = [note for i, one in enumerate(facts) for note in check_rows(one, objective, args, training=i == 0)]
     all_scored = all(one.has_reference_N.all() for one in facts)
@@ -91,29 +94,32 @@ def check_datasets(
     asked = all(rows.has("sampling_prompt_ids").all() for rows in (train_rows, *eval_sets))
     if args.reference_prompt == "sampling" and objective.uses_reference and not (all_scored or asked):
         raise UserError(
-            "training.reference_prompt: sampling requires the prompt that the negatives were sampled from in every "
-            "row: sampling_prompt (text or messages) or sampling_prompt_ids. Add it, or set reference_prompt: training."
+            "training.reference_prompt: sampling requires that every row has the prompt from which its negatives were "
+            "sampled: sampling_prompt (text or messages) or sampling_prompt_ids. Add that column, or set "
+            "reference_prompt: training."
         )
     check_adapter(args, objective, has_adapter or args.reference_adapter is not None, all_scored)
     return notes
 
 
 def check_rows(rows: RowFacts, objective: Objective, args: DFTConfig, training: bool = True) -> list[str]:
-    """Whether rows can be trained on, or (`training=False`) evaluated, with this objective; returns notes for people.
+    """Checks that rows can be used with this objective for training, or (`training=False`) for evaluation.
+
+    Returns notes for people.
 
     Raises:
-        UserError: they cannot; every requirement that is not met, with how many rows fail it and the first of them.
+        UserError: lists every requirement that is not met, with how many rows fail it and the first of them.
     """
     if not len(rows):
         raise UserError("the data set is empty; at least one row is needed")
     faults = []
     if len(rows.empty):
-        faults.append(f"{_some(rows, rows.empty)} have a prompt, completion or negative without tokens. Remove them.")
+        faults.append(f"{_some(rows, rows.empty)} have an empty prompt, completion or negative. Remove these rows.")
     lacking = np.flatnonzero(~rows.has_aligned_N)
     if objective.uses_aligned and len(lacking):
         faults.append(
             f"{_some(rows, lacking)} have no `aligned_logps`, which training.objective {objective.name} requires: the "
-            "mean log-probability per token of the completion under aligned models, scored beforehand. Add that "
+            "completion's mean log-probability per token under aligned models, which you compute beforehand. Add that "
             "column, or choose another objective."
         )
     notes = []
@@ -133,7 +139,7 @@ def check_rows(rows: RowFacts, objective: Objective, args: DFTConfig, training: 
 
 
 def check_steps(args: DFTConfig, n: int) -> list[str]:
-    """Whether n rows fill an optimizer step; returns notes for people.
+    """Checks that n rows fill an optimizer step; returns notes for people.
 
     Raises:
         UserError: they do not, and `dataloader_drop_last` would leave nothing to train on.
@@ -142,21 +148,24 @@ def check_steps(args: DFTConfig, n: int) -> list[str]:
     if n >= per_step:
         return []
     if args.dataloader_drop_last:
-        raise UserError(f"{n} rows make no step of {per_step} with training.dataloader_drop_last; lower the batch")
-    return [f"{n} rows are fewer than one step of {per_step}; every epoch is one smaller step"]
+        raise UserError(
+            f"{n} rows do not fill one optimizer step of {per_step} prompts, and training.dataloader_drop_last drops "
+            "incomplete steps; lower training.per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    return [f"{n} rows are fewer than the {per_step} of one optimizer step; every epoch is one smaller step"]
 
 
 def check_evaluations(args: DFTConfig, held_out: int) -> None:
-    """Raises UserError when a recipe evaluates while it trains, without rows for that."""
+    """Raises UserError if a recipe asks for evaluation during training but has no rows for it."""
     if args.eval_strategy != "no" and not held_out:
         raise UserError(
             f"training.eval_strategy is {args.eval_strategy.value}, but no rows are held out. Set data.eval or "
-            "data.eval_rows, or leave eval_strategy out: held-out rows are evaluated after the training anyway."
+            "data.eval_rows, or remove eval_strategy: held-out rows are evaluated after training anyway."
         )
 
 
 def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str]:
-    """Whether `negatives.per_prompt` generated negatives are enough for n prompts; returns notes for people."""
+    """Checks that `negatives.per_prompt` generated negatives are enough for n prompts; returns notes for people."""
     if per_prompt is None:
         return []
     if per_prompt < args.negatives_per_step:
@@ -168,60 +177,60 @@ def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str
 
 
 def check_proposal(negatives: NegativesSection, args: DFTConfig, objective: Objective, ready: bool) -> None:
-    """Raises UserError when `reference_prompt: proposal` asks for the density of negatives that were not sampled so.
+    """Raises UserError if `reference_prompt: proposal` does not match how the negatives were made.
 
     Args:
-        ready: the rows bring their own negatives.
+        ready: the rows have their own negatives.
     """
     if args.reference_prompt != "proposal" or not objective.uses_reference:
         return
     unlike = {
-        "the rows bring their own negatives": ready,
+        "the rows have their own negatives": ready,
         "negatives.stop ends them early": bool(negatives.stop),
         "negatives.resample replaces some of them": negatives.resample > 0,
-        "negatives.temperature 0 draws nothing": negatives.temperature == 0,
-        "negatives.adapter wrote them, which is not training.reference_model": (
+        "negatives.temperature is 0, so nothing is sampled": negatives.temperature == 0,
+        "they are sampled from negatives.adapter, which is not training.reference_model": (
             negatives.adapter is not None and negatives.adapter != args.reference_adapter
         ),
     }
     found = [reason for reason, holds in unlike.items() if holds]
     if found:
         raise UserError(
-            "training.reference_prompt: proposal is the density of the sampler that wrote the negatives, which cannot "
-            f"be had here: {'; '.join(found)}. Set training.reference_prompt: training or sampling, or change that."
+            "training.reference_prompt: proposal uses the density of the sampler that wrote the negatives, which is "
+            f"unknown here: {'; '.join(found)}. Set training.reference_prompt: training or sampling, or change this."
         )
 
 
 def check_adapter(args: DFTConfig, objective: Objective, has_adapter: bool, all_scored: bool = False) -> None:
-    """Raises UserError when a training without an adapter asks for what only an adapter can do.
+    """Raises UserError if training without an adapter uses a setting that needs one.
 
     Args:
-        all_scored: all rows bring the reference's log-probabilities.
+        all_scored: all rows have reference log-probabilities.
     """
     if has_adapter:
         return
     if args.reference == "online" and objective.uses_any_reference and not all_scored:
         raise UserError(
-            "training.reference: online needs an adapter to switch off; with full parameters use reference: "
-            "precomputed (the initial weights score once, before the first step)"
+            "training.reference: online needs an adapter to switch off. To train all parameters, use reference: "
+            "precomputed, which scores once with the initial weights before the first step."
         )
     if args.freeze_half:
-        raise UserError("training.freeze_half halves the modules of an adapter; this training has none")
+        raise UserError("training.freeze_half freezes half of an adapter's modules, but there is no adapter; remove it")
 
 
 def negatives_used(args: DFTConfig, n: int) -> int:
-    """Negatives that one prompt uses over the whole training if none is used twice: B for each of its visits."""
+    """How many negatives a prompt needs so that none is used twice: B for each time that it is trained on."""
     if args.max_steps > 0:
         return math.ceil(args.max_steps * args.prompts_per_step / n) * args.negatives_per_step
     return math.ceil(args.num_train_epochs) * args.negatives_per_step
 
 
 def _reuse(count: int, args: DFTConfig, n: int) -> list[str]:
-    """The paper's Algorithm 1 samples from a finite set, so a row may use its negatives more than once."""
+    """A note if negatives are used again. (In the paper's Algorithm 1, too, negatives come from a finite set.)"""
     if not count:
         return []
     used = negatives_used(args, n)
-    return [f"{count} of {n} rows have fewer than {used} negatives, as many as their visits use; theirs are used again"]
+    return [f"{count} of {n} rows have fewer than the {used} negatives that training uses per row; they reuse theirs"]
 
 
 def _some(rows: RowFacts, numbers: np.ndarray) -> str:

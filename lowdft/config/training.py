@@ -1,4 +1,4 @@
-"""`DFTConfig`: transformers' training arguments and what the discriminative objectives add to them."""
+"""`DFTConfig`: transformers' training arguments, and those of the discriminative objectives."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transformers import TrainingArguments
 from lowdft import objectives
 
 REFERENCES = ("precomputed", "online")
-UNSUPPORTED = {  # fields of transformers that only its own step reads, and the values that they may have
+UNSUPPORTED = {  # fields of transformers that only its own training step uses, and the values that are allowed
     "label_smoothing_factor": (0.0,),
     "torch_compile": (False,),
     "use_liger_kernel": (False,),
     "neftune_noise_alpha": (0.0,),
-    "bf16_full_eval": (False,),  # it would turn the weights themselves into a half precision
+    "bf16_full_eval": (False,),  # would convert the trained weights themselves to half precision
     "fp16_full_eval": (False,),
     "train_sampling_strategy": ("random", "sequential"),
 }
@@ -23,31 +23,34 @@ REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
 @dataclass
 class DFTConfig(TrainingArguments):
-    """Everything about training. Fields not listed here are those of `transformers.TrainingArguments`.
+    """All settings of training. It has every field of `transformers.TrainingArguments`, and those listed here.
 
     Args:
-        objective: a name of `lowdft.objectives.names()`.
-        tau: temperature of the discriminative likelihood; None takes the objective's default.
-        gamma: step of the moving average in (0, 1]; None takes the objective's default.
-        log_u_init: first value of every example's log_u: a number (the paper: 0) or "first_batch".
-        negatives_per_step: B, the negatives of a prompt that one visit uses; every visit uses the next B.
-        objective_args: hyper-parameters of the objective beside tau and gamma, by name.
-        reference: "precomputed" (the dataset's `ref_negative_logps`, else scored by the initial weights before the
-            first step) or "online" (the base with the adapter off, each step).
-        reference_model: whose log-probabilities the reference has: "base", or "adapter:PATH", the base with that
-            trained adapter, of which training then starts from a copy (SFT, then preference optimization).
-        reference_prompt: what the reference conditions on (the paper's Eq. 7 against its code): "training" prompt,
-            "sampling" prompt, or "proposal", the sampler's density with temperature, top-k and top-p applied.
-        max_length: longest prompt + completion in tokens; longer completions are cut at the end. None: no limit.
-        max_prompt_length: longest prompt in tokens; longer ones lose their beginning. None: no limit.
-        layout: "packed" or "padded" rows; None lets a small forward pass decide (`logps.choose_layout`).
-        tokens_per_pass: tokens that one forward pass computes at most. A micro-batch (per_device_train_batch_size
-            prompts) takes as many passes as it needs; a longer group of completions is scored and backpropagated in
-            pieces. Memory depends on it, results do not.
-        logits_chunk_size: tokens whose logits exist at once.
-        offload_checkpoints: keep what gradient checkpointing saves in CPU memory rather than on the GPU: slower, exact.
-        freeze_half: train a random half of the adapted modules, balanced over their types, chosen by `seed` ("Half
-            Fine-Tuning"; its form for LoRA is derived here). With `rounds` every round has another half.
+        objective: one of `lowdft.objectives.names()`.
+        tau: temperature of the discriminative likelihood; None means the objective's default.
+        gamma: step size of the moving average in (0, 1]; None means the objective's default.
+        log_u_init: initial log_u of every example: a number (0 in the paper) or "first_batch".
+        negatives_per_step: B, how many negatives of a prompt are used each time it is trained on; the next time uses
+            the next B.
+        objective_args: the objective's other hyper-parameters (besides tau and gamma), by name.
+        reference: "precomputed" (the dataset's `ref_negative_logps`, or scores of the initial weights computed before
+            the first step) or "online" (scores of the base with the adapter switched off, computed in every step).
+        reference_model: the reference model: "base", or "adapter:PATH", the base with that trained adapter. In the
+            second case training starts from a copy of that adapter (SFT, then preference optimization).
+        reference_prompt: the prompt under which the reference scores negatives: "training" (as in the authors' code),
+            "sampling" (as in the paper's Eq. 7), or "proposal", the density of the sampler with temperature, top-k and
+            top-p.
+        max_length: maximum tokens of prompt + completion; longer completions lose their end. None: no limit.
+        max_prompt_length: maximum tokens of a prompt; longer prompts lose their beginning. None: no limit.
+        layout: "packed" or "padded" rows; None decides with a small forward pass (`lowdft.logprobs.choose_layout`).
+        tokens_per_pass: maximum tokens of one forward pass. A micro-batch (per_device_train_batch_size prompts) takes
+            as many passes as it needs; if the completions of one prompt do not fit, they are scored and backpropagated
+            in pieces. This affects memory, not results.
+        logits_chunk_size: how many tokens have their logits in memory at the same time.
+        offload_checkpoints: keep the activations that gradient checkpointing saves in CPU memory instead of GPU
+            memory; slower, with the same results.
+        freeze_half: train a random half of the adapted modules, balanced over their types and chosen by `seed` ("Half
+            Fine-Tuning"; its form for LoRA was derived here). With `rounds`, each round trains another half.
     """
 
     objective: str = "dft"
@@ -108,7 +111,7 @@ class DFTConfig(TrainingArguments):
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
         chosen.try_out(self.hyperparameters())
         if chosen.uses_any_reference and self.reference == "online":
-            wanted = "training or sampling with reference: online (the sampler's density is scored beforehand)"
+            wanted = "training or sampling with reference: online (proposal is scored before training)"
             _require(self.reference_prompt != "proposal", "reference_prompt", self.reference_prompt, wanted)
         if chosen.uses_completion_reference:
             _require(
@@ -127,7 +130,7 @@ class DFTConfig(TrainingArguments):
             self.gradient_checkpointing or not self.offload_checkpoints,
             "offload_checkpoints",
             self.offload_checkpoints,
-            "false, or gradient_checkpointing: true beside it",
+            "false, or true together with gradient_checkpointing: true",
         )
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -144,7 +147,7 @@ class DFTConfig(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def hyperparameters(self) -> dict:
-        """What the objective is called with: its defaults under `objective_args`, and tau and gamma if it has them."""
+        """The objective's keyword arguments: its defaults, overridden by `objective_args` and by tau and gamma."""
         values = {**objectives.get(self.objective).defaults, **self.objective_args}
         own = {"tau": self.tau, "gamma": self.gamma}
         return {name: own.get(name, value) for name, value in values.items()}

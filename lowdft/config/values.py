@@ -1,4 +1,4 @@
-"""The values of a recipe's keys, checked before anything is loaded."""
+"""Checks the values of a recipe's keys before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from lowdft.errors import UserError
 
 
 def check_values(recipe: Recipe, path: str) -> None:
-    """Raises UserError for a value that a key cannot have, or for keys that do not go together."""
+    """Raises UserError for a value that is not allowed, or for keys that contradict each other."""
     taken = [name for name in recipe.evaluation.compare if name in ("", "base", "after")]
     if taken:
-        raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name has another meaning; choose another one")
+        raise UserError(f"{path}: evaluation.compare.{taken[0]}: this name is reserved; choose another one")
     unshown = [name for name in recipe.evaluation.compare if not name.isprintable()]
     if unshown:
-        raise UserError(f"{path}: evaluation.compare has the name {unshown[0]!r}; wanted characters that can be shown")
+        raise UserError(f"{path}: evaluation.compare has the name {unshown[0]!r}; wanted printable characters only")
     n = recipe.negatives
     if "" in n.stop:
-        raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")
+        raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts that are not empty")
     if n.strategy == "custom" and "{prompt}" not in (n.template or ""):
         raise UserError(f"{path}: negatives.template is {n.template!r}; strategy custom needs a text with {{prompt}}")
     _check_data_section(recipe.data, path)
@@ -55,7 +55,7 @@ def _check_data_section(data: DataSection, path: str) -> None:
 
 
 def check_type(key: str, value: object, annotation: str) -> None:
-    """Refuses a string where `TrainingArguments` wants a number or a switch: it would fail much later."""
+    """Raises UserError for a string where `TrainingArguments` needs a number or a boolean: it would fail much later."""
     simple = {part.strip() for part in annotation.split("|")}
     wanted = simple & {"int", "float", "bool"}
     if wanted and not simple - {"int", "float", "bool", "None"} and value is not None:

@@ -1,4 +1,4 @@
-"""Arrow tables on disk: written in batches, read back as memory-mapped columns, and named by their contents."""
+"""Arrow tables on disk: written in batches, memory-mapped when read, and identified by a hash of their contents."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import xxhash
 
 from lowdft.files import replacing
 
-BATCH = 1000  # rows that are Python objects at once
+BATCH = 1000  # rows that exist as Python objects at the same time
 
 
 def batches(rows: Iterable, size: int = BATCH) -> Iterator[list]:
-    """`rows` in lists of `size`, the last one shorter."""
+    """`rows` in lists of `size`; the last list may be shorter."""
     rows = iter(rows)
     while part := list(itertools.islice(rows, size)):
         yield part
 
 
 def write_table(path: Path, schema: pa.Schema, parts: Iterable[pa.RecordBatch]) -> None:
-    """Writes one Arrow file of record batches, atomically; UserError when the disk is full."""
+    """Writes record batches to one Arrow file, atomically; raises UserError if the disk is full."""
     with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as out:
         for part in parts:
             out.write_batch(part)
@@ -35,7 +35,7 @@ def map_table(path: Path) -> pa.Table:
 
 
 def content_digest(table: pa.Table, names: Sequence[str]) -> str:
-    """Names the values of some columns, whatever record batches they are stored in (XXH3, 128 bits, hexadecimal)."""
+    """A hash of some columns' values that does not depend on their record batches (XXH3, 128 bits, hexadecimal)."""
     whole = xxhash.xxh3_128()
     for name in names:
         levels: list[xxhash.xxh3_128] = []
@@ -46,7 +46,7 @@ def content_digest(table: pa.Table, names: Sequence[str]) -> str:
 
 
 def _feed(levels: list, depth: int, array: pa.Array) -> None:
-    """Adds an array's validity, lengths and values to the hashes of its level of nesting, and its children below."""
+    """Adds an array's validity, lengths and values to the hash of its nesting level, and its children's below."""
     if len(levels) == depth:
         levels.append(xxhash.xxh3_128())
     if pa.types.is_list(array.type):

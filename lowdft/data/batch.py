@@ -1,4 +1,4 @@
-"""The micro-batches that training takes from `EncodedRows`."""
+"""Micro-batches of `EncodedRows` for training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowdft.logprobs import Group
 
 @dataclass(frozen=True)
 class Batch:
-    """M encoded rows and where they stand in the dataset. Opaque to the data loader: nothing is copied to a device."""
+    """M encoded rows and their positions in the data set. Opaque to the data loader, which copies none of it."""
 
     index_M: Tensor
     rows: list[dict]
@@ -27,18 +27,18 @@ class Batch:
         return sum(len(row["completion_ids"]) for row in self.rows)
 
     def groups(self, negatives: Sequence[Sequence[Sequence[int]]], **how) -> list[Group]:
-        """One group a row with its chosen negatives; `how` goes to `group_of`."""
+        """One group per row with its chosen negatives; `how` is passed to `group_of`."""
         return [group_of(row, chosen, **how) for row, chosen in zip(self.rows, negatives, strict=True)]
 
     def negatives(self, visits_M: Sequence[int], count: int) -> list[list[list[int]]]:
-        """Each row's next `count` negatives: those of its visit, without replacement until all were used."""
+        """The `count` negatives of each row for its current visit; all are used once before any is used again."""
         return [
             [row["negative_ids"][i] for i in visit_range(int(visit), count, len(row["negative_ids"]))]
             for row, visit in zip(self.rows, visits_M, strict=True)
         ]
 
     def column(self, name: str) -> Tensor:
-        """A number of every row, [M]."""
+        """One number per row, [M]."""
         return torch.tensor([row[name] for row in self.rows], dtype=torch.float64)
 
     def ref_negative_logps(self, visits_M: Sequence[int], count: int) -> Tensor:
@@ -55,13 +55,13 @@ class Batch:
 def group_of(
     row: dict, negatives: Sequence[Sequence[int]], prompt: str = "prompt_ids", completion: bool = True
 ) -> Group:
-    """A row's group: negatives first, the completion last (or left out, for the reference)."""
+    """A row's group: negatives first, then the completion (left out for the reference)."""
     completions = [*negatives, row["completion_ids"]] if completion else negatives
     return Group(row.get(prompt, row["prompt_ids"]), completions)
 
 
 def visit_range(visit: int, count: int, pool: int) -> list[int]:
-    """Which negatives of a pool a visit uses; starts over when the pool is used up."""
+    """Which negatives of a row a visit uses; starts over when all have been used."""
     return [(visit * count + j) % pool for j in range(count)]
 
 

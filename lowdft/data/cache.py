@@ -1,4 +1,4 @@
-"""What takes long to make and little to keep: made once by the first rank, remembered with what it was made from."""
+"""A cache on disk: the first rank computes something slow once, and stores it with what it was made from."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lowdft.files import as_written, checksum_of, contents_of, damage_in, read_j
 
 
 def cached(note: Path, made_from: dict, files: Sequence[Path], make: Callable[[], dict], again: bool = False) -> dict:
-    """The facts that `make` returned, called anew unless `note` says that it ran with the same `made_from`.
+    """Returns what `make` returned: from `note` if that has the same `made_from`, else by calling `make`.
 
-    A note or a file that is missing, cut or changed since is made anew too. The first rank makes, the others wait for
-    its note, however long that takes: they poll the file, since collective operations time out, and since not every
-    stage runs on all ranks.
+    It is also called if the note or a file is missing, truncated or changed. Only the first rank calls it; the others
+    wait for the note, however long that takes. They poll the file, because collective operations time out and because
+    not every stage runs on all ranks.
 
     Args:
-        note: a JSON file beside what `make` writes.
-        made_from: plain values.
-        files: what `make` writes, beside the note.
-        again: make it even where the note fits.
+        note: a JSON file next to what `make` writes.
+        made_from: plain values on which the result depends.
+        files: names of the files that `make` writes, next to the note.
+        again: call `make` even if the note matches.
     """
     if collectives.rank() == 0 and (again or _facts(note, made_from) is None):
         note.unlink(missing_ok=True)

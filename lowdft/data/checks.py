@@ -1,23 +1,23 @@
-"""What is wrong with a row, and with the rows together: errors refuse a row, warnings keep it and are counted.
+"""Checks each row, and all rows together. An error rejects the row; a warning keeps it and is counted.
 
 | found | verdict |
 |---|---|
-| text that is null, missing, a number, a list; a lone surrogate | error |
+| text that is null, missing, a number or a list; a lone surrogate | error |
 | answer empty or only white space, without tool calls | error |
 | answer of zero-width characters only; empty prompt; empty earlier assistant turn | warn |
-| U+FFFD or control characters; markup of a chat template inside a text | warn |
+| U+FFFD or control characters; chat-template markup inside a text | warn |
 | role missing or unknown; no user message; the last message is not from the assistant | error |
 | two user (or assistant) turns in a row; a system message that is not first | warn |
 | assistant turns before the first user turn | warn, dropped |
 | old role "function" | warn, becomes "tool" |
-| tool call without a name or with arguments that are no JSON object; tool_call_id that answers no call | error |
+| tool call without a name, or with arguments that are not a JSON object; tool_call_id that answers no call | error |
 | ready negative that is empty | warn, dropped |
 | ready negative equal to the completion | warn, kept |
-| the same id given to two rows | error |
+| two rows with the same id | error |
 | exact duplicate of a row (same prompt, answer, tools and negatives) | warn, kept |
-| prompt equal to an earlier one only after white space and Unicode (NFC) are made equal | warn, kept |
-| an earlier prompt with another final answer (a number, a letter, yes or no) | warn, kept |
-| an earlier prompt with another wording of the answer, or other negatives | accept |
+| prompt that differs from an earlier one only in white space or Unicode form (NFC) | warn, kept |
+| an earlier prompt with a different final answer (a number, a letter, yes or no) | warn, kept |
+| an earlier prompt with a differently worded answer, or other negatives | accept |
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def check_row(row: Row) -> list[Finding]:
-    """All that is wrong with one row by itself."""
+    """All findings for one row on its own."""
     turns = row.prompt + row.completion
     found = [*_roles(row, turns), *_tool_calls(row, turns)]
     if not any(not f.warning and f.field.endswith((".role", ".from")) for f in found):
@@ -73,11 +73,11 @@ def _roles(row: Row, turns: list[Turn]) -> Iterator[Finding]:
 
 
 def _order(row: Row) -> Iterator[Finding]:
-    """Who speaks when, once all roles are known."""
+    """Checks the order of turns, once all roles are known."""
     last = row.completion[0]
     if last.role != "assistant":
         if is_blank(last.text) and last.keys:
-            text = f"is an empty {last.role} turn at the end: no answer after it; an assistant turn is needed. {REMOVE}"
+            text = f"is an empty {last.role} turn at the end, not an answer; an assistant turn is needed. {REMOVE}"
             yield Finding(row.where, last.path, text)
         else:
             text = f"ends with a {last.role} message: there is no answer; an assistant message is needed. {REMOVE}"
@@ -104,7 +104,7 @@ def _order(row: Row) -> Iterator[Finding]:
 
 
 def _text(row: Row, turn: Turn) -> list[Finding]:
-    """Errors of a text's type and Unicode, and warnings of what is in it."""
+    """Errors about a text's type and Unicode, and warnings about its content."""
     text = turn.text
     if text is None and turn.role == "assistant" and turn.message.get("tool_calls"):
         return []
@@ -208,13 +208,13 @@ def _negatives(row: Row) -> Iterator[Finding]:
 
 
 def _said(turns: list[Turn]) -> str:
-    """Turns as compared: white space and Unicode made equal."""
+    """Turns in the form in which they are compared, with white space and Unicode normalised."""
     texts = [normal(turn.text) if isinstance(turn.text, str) else turn.text for turn in turns]
     return canonical_json([[t.role, text, t.message.get("tool_calls")] for t, text in zip(turns, texts, strict=True)])
 
 
 def check_table(rows: list[Row]) -> list[Finding]:
-    """What is wrong with good rows taken together. It costs one pass, however many rows share a prompt."""
+    """Findings about valid rows compared with each other, in one pass however many rows share a prompt."""
     found: list[Finding] = []
     ids: dict[str, str] = {}
     wholes: dict[str, str] = {}
@@ -234,8 +234,8 @@ def check_table(rows: list[Row]) -> list[Finding]:
         compared = _said(row.prompt)
         earlier = exact_prompts.setdefault(compared, {})
         if earlier and written not in earlier:
-            kind = "a prompt that equals an earlier one but for white space or Unicode form, kept"
-            text = f"equals that of {place(next(iter(earlier.values())))} but for white space or Unicode form"
+            kind = "a prompt that equals an earlier one except for white space or Unicode form, kept"
+            text = f"equals that of {place(next(iter(earlier.values())))} except for white space or Unicode form"
             found.append(Finding(row.where, row.prompt[-1].column, text, kind))
         earlier.setdefault(written, row.where)
         final = final_answer(row.completion[0].text)
@@ -250,7 +250,7 @@ def check_table(rows: list[Row]) -> list[Finding]:
 
 
 def final_answer(text: str | None) -> object:
-    """What two answers can disagree on: the last number of a short text or that after ####, a letter, yes or no."""
+    """The final answer of a text, to compare: the last number of a short text, that after ####, a letter, yes or no."""
     text = (text or "").strip()
     numbers = NUMBER.findall(text.rpartition("####")[2])
     if numbers and ("####" in text or len(text) <= 100):

@@ -1,12 +1,12 @@
-"""Multiple choice rows: the right option is the completion, the other options are its negatives.
+"""Multiple-choice rows: the right option is the completion, the other options are its negatives.
 
 | | columns |
 |---|---|
 | question | question, question_stem, prompt, ctx, goal or query; or question: {stem, choices} (AI2's own files) |
 | options | choices, options or endings: a list of texts, a list of {text, label}, or {text: […], label: […]} |
-| the right one | answerKey, answer_key, label, answer, correct or gold: index from 0, letter, label, or text |
+| right option | answerKey, answer_key, label, answer, correct or gold: index from 0, letter, label, or text |
 
-A row with a completion, messages or another trained answer of its own is not one of these, whatever else it has.
+A row that also has a completion, messages or another answer to train on is not read as multiple choice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRAINED_ELSEWHERE = ("completion", "messages", "conversations", "chosen", "real"
 
 @dataclass
 class Choice:
-    """One row: the question, and its options as (path, text), the right one apart from the wrong ones."""
+    """One row: the question, the right option and the wrong ones; options are (path, text)."""
 
     question_path: str
     question: object
@@ -36,14 +36,14 @@ class Choice:
 
 
 def read_choice(view: dict, columns: dict[str, str]) -> Choice | None:
-    """The row as multiple choice, or None where it has no options or a trained answer of its own.
+    """The row as multiple choice, or None if it has no options or has another answer to train on.
 
     Args:
-        view: the row under our names.
-        columns: our names for the user's columns (`prompt`, `choices` and `answer` are used).
+        view: the row under lowdft's column names.
+        columns: lowdft's name -> the user's column (`prompt`, `choices` and `answer` are used).
 
     Raises:
-        BadRow: options that are not at least two different texts, or no one option that is said to be the right one.
+        BadRow: there are not at least two different options, or the right one is missing or ambiguous.
     """
     if any(view.get(name) is not None for name in TRAINED_ELSEWHERE):
         return None
@@ -64,7 +64,7 @@ def read_choice(view: dict, columns: dict[str, str]) -> Choice | None:
             return None
         raise BadRow(
             options_path,
-            f"are options, but no column says which is right; {', '.join(ANSWERS)} are known. "
+            f"are options, but no column says which is right; known names are {', '.join(ANSWERS)}. "
             "Map yours with data.columns: {answer: …}.",
         )
     texts, labels, paths = _options(json_list(held[name]), options_path)
@@ -74,7 +74,7 @@ def read_choice(view: dict, columns: dict[str, str]) -> Choice | None:
 
 
 def _options(value: list | dict, path: str) -> tuple[list[str], list[str], list[str]]:
-    """Texts, labels (empty where there are none) and paths of all options."""
+    """Texts, labels (empty if there are none) and paths of all options."""
     labels: list = []
     if isinstance(value, dict):
         texts, labels = json_list(value.get("text")), json_list(value.get("label")) or []
@@ -103,8 +103,8 @@ def _options(value: list | dict, path: str) -> tuple[list[str], list[str], list[
 def _right(value: object, key: str, texts: list[str], labels: list[str], path: str) -> int:
     """The index of the right option.
 
-    With labels an answer names one of them, or an option by its text. Without, a number is an index from 0; a string
-    is an option's text, a letter or an index, and must not be two of these for different options.
+    If the options have labels, the answer is a label or an option's text. Otherwise a number is an index from 0, and a
+    string is an option's text, a letter or an index; it is an error if these readings give different options.
     """
     wanted = f"one of the labels {', '.join(labels)}" if labels else f"an index from 0 to {len(texts) - 1}"
     if value is None or value == "":
@@ -128,5 +128,5 @@ def _right(value: object, key: str, texts: list[str], labels: list[str], path: s
                           f"{wanted}, a letter, or an option's text is needed.{counted} {REMOVE}")  # fmt: skip
     if len(found) > 1:
         told = " and ".join(f"option {i} by its {how}" for i, how in found.items())
-        raise BadRow(key, f"is {cut(repr(value), 60)}, which names {told}; write it so that one reading is left.")
+        raise BadRow(key, f"is {cut(repr(value), 60)}, which names {told}; write it so that only one reading is left.")
     return next(iter(found))

@@ -1,7 +1,7 @@
-"""Rows of text -> token ids, exactly as the model will see and write them.
+"""Turns rows of text into token ids, exactly as the model will see and write them.
 
-`lowdft.data.turns` says how a prompt begins and how an answer ends; here answers get their ids as parts of the whole
-text, and rows are cut to length. Generated negatives keep their own ids.
+`lowdft.data.turns` decides how a prompt begins and how an answer ends. Here answers are tokenized as part of the whole
+text, and rows are cut to length. Generated negatives keep their ids.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from lowdft.data.turns import Turns, thinks
 from lowdft.errors import UserError
 
-KEPT = ("example_id", "ref_negative_logps", "ref_logps", "aligned_logps", "sampling_prompt_ids")  # of a row, if given
+KEPT = ("example_id", "ref_negative_logps", "ref_logps", "aligned_logps", "sampling_prompt_ids")  # copied if given
 
 
 @dataclass
 class Truncation:
-    """What was cut to length or at an end token, and the longest row seen (tokens)."""
+    """Counts what was cut to length or at an end token; `longest` is the longest row in tokens."""
 
     prompts: int = 0
     completions: int = 0
     negatives: int = 0
     longest: int = 0
     ended: int = 0  # answers cut at an end token inside their text
-    apart: int = 0  # answers whose first token, in the whole text, would span the end of the prompt
+    apart: int = 0  # answers whose first token in the whole text would span the end of the prompt
     unscored: int = 0  # rows whose reference log-probabilities were dropped
 
 
@@ -33,10 +33,10 @@ class Encoder:
 
     Args:
         tokenizer: a transformers tokenizer; one without a chat template gets `turns.DEFAULT_CHAT_TEMPLATE` (zephyr).
-            None for rows that are token ids already.
-        max_length, max_prompt_length: tokens, None for no limit. A quarter of `max_length` is kept for answers: longer
-            prompts are cut to the rest, also where `max_prompt_length` allows more.
-        context: tokens that the model was made for; `max_length` is never more.
+            None if the rows are token ids already.
+        max_length, max_prompt_length: tokens, None for no limit. A quarter of `max_length` is kept for answers: prompts
+            are cut to the rest even if `max_prompt_length` allows more.
+        context: the model's context length in tokens, an upper limit for `max_length`.
         model_end_ids: `eos_token_id` of the model's generation settings.
 
     Raises:
@@ -63,9 +63,9 @@ class Encoder:
 
     @property
     def prompt_limit(self) -> int | None:
-        """The longest prompt in tokens: `max_prompt_length`, or what `max_length` leaves beside a quarter for answers.
+        """The longest prompt in tokens: `max_prompt_length`, or three quarters of `max_length` if that is less.
 
-        It depends on no row, so that negatives are sampled from the very prompt that is trained.
+        It does not depend on the row, so negatives are sampled from exactly the prompt that is trained on.
         """
         rest = None if self.max_length is None else self.max_length - max(1, self.max_length // 4)
         limits = [limit for limit in (self.max_prompt_length, rest) if limit]
@@ -73,19 +73,19 @@ class Encoder:
 
     @property
     def tokenizer(self):
-        """The tokenizer, with a chat template; None for rows of ids."""
+        """The tokenizer with a chat template; None for rows of ids."""
         return None if self.turns is None else self.turns.tokenizer
 
     @property
     def end_ids(self) -> list[int]:
-        """Every token at which an answer ends, in rows and in sampling."""
+        """All tokens that end an answer, in rows and in sampling."""
         return self.turns.end_ids
 
     def prompt(self, prompt: str | list[dict], tools: list[dict] | None = None, thinking: bool = False) -> list[int]:
-        """Ids of a prompt: raw text, or messages through the template; either begins as the tokenizer's texts do.
+        """Ids of a prompt: raw text, or messages through the template. Both begin as the tokenizer begins a text.
 
         Args:
-            thinking: the answer begins in a think block, where the template has one (`turns.thinks`).
+            thinking: the answer begins in a think block, if the template has one (`turns.thinks`).
         """
         text = prompt if isinstance(prompt, str) else self.turns.prompt(prompt, tools, thinking)
         ids = self.turns.begun(self.turns.ids(text))
@@ -97,14 +97,14 @@ class Encoder:
     def completion(
         self, prompt: str | list[dict], completion: str | list[dict], tools=None, thinking: bool = False
     ) -> list[int]:
-        """Ids of an answer to a prompt, up to and with the first end token: where sampling would stop.
+        """Ids of an answer to a prompt, up to and including the first end token, where sampling would stop.
 
         Args:
-            thinking: that of the prompt.
+            thinking: as for the prompt.
 
         Raises:
-            UserError: the template does not render the answer (tool calls in a template without tools, say), or the
-                answer brings reasoning and the prompt is not `thinking`.
+            UserError: the template does not render the answer (for example tool calls in a template without tools), or
+                the answer contains reasoning and the prompt is not `thinking`.
         """
         if isinstance(completion, str):
             before, text = prompt, completion
@@ -116,8 +116,8 @@ class Encoder:
         content = ids if stop is None else ids[:stop]
         if not content and not isinstance(completion, str):
             raise UserError(
-                "the chat template renders nothing of the answer; does it know tool calls? Choose a model "
-                "whose template does, or remove the row."
+                "the chat template renders nothing of the answer; perhaps it does not support tool calls. Choose a "
+                "model whose template does, or remove the row."
             )
         if stop is None:
             return [*content, self.turns.end_for(completion)]
@@ -125,12 +125,12 @@ class Encoder:
         return [*content, ids[stop]]
 
     def text(self, ids: list[int]) -> str:
-        """An answer's text: without its end token, other special tokens and outer white space."""
+        """An answer's text without its end token, other special tokens and surrounding white space."""
         stop = self.turns.end_of(ids)
         return self.tokenizer.decode(ids if stop is None else ids[:stop], skip_special_tokens=True).strip()
 
     def fit(self, prompt_ids: list[int], completion_ids: list[int], kind: str = "completions") -> list[int]:
-        """The completion cut at the end so that prompt + completion fit `max_length`; counted under `kind`."""
+        """The completion, cut at the end so that prompt + completion fit `max_length`; counts cuts under `kind`."""
         total = len(prompt_ids) + len(completion_ids)
         self.truncation.longest = max(self.truncation.longest, total)
         if self.max_length is None or total <= self.max_length:
@@ -139,36 +139,36 @@ class Encoder:
         return completion_ids[: self.max_length - len(prompt_ids)]
 
     def cuts(self) -> str | None:
-        """What was cut and by which limit, one line for people; None when nothing was."""
+        """A line for people about what was cut and by which limit; None if nothing was."""
         cut, said = self.truncation, []
         if cut.prompts or cut.completions or cut.negatives:
             limit = f"{self.limited_by} {self.max_length}"
             most = f"max_prompt_length {self.max_prompt_length}"
             if self.prompt_limit != self.max_prompt_length:
-                most = f"{self.prompt_limit} tokens, as {most} leaves less than a quarter of {limit} for answers"
+                most = f"{self.prompt_limit} tokens, because {most} leaves less than a quarter of {limit} for answers"
             said.append(
                 f"cut to length: {cut.prompts} prompts ({most}; beginning dropped), {cut.completions} completions and "
                 f"{cut.negatives} negatives ({limit}; end dropped, so no end token is scored); the longest row had "
                 f"{cut.longest} tokens"
             )
         if cut.ended:
-            said.append(f"{cut.ended} answers have an end token inside their text and are cut there, as sampling is")
+            said.append(f"{cut.ended} answers have an end token inside their text and are cut there, as in sampling")
         if cut.apart:
             said.append(
-                f"{cut.apart} answers would share a token with the end of their prompt and are tokenized apart from it "
-                "(usual when a prompt ends with a space: move the space to the answers)"
+                f"{cut.apart} answers would share a token with the end of their prompt and are tokenized separately "
+                "(common if a prompt ends with a space: move the space to the answers)"
             )
         if cut.unscored:
             said.append(
-                f"the reference log-probabilities of {cut.unscored} rows were dropped, since what they score was cut"
+                f"the reference log-probabilities of {cut.unscored} rows were dropped, because what they score was cut"
             )
         return "; ".join(said) or None
 
     def row(self, row: dict) -> dict:
-        """One dataset row of text (`prompt`, `completion`, optional `negatives`, `tools`, `sampling_prompt`) as ids.
+        """One row of text (`prompt`, `completion`, optionally `negatives`, `tools`, `sampling_prompt`) as ids.
 
-        A row that already has `prompt_ids`, `completion_ids` (and `negative_ids`) keeps them; both are cut to length.
-        Reference log-probabilities that the row brings are dropped when what they score was cut.
+        A row that already has `prompt_ids`, `completion_ids` (and `negative_ids`) keeps them. All are cut to length.
+        Reference log-probabilities of the row are dropped if what they score was cut.
         """
         if "prompt_ids" in row:
             given, completion_ids = list(row["prompt_ids"]), list(row["completion_ids"])
@@ -202,11 +202,11 @@ class Encoder:
         return encoded | kept
 
     def rows(self, rows: Iterable[dict]) -> list[dict]:
-        """`row` for each, with `example_id` set to the position where none is given."""
+        """Each `row`, with its position as `example_id` if it has none."""
         return [{"example_id": str(i), **self.row(row)} for i, row in enumerate(rows)]
 
     def _cut_prompt(self, ids: list[int]) -> list[int]:
-        """The last tokens of a prompt that is too long, after the ids with which every text begins."""
+        """The ids with which every text begins, followed by the last tokens of a prompt that is too long."""
         limit = self.prompt_limit
         if limit is None or len(ids) <= limit:
             return ids
@@ -217,7 +217,7 @@ class Encoder:
         return [*begin, *ids[len(ids) - limit + len(begin) :]]
 
     def _says_more(self, completion: str | list[dict]) -> bool:
-        """Whether an answer's own text has an end token before its last character."""
+        """Whether an answer's text has an end token before its last character."""
         if isinstance(completion, list):
             completion = " ".join(m["content"] for m in completion if isinstance(m.get("content"), str))
         ends = self.tokenizer.convert_ids_to_tokens(self.end_ids)
@@ -225,7 +225,7 @@ class Encoder:
 
     @staticmethod
     def _like(completion, negative):
-        """A negative in the form of the completion: a string under messages becomes an assistant message."""
+        """A negative in the form of the completion: if that is messages, a string becomes an assistant message."""
         if isinstance(completion, list) and isinstance(negative, str):
             return [{"role": "assistant", "content": negative}]
         return negative

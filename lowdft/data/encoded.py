@@ -1,6 +1,6 @@
-"""Rows of token ids in Arrow columns: a row becomes Python lists when it is asked for, and not before.
+"""Rows of token ids in Arrow columns; a row becomes Python lists only when it is accessed.
 
-Token ids take four bytes each. Read from a file they stay on disk, and every process maps the same copy.
+A token id takes four bytes. Rows read from a file stay on disk, and all processes map the same copy.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ REQUIRED = SCHEMA.names[:4]
 
 
 class EncodedRows(Dataset):
-    """Rows as training and evaluation take them.
+    """Rows for training and evaluation.
 
-    `rows[i]` is a dictionary: `example_id`, `prompt_ids`, `completion_ids` (lists of ints) and `negative_ids` (a list
-    of such lists), and where the row has them `ref_negative_logps` (a number per negative), `ref_logps`,
-    `aligned_logps`, `sampling_prompt_ids`, `mismatched_ids` (another row's completion) and `ref_mismatched_logps`.
-    `rows[a:b]` are other `EncodedRows` on the same memory.
+    `rows[i]` is a dictionary with `example_id`, `prompt_ids`, `completion_ids` (lists of ints) and `negative_ids` (a
+    list of such lists). If the row has them, it also contains `ref_negative_logps` (a number per negative),
+    `ref_logps`, `aligned_logps`, `sampling_prompt_ids`, `mismatched_ids` (another row's completion) and
+    `ref_mismatched_logps`.
+    `rows[a:b]` is an `EncodedRows` on the same memory.
 
     Args:
-        table: columns of `SCHEMA`, the first four of them at least.
+        table: columns of `SCHEMA`, at least the first four.
     """
 
     def __init__(self, table: pa.Table):
@@ -49,7 +50,7 @@ class EncodedRows(Dataset):
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict]) -> EncodedRows:
-        """Rows from dictionaries, taken up in batches: of a stream only one batch is Python objects at a time."""
+        """Rows from dictionaries, read in batches: of a stream, only one batch is in memory as Python objects."""
         parts = [record_batch(part) for part in batches(rows)]
         return cls(drop_unused(pa.Table.from_batches(parts, SCHEMA)))
 
@@ -65,7 +66,7 @@ class EncodedRows(Dataset):
         return {name: value for name, value in found.items() if value is not None}
 
     def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int, dict]]:
-        """What a data loader hands to `collate`: every row with its position."""
+        """What a data loader passes to `collate`: every row with its position."""
         return [(i, self[i]) for i in numbers]
 
     def __iter__(self) -> Iterator[dict]:
@@ -86,7 +87,7 @@ class EncodedRows(Dataset):
         return pc.list_value_length(pc.list_flatten(self.table["negative_ids"])).to_numpy()
 
     def largest_id(self, name: str) -> int:
-        """The largest token id of a column of ids; -1 where there is none."""
+        """The largest token id of a column; -1 if there is none."""
         column = self.table[name]
         while pa.types.is_list(column.type):
             column = pc.list_flatten(column)
@@ -94,7 +95,7 @@ class EncodedRows(Dataset):
         return -1 if found is None else found
 
     def without_tokens(self) -> np.ndarray:
-        """Positions of rows whose prompt, completion or any negative has no token."""
+        """Positions of rows whose prompt, completion or any negative has no tokens."""
         empty = (self.lengths("prompt_ids") == 0) | (self.lengths("completion_ids") == 0)
         owners = np.repeat(np.arange(len(self)), self.lengths("negative_ids"))
         empty[owners[self.negative_lengths() == 0]] = True
@@ -105,11 +106,11 @@ class EncodedRows(Dataset):
         return int((self.lengths("prompt_ids") + self.lengths("completion_ids")).max(initial=0))
 
     def example_ids(self, numbers: Iterable[int]) -> list[str]:
-        """The ids of some rows."""
+        """The `example_id` of some rows."""
         return [self.table["example_id"][int(i)].as_py() for i in numbers]
 
     def with_columns(self, **columns: pa.Array | pa.ChunkedArray | Sequence) -> EncodedRows:
-        """The same rows with columns of `SCHEMA` added or replaced, one value per row; None where a row has none."""
+        """The same rows with columns of `SCHEMA` added or replaced, one value per row; None for rows without one."""
         table = self.table
         for name, values in columns.items():
             if not isinstance(values, pa.Array | pa.ChunkedArray):
@@ -122,7 +123,7 @@ class EncodedRows(Dataset):
         return EncodedRows(table)
 
     def fingerprint(self) -> str:
-        """Names the ids of all rows, prompts, completions and negatives, in order. About a second per 4 GB."""
+        """A hash of the ids of all rows, prompts, completions and negatives, in order. Takes about 1 s per 4 GB."""
         return content_digest(self.table, REQUIRED)
 
 
@@ -132,13 +133,13 @@ def record_batch(rows: Sequence[dict]) -> pa.RecordBatch:
 
 
 def drop_unused(table: pa.Table) -> pa.Table:
-    """Without the optional columns of which no row has a value."""
+    """The table without optional columns in which no row has a value."""
     unused = [n for n in table.column_names if n not in REQUIRED and table[n].null_count == len(table)]
     return table.drop_columns(unused) if len(table) else table.select(REQUIRED)
 
 
 def _plain(scalar: pa.Scalar):
-    """A value as Python's own; lists of numbers by way of numpy, ten times as fast as one by one."""
+    """A value as a Python object. Lists of numbers go through numpy, which is ten times as fast."""
     if not isinstance(scalar, pa.ListScalar) or not scalar.is_valid:
         return scalar.as_py()
     values = scalar.values

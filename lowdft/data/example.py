@@ -1,4 +1,4 @@
-"""One training row, whatever layout it came in: first as turns that know their place in the file, then an example."""
+"""One training row of any layout: first as turns with their place in the file, then as an example."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Message = dict  # {"role": str, "content": str | None, ...} as chat templates ta
 
 @dataclass
 class Example:
-    """A prompt with its good answer and, perhaps, ready negatives.
+    """A prompt with its good answer and perhaps negatives.
 
-    `prompt` and `completion` are both strings, or both lists of messages; the completion is then the one assistant
-    turn that is trained (the last of the row). `negatives` are other answers in the place of the completion: strings,
-    or lists of messages like the completion. `answer` is the bare answer ("9.9") where the row has one beside the
-    completion, for checking accuracy. `source` says where the row stands ("train.jsonl:3") for messages to people.
+    `prompt` and `completion` are both strings, or both lists of messages; the completion is then the last assistant
+    turn of the row. `negatives` are wrong answers in place of the completion, in the same form. `answer` is the bare
+    answer ("9.9") if the row has one in addition to the completion, for checking accuracy. `source` is the row's place
+    ("train.jsonl:3"), for messages to people.
     """
 
     example_id: str
@@ -28,16 +28,16 @@ class Example:
     tools: list[dict] | None = None
     source: str = ""
     answer: str | None = None
-    aligned_logps: float | None = None  # mean log-probability a token of the completion under aligned models
+    aligned_logps: float | None = None  # mean log-probability per token of the completion under aligned models
 
 
 @dataclass
 class Turn:
-    """One message and its place: "messages[1]", or the bare column ("answer") where it was written as text."""
+    """One message and its place: "messages[1]", or just the column ("answer") if it was a text."""
 
     message: dict
     path: str
-    keys: tuple[str, str] | None = None  # what the user calls role and content; None for text
+    keys: tuple[str, str] | None = None  # the user's names for role and content; None for text
 
     @property
     def role(self) -> object:
@@ -58,7 +58,7 @@ class Turn:
 
 @dataclass
 class Row:
-    """A row in canonical parts, not yet judged: roles and contents are as found."""
+    """A row in its parts, not checked yet: roles and contents are as found."""
 
     where: str
     layout: str
@@ -77,45 +77,45 @@ class Row:
 
     @property
     def trained_turn(self) -> str:
-        """Where the one turn stands that is trained, as "messages[3]"."""
+        """The place of the turn that is trained on, such as "messages[3]"."""
         return self.completion[0].path
 
 
 def normal(text: str) -> str:
-    """Text as compared: Unicode NFC, runs of white space as one space, none at the ends."""
+    """Text in the form in which it is compared: Unicode NFC, white space collapsed, none at the ends."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def contents(turns: Iterable[Turn]) -> list[tuple]:
-    """What is said by whom, normalised, without the system message."""
+    """Roles and normalised texts of the messages, without the system message."""
     return [(t.role, normal(t.text) if isinstance(t.text, str) else t.text) for t in turns if t.role != "system"]
 
 
 def opening_turns(prompt: list[Turn]) -> list[Turn]:
-    """Assistant turns before the first user turn, as ShareGPT dumps have them: these are dropped."""
+    """Assistant turns before the first user turn, which some ShareGPT data has; they are dropped."""
     first_user = next((i for i, turn in enumerate(prompt) if turn.role == "user"), 0)
     return [turn for turn in prompt[:first_user] if turn.role == "assistant"]
 
 
 def is_blank(text: object) -> bool:
-    """Whether a text shows nothing: empty, white space or zero-width characters only."""
+    """Whether a text is invisible: empty, or only white space or zero-width characters."""
     return isinstance(text, str) and all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
 
 
 def is_empty(turn: Turn) -> bool:
-    """Whether a turn says nothing: no text that shows, and no tool calls."""
+    """Whether a turn is empty: no visible text and no tool calls."""
     return not turn.message.get("tool_calls") and (turn.text is None or is_blank(turn.text))
 
 
 def to_example(
     row: Row, prompt_style: str = "chat", system_prompt: str | None = None, prompt_template: str | None = None
 ) -> Example:
-    """The example of a row that passed the checks; its id is the one given, or one made from its content.
+    """The example of a row that passed the checks. Its id is the one given, or is made from its content.
 
-    With `prompt_style` "chat" text becomes messages; with "direct" it stays text. `system_prompt` goes before messages
-    that have no system message. Opening assistant turns and empty negatives are left out. A prompt of text is put in
-    the place of {prompt} in `prompt_template`; where it then stays text and does not end in white space, a space comes
-    before the completion and the negatives, as a model writes them after "Answer:".
+    With `prompt_style` "chat" text becomes messages; with "direct" it stays text. `system_prompt` is added to messages
+    without a system message. Assistant turns at the beginning and empty negatives are left out. A string prompt
+    replaces {prompt} in `prompt_template`; if the result stays text and does not end in white space, the completion and
+    the negatives get a space in front, as a model would write them after "Answer:".
     """
     dropped = [id(turn) for turn in opening_turns(row.prompt)]
     turns = [turn for turn in row.prompt if id(turn) not in dropped]
@@ -146,7 +146,7 @@ def _after(space: str, text: str) -> str:
 
 
 def _message(turn: Turn) -> dict:
-    """A message as chat templates take it: role "tool" for "function", arguments as objects."""
+    """A message as chat templates expect it: role "tool" instead of "function", arguments as objects."""
     message = {"content": None} | turn.message
     if message["role"] == "function":
         message["role"] = "tool"
@@ -168,5 +168,5 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str
 
 
 def canonical_json(value: object) -> str:
-    """One text for equal values."""
+    """The same text for equal values."""
     return _CANONICAL.encode(value)

@@ -1,4 +1,4 @@
-"""Rows of text in Arrow columns: an `Example` is built when it is asked for, and not before."""
+"""Rows of text in Arrow columns; an `Example` is built only when it is accessed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowdft.data.example import Example
 SCHEMA = pa.schema(
     {
         "example_id": pa.string(),
-        "prompt": pa.string(),  # JSON, as are the next three: messages have keys of their own
+        "prompt": pa.string(),  # JSON, like the next three, because messages can have any keys
         "completion": pa.string(),
         "negatives": pa.list_(pa.string()),
         "tools": pa.string(),
@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
 
 
 class Examples(Sequence):
-    """Checked rows of text, of a table of `SCHEMA`. `examples[i]` is an `Example`, `examples[a:b]` are `Examples`."""
+    """Checked rows of text in a table of `SCHEMA`. `examples[i]` is an `Example`, `examples[a:b]` an `Examples`."""
 
     def __init__(self, table: pa.Table):
         self.table = table
@@ -50,20 +50,20 @@ class Examples(Sequence):
 
     @property
     def negatives_N(self) -> np.ndarray:
-        """int [rows]: ready negatives of each."""
+        """int [rows]: how many negatives each row has."""
         return pc.list_value_length(self.table["negatives"]).to_numpy()
 
     @property
     def has_aligned_N(self) -> np.ndarray:
-        """bool [rows]: which rows bring `aligned_logps`."""
+        """bool [rows]: which rows have `aligned_logps`."""
         return self.table["aligned_logps"].is_valid().to_numpy()
 
     def sources(self, numbers: Iterable[int]) -> list[str]:
-        """Where some rows stand, as "train.jsonl:3"."""
+        """The places of some rows, such as "train.jsonl:3"."""
         return [self.table["source"][int(i)].as_py() for i in numbers]
 
     def fingerprint(self) -> str:
-        """Names all that the rows hold, in order; not the file they came from."""
+        """A hash of everything in the rows, in order; it does not depend on the file."""
         return content_digest(self.table, SCHEMA.names[:-1])
 
 

@@ -1,7 +1,7 @@
-"""The layouts rows come in, and how each becomes a prompt, one trained answer and its ready negatives.
+"""The layouts of rows, and how each becomes a prompt, one answer to train on and its negatives.
 
-Of a conversation the last assistant turn is trained (`Row.trained_turn` names it); all before it is the prompt. Every
-turn remembers its place under the user's own column names, for messages such as "conversations[0].value is missing".
+In a conversation the last assistant turn is trained on (`Row.trained_turn` names it), and everything before it is the
+prompt. Every turn knows its place in the user's columns, for messages such as "conversations[0].value is missing".
 
 | columns | prompt | completion |
 |---|---|---|
@@ -14,8 +14,8 @@ turn remembers its place under the user's own column names, for messages such as
 | instruction (+ input) + output (Alpaca) | instruction, blank line, input | output |
 | question + choices + answer, label or answerKey | question | the right option; see `choices` |
 
-Beside these: negatives (a list), rejected, generated, rejected_0… and generated_0… are negatives; system is the system
-message; tools; example_id or id; answer, where it is not the completion, is the bare answer; aligned_logps is a number.
+Other columns: negatives (a list), rejected, generated, rejected_0… and generated_0… are negatives; system is the system
+message; tools; example_id or id; answer, if it is not the completion, is the bare answer; aligned_logps is a number.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ SPEAKERS = {
 
 
 def to_row(record: Record, columns: dict[str, str] | None = None, expected: str | None = None) -> Row:
-    """A record in canonical parts. `columns` maps our names to the user's.
+    """A record as a `Row`. `columns` maps lowdft's column names to the user's.
 
     Raises:
-        BadRow: no layout fits, two disagree, or a part has not the shape that the layout needs.
+        BadRow: no layout fits, two layouts disagree, or a part does not have the form that the layout needs.
     """
     columns = columns or {}
     view = _view(record.columns, columns)
@@ -79,7 +79,7 @@ def _of_choice(choice: Choice) -> tuple[str, list[Turn], list[Turn]]:
 
 
 def _of_layout(view: dict, columns: dict[str, str], expected: str | None) -> tuple[str, list[Turn], list[Turn]]:
-    """Layout, prompt and completion; layouts that fit beside the first must say the same."""
+    """Layout, prompt and completion; if other layouts fit too, they must give the same result."""
     mapped = [ours for ours in columns if ours in view]
     not_null = [name for name, value in view.items() if value is not None]
     fitting = fitting_layouts(not_null, mapped) or [detect_layout(view, mapped, expected)]
@@ -88,20 +88,20 @@ def _of_layout(view: dict, columns: dict[str, str], expected: str | None) -> tup
         if contents(sum(_split(other, view, columns), [])) != contents(prompt + completion):
             raise BadRow(
                 "",
-                f"two layouts in one row that disagree: {fitting[0]} and {other}; one is wanted. Remove a "
+                f"fits two layouts that disagree: {fitting[0]} and {other}; one is wanted. Remove a "
                 "column, or say which with data.columns.",
             )
     return fitting[0], prompt, completion
 
 
 def _view(row: dict, columns: dict[str, str]) -> dict:
-    """The row under our names; a mapped column hides one that already has its name."""
+    """The row under lowdft's column names; a mapped column replaces one that already has that name."""
     renames = {ours: theirs for ours, theirs in columns.items() if ours not in ("answer", "example_id")}
     for ours, theirs in renames.items():
         if theirs not in row and ours in ("prompt", "completion", "messages"):
             raise BadRow(
                 theirs,
-                f"is missing ({cut(', '.join(map(str, row)))} found); data.columns takes it for {ours}. {REMOVE}",
+                f"is missing ({cut(', '.join(map(str, row)))} found); data.columns uses it as {ours}. {REMOVE}",
             )
     view = {name: value for name, value in row.items() if name not in renames.values()}
     return view | {ours: row.get(theirs) for ours, theirs in renames.items()}
@@ -124,7 +124,7 @@ def _split(layout: str, view: dict, columns: dict[str, str]) -> tuple[list[Turn]
     before = answer[:-1]
     if any(turn.role == "user" for turn in before):  # the whole conversation over again
         if contents(before) != contents(prompt):
-            raise BadRow(answered, f"begins with another prompt than {asked}; the same is wanted. {REMOVE}")
+            raise BadRow(answered, f"has a different prompt than {asked}; give it the same. {REMOVE}")
         prompt = max(before, prompt, key=len)
     else:
         prompt = prompt + before
@@ -132,7 +132,7 @@ def _split(layout: str, view: dict, columns: dict[str, str]) -> tuple[list[Turn]
 
 
 def _turns(value: object, path: str, role: str) -> list[Turn]:
-    """Text as one turn of `role`; a message or a list of messages as they are."""
+    """Turns from a text (one turn of `role`), a message or a list of messages."""
     if isinstance(value, dict):
         return [_turn(value, path, sharegpt=False)]
     if isinstance(value, list) and (not value or isinstance(value[0], dict)):
@@ -175,7 +175,7 @@ def _negatives(view: dict, columns: dict[str, str], prompt: list[Turn]) -> tuple
             turns = _turns(item, item_path, "assistant")
             before = contents(turns[:-1])
             if before and before != contents(prompt)[-len(before) :]:
-                raise BadRow(item_path, f"begins with another prompt than the completion; the same is wanted. {REMOVE}")
+                raise BadRow(item_path, f"has a different prompt than the completion; give it the same. {REMOVE}")
             negatives.append(turns[-1:])
         if view[name] is not None:
             used.append(path)
@@ -183,7 +183,7 @@ def _negatives(view: dict, columns: dict[str, str], prompt: list[Turn]) -> tuple
 
 
 def _items(name: str, value: object, path: str) -> list[tuple[str, object]]:
-    """The negatives of one column, each with its path: a conversation is one, other lists are several."""
+    """The negatives of one column, each with its path. A conversation is one negative, another list is several."""
     if name == "negatives":
         value = json_list(value)
         if isinstance(value, str) and path == name:
@@ -209,7 +209,7 @@ def _tools(value: object, path: str) -> list[dict] | None:
 
 
 def _plain(row: dict, column: str | None, strict: bool) -> str | None:
-    """An id or bare answer as text; a value of another type is an error where `strict`, else passed over."""
+    """An id or bare answer as text; a value of another type is an error if `strict`, else ignored."""
     value = row.get(column)
     if value is None or value == "":
         return None
@@ -229,5 +229,5 @@ def _mean_logp(value: object, path: str) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if not -math.inf < number <= 0:
-        raise BadRow(path, f"is {kind_of(value)}; a mean log-probability, finite and at most 0, is needed. {REMOVE}")
+        raise BadRow(path, f"is {kind_of(value)}; a mean log-probability (finite, at most 0) is needed. {REMOVE}")
     return number

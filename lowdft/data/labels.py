@@ -1,4 +1,4 @@
-"""Classification: every row's completion is one of a fixed set of labels, and the other labels are its negatives."""
+"""Classification rows: the completion is one of a fixed set of labels, and the other labels are its negatives."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lowdft.data.prompting import plain_text
 from lowdft.data.read import cut
 from lowdft.errors import UserError
 
-MOST = 20  # labels that `auto` takes completions for
+MOST = 20  # `auto` accepts at most this many labels
 
 
 def find_labels(examples: Sequence[Example]) -> list[str]:
     """The different completions, sorted: the labels of `data.labels: auto`.
 
     Raises:
-        UserError: there is one only, there are more than 20, or they occur less than twice on average.
+        UserError: there is only one, there are more than 20, or they occur less than twice on average.
     """
     found = sorted({normal(plain_text(example.completion)) for example in examples})
     if not 2 <= len(found) <= min(MOST, len(examples) // 2):
         raise UserError(
             f"data.labels is auto, but the {len(examples)} training rows have {len(found)} different completions "
-            f"({cut(', '.join(found))}); wanted 2 to {MOST}, each of them in two rows on average. List the labels, "
-            "or leave data.labels out."
+            f"({cut(', '.join(found))}); wanted 2 to {MOST}, and on average at least two rows for each. List the "
+            "labels, or remove data.labels."
         )
     return found
 
@@ -33,20 +33,20 @@ def with_labels(examples: Sequence[Example], labels: Sequence[object]) -> list[E
     """The examples with the other labels as negatives, in the completion's form.
 
     Raises:
-        UserError: a completion is none of the labels, or a row brings negatives of its own; the rows are named.
+        UserError: a completion is not one of the labels, or a row has its own negatives; names the rows.
     """
     labels = [normal(str(label)) for label in labels]
     own = [example.source for example in examples if example.negatives]
     if own:
         raise UserError(
-            f"{own[0]}: brings negatives of its own, and data.labels gives it others ({len(own)} such rows); "
-            "wanted one of the two. Leave data.labels out, or remove the rows' negatives."
+            f"{own[0]}: the row has its own negatives, but data.labels gives it others ({len(own)} such rows); "
+            "wanted one of the two. Remove data.labels, or remove the rows' negatives."
         )
     strange = [example for example in examples if normal(plain_text(example.completion)) not in labels]
     if strange:
         told = ", ".join(f"{e.source} ({cut(plain_text(e.completion), 40)!r})" for e in strange[:3])
         raise UserError(
-            f"{len(strange)} rows have a completion that is none of data.labels ({cut(', '.join(labels))}): {told}. "
+            f"{len(strange)} rows have a completion that is not in data.labels ({cut(', '.join(labels))}): {told}. "
             "Add the label, or correct these rows."
         )
     return [replace(example, negatives=_others(example, labels)) for example in examples]

@@ -1,4 +1,4 @@
-"""Which layout the columns of a row make, and what is said when they make none."""
+"""Finds the layout of a row from its columns, and the error message if there is none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = {  # beside these: multiple choice, see `choices`
     "prompt+answer": ("prompt", "answer"),
     "query+response": ("query", "response"),
 }
-ONLY_ALONE = ("chosen", "real", "prompt+answer", "query+response")  # taken where no other layout fits
+ONLY_ALONE = ("chosen", "real", "prompt+answer", "query+response")  # used only if no other layout fits
 CONVERSATIONS = ("messages", "conversations", "chosen", "real")
 MAPPABLE = ("prompt", "completion", "messages", "choices", "negatives", "example_id", "tools", "system", "answer",
             "aligned_logps")  # fmt: skip
@@ -30,7 +30,7 @@ KNOWN_COLUMNS = [*dict.fromkeys(c for needed in LAYOUTS.values() for c in needed
 
 
 class BadRow(UserError):
-    """A row that fits no layout: `field` is where, `text` what was found, what was wanted and the fix."""
+    """A row that fits no layout. `field` is the place; `text` says what was found, what was wanted and the fix."""
 
     def __init__(self, field: str, text: str):
         super().__init__(f"{field} {text}".strip())
@@ -38,10 +38,10 @@ class BadRow(UserError):
 
 
 def detect_layout(columns: Collection[str], mapped: Collection[str] = (), expected: str | None = None) -> str:
-    """The layout that these columns make. Names in `mapped` win over others; `expected` is the layout of the file.
+    """The layout of these columns. Names in `mapped` take precedence; `expected` is the layout of the file.
 
     Raises:
-        BadRow: no layout fits; the message has the columns found and the nearest known name or all layouts.
+        BadRow: no layout fits; the message lists the columns found and the nearest known name or all layouts.
     """
     fitting = fitting_layouts(columns, mapped)
     if not fitting:
@@ -50,7 +50,7 @@ def detect_layout(columns: Collection[str], mapped: Collection[str] = (), expect
 
 
 def fitting_layouts(columns: Collection[str], mapped: Collection[str]) -> list[str]:
-    """The layouts whose columns are all there; of several, those that `mapped` says most of."""
+    """The layouts whose columns are all present; of several, those with most columns in `mapped`."""
     fitting = [name for name, needed in LAYOUTS.items() if all(c in columns for c in needed)]
     fitting = [name for name in fitting if name not in ONLY_ALONE] or fitting[:1]
     by_map = {name: len(set(LAYOUTS[name]) & set(mapped)) for name in fitting}
@@ -58,7 +58,7 @@ def fitting_layouts(columns: Collection[str], mapped: Collection[str]) -> list[s
 
 
 def no_layout(columns: list[str], expected: str | None) -> BadRow:
-    """What to raise for columns that make no layout."""
+    """The error for columns that fit no layout."""
     if not columns:
         return BadRow("", f"the row has no columns; one of these is wanted: {', '.join(LAYOUTS)}. {REMOVE}")
     found = cut(", ".join(map(str, columns)))
@@ -67,13 +67,13 @@ def no_layout(columns: list[str], expected: str | None) -> BadRow:
         if near and near != column and near not in columns:
             return BadRow(
                 cut(column),
-                f'is no known column (found: {found}); did you mean "{near}"? Rename it, or map it with data.columns.',
+                f'is an unknown column (of {found}); did you mean "{near}"? Rename it, or map it with data.columns.',
             )
     if "text" in columns:
         return BadRow(
             "text",
-            f"is plain text (found: {found}); nothing says where the prompt ends and the answer "
-            "begins, so no token can be scored. Write a prompt and a completion column.",
+            f"is plain text (found: {found}); it is not clear where the prompt ends and the answer begins, so no "
+            "token can be scored. Write a prompt and a completion column.",
         )
     if expected in LAYOUTS:
         missing = next(c for c in LAYOUTS[expected] if c not in columns)
@@ -86,7 +86,7 @@ def no_layout(columns: list[str], expected: str | None) -> BadRow:
 
 
 def kind_of(value: object) -> str:
-    """A JSON value's type in words, with the value cut short."""
+    """A JSON value's type in plain words, with the value shortened."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
@@ -94,7 +94,7 @@ def kind_of(value: object) -> str:
 
 
 def json_list(value: object) -> object:
-    """A list written as JSON text, as CSV and many parquet files hold it; anything else unchanged."""
+    """A list from its JSON text, as in CSV and many parquet files; anything else is unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)

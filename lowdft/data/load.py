@@ -1,4 +1,4 @@
-"""Rows from a file, the Hub or the toy task, read, understood and checked: what a run trains and evaluates on."""
+"""Loads the rows of a run from a file, the Hub or the toy task: reads them, finds their layout and checks them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lowdft.data.read import REMOVE, Finding, Record, cut, read_records
 from lowdft.errors import InvalidRows, UserError
 from lowdft.text import nearest
 
-SHOWN = 20  # bad rows told in full
+SHOWN = 20  # bad rows reported in full
 
 
 @dataclass
 class Loaded:
-    """Checked rows and what there is to say of them. `layout` is the most common one."""
+    """Checked rows, with notes and warnings about them. `layout` is the most common one."""
 
     examples: list[Example]
     layout: str
@@ -42,19 +42,19 @@ def load_examples(
     prompt_template: str | None = None,
     skip_invalid: bool = False,
 ) -> Loaded:
-    """Read, understand and check all rows of `source`.
+    """Reads and checks all rows of `source`.
 
     Args:
-        source: a file, "owner/name" of the Hub, or "toy:bigger-number" ("?n=192&seed=0&split=test" may follow).
-        split, revision: of a Hub data set; `split` also of the toy task. A file has none: both are passed over.
-        columns: our name -> the user's column, e.g. {"prompt": "question_text", "negatives": "bad"}.
-        prompt_style: "chat" makes messages of text; "direct" leaves text as it is.
-        system_prompt: goes before messages that have no system message.
-        prompt_template: text with {prompt}, in whose place a prompt of text is put; rows of messages have none.
-        skip_invalid: leave out bad rows, and say so among the warnings, where otherwise they raise.
+        source: a file, "owner/name" on the Hub, or "toy:bigger-number" (optionally with "?n=192&seed=0&split=test").
+        split, revision: of a Hub data set; `split` also for the toy task. Ignored for a file.
+        columns: lowdft's name -> the user's column, e.g. {"prompt": "question_text", "negatives": "bad"}.
+        prompt_style: "chat" turns text into messages; "direct" keeps text.
+        system_prompt: added to messages without a system message.
+        prompt_template: text in which a string prompt replaces {prompt}; not for rows of messages.
+        skip_invalid: leave out invalid rows with a warning instead of raising.
 
     Raises:
-        InvalidRows: rows are invalid (all are reported at once); or, skipping, all of them are.
+        InvalidRows: rows are invalid (all are reported together); with `skip_invalid`, only if all of them are.
         UserError: the source cannot be read.
     """
     if prompt_style not in ("chat", "direct"):
@@ -85,7 +85,7 @@ def load_examples(
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """SHA-256 (hex) over all that rows hold, in order."""
+    """SHA-256 (hex) of everything in the rows, in order."""
     digest = hashlib.sha256()
     for e in examples:
         parts = [e.example_id, e.prompt, e.completion, e.negatives, e.tools, e.answer]
@@ -100,18 +100,18 @@ def _check_map(columns: dict[str, str], records: list[Record], name: str) -> Non
         if ours not in MAPPABLE:
             near = nearest(ours, MAPPABLE)
             hint = f'did you mean "{near}"? ' if near else ""
-            raise UserError(f'data.columns: "{cut(ours)}" is no name of ours; {hint}known are {", ".join(MAPPABLE)}.')
+            raise UserError(f'data.columns: "{cut(ours)}" is not a known name; {hint}known are {", ".join(MAPPABLE)}.')
         if there and theirs not in there:
             near = nearest(theirs, there)
             hint = f' Did you mean "{near}"?' if near else ""
             raise UserError(
-                f'{name}: no row has the column "{cut(theirs)}", which data.columns takes for {ours}; '
-                f"found are {cut(', '.join(there), 200)}.{hint}"
+                f'{name}: no row has the column "{cut(theirs)}", which data.columns uses as {ours}; '
+                f"the columns are {cut(', '.join(there), 200)}.{hint}"
             )
 
 
 def _rows(records: list[Record], columns: dict[str, str]) -> tuple[list[Row], list[Finding]]:
-    """The rows that have a layout, and all that is wrong with any record by itself."""
+    """The rows that have a layout, and all findings for single records."""
     rows: list[Row] = []
     found: list[Finding] = []
     for record in records:
@@ -129,21 +129,21 @@ def _rows(records: list[Record], columns: dict[str, str]) -> tuple[list[Row], li
 
 
 def _mixed_layouts(rows: list[Row], first: str) -> list[Finding]:
-    """A warning for each row of another layout than the first row's (for all, where the first row has none)."""
+    """A warning for each row whose layout differs from the first row's (or for all, if the first row has none)."""
     if len({row.layout for row in rows}) < 2:
         return []
     main = rows[0].layout if rows[0].where == first else None
-    kind = "another layout than the first row of the file"
+    kind = "a different layout than the first row of the file"
     return [Finding(row.where, "", f"layout {row.layout}", kind) for row in rows if row.layout != main]
 
 
 def _refusal(errors: list[Finding], bad: int, total: int, name: str, skip_invalid: bool) -> str:
     if len({(error.field, error.text) for error in errors}) == 1 and bad > SHOWN:
-        return f"{errors[0]} (The same in {bad} of {total} rows.)"
+        return f"{errors[0]} ({bad} of {total} rows have this error.)"
     wheres = list(dict.fromkeys(error.where for error in errors))[:SHOWN]
     lines = [str(error) for error in errors if error.where in wheres]
     if skip_invalid:
-        lines.append(f"{name}: all {total} rows are invalid, so none is left to use.")
+        lines.append(f"{name}: all {total} rows are invalid, so none are left.")
     elif bad > SHOWN:
         lines.append(f"… and {bad - SHOWN} more bad rows ({bad} of {total} in {name}).")
     return "\n".join(lines)
@@ -161,13 +161,13 @@ def _check_template(rows: list[Row]) -> None:
     messages = [row for row in rows if not row.is_text]
     if messages:
         raise UserError(
-            f"{messages[0].where}: {messages[0].trained_turn} is a message, and data.prompt_template is for prompts of "
-            f"text ({len(messages)} of {len(rows)} rows have messages). Leave the key out, or write these rows as text."
+            f"{messages[0].where}: {messages[0].trained_turn} is a message, but data.prompt_template is for string "
+            f"prompts ({len(messages)} of {len(rows)} rows have messages). Remove the key, or write these rows as text."
         )
 
 
 def _examples(rows: list[Row], *how: str | None) -> list[Example]:
-    """Examples whose ids are all different: a repeated content gets "-2", "-3" and so on."""
+    """The examples with unique ids: repeated contents get "-2", "-3" and so on."""
     seen: Counter[str] = Counter()
     examples = []
     for row in rows:
@@ -181,7 +181,7 @@ def _examples(rows: list[Row], *how: str | None) -> list[Example]:
 
 
 def _notes(rows: list[Row], layout: str) -> list[str]:
-    trained = " (the last assistant turn of each row is trained)" if layout in CONVERSATIONS else ""
+    trained = " (the last assistant turn of each row is trained on)" if layout in CONVERSATIONS else ""
     notes = [f"layout: {layout}{trained}"]
     used = list(dict.fromkeys(column for row in rows for column in row.negative_columns))
     if used:
@@ -192,14 +192,14 @@ def _notes(rows: list[Row], layout: str) -> list[str]:
 
 
 def places(wheres: list[str], limit: int = 5) -> str:
-    """The first few places of many: "lines 2, 3, 9 and 12 more"."""
+    """A short list of places: "lines 2, 3, 9 and 12 more"."""
     ats = [place(where).split(" ", 1) for where in dict.fromkeys(wheres)]
     more = f" and {len(ats) - limit} more" if len(ats) > limit else ""
     return f"{ats[0][0]}{'s' if len(ats) > 1 else ''} {', '.join(at for _, at in ats[:limit])}{more}"
 
 
 def summaries(findings: list[Finding]) -> list[str]:
-    """One line a kind of warning: how many rows, the first lines, and the first of them in full."""
+    """One line per kind of warning: how many rows, the first places, and the first warning in full."""
     kinds: dict[str, list[Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.warning, []).append(finding)
@@ -213,9 +213,9 @@ def summaries(findings: list[Finding]) -> list[str]:
 
 
 def overlap(train: list[Example], heldout: list[Example]) -> list[str]:
-    """A warning (a list of one, else empty) of held-out prompts that are trained on too.
+    """A list with a warning if held-out prompts are also in the training rows, else an empty list.
 
-    Prompts are compared as text, without system messages, white space and Unicode form made equal.
+    Prompts are compared as text without system messages, with white space and Unicode form normalised.
     """
     trained: dict[tuple, Example] = {}
     for example in train:
@@ -225,8 +225,8 @@ def overlap(train: list[Example], heldout: list[Example]) -> list[str]:
         return []
     in_train, in_heldout = ([pair[i].source for pair in both] for i in (0, 1))
     prompts = "1 held-out prompt is" if len(both) == 1 else f"{len(both)} held-out prompts are"
-    return [f"{prompts} trained on too ({_file(in_train)} {places(in_train)}; held out: {_file(in_heldout)} "
-            f"{places(in_heldout)}), so the evaluation flatters. Remove them from one of the two."]  # fmt: skip
+    return [f"{prompts} also trained on ({_file(in_train)} {places(in_train)}; held out: {_file(in_heldout)} "
+            f"{places(in_heldout)}), so the evaluation looks too good. Remove them from one of the two."]  # fmt: skip
 
 
 def _asked(prompt: str | list[dict]) -> tuple:

@@ -1,4 +1,4 @@
-"""Rows of text to rows of ids: tokenized by several processes, joined with generated negatives, kept as Arrow files."""
+"""Turns rows of text into Arrow files of token ids: tokenizes in several processes and joins generated negatives."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from lowdft.data.example import Example
 from lowdft.data.examples import Examples
 from lowdft.errors import UserError
 
-ROWS_PER_PROCESS = 2500  # fewer are tokenized sooner than another process starts
+ROWS_PER_PROCESS = 2500  # with fewer rows, starting another process takes longer than tokenizing them
 SHOWN = 20  # rows that cannot be tokenized, reported in full
 
 
 @dataclasses.dataclass
 class Tokenizing:
-    """How a run's examples become ids.
+    """Turns a run's examples into ids.
 
     Args:
         encoder: with the run's template and lengths.
-        ready_negatives: take the examples' own negatives.
-        sampling_ids: from an example to the ids of the prompt its negatives are sampled from; None: not needed.
+        ready_negatives: use the examples' own negatives.
+        sampling_ids: maps an example to the ids of the prompt that its negatives are sampled from; None if not needed.
     """
 
     encoder: Encoder
@@ -42,7 +42,7 @@ class Tokenizing:
     sampling_ids: Callable[[Encoder, Example], list[int]] | None = None
 
     def row(self, example: Example) -> dict:
-        """One encoded row; UserError when the chat template does not take it."""
+        """One encoded row; raises UserError if the chat template rejects it."""
         text = {
             "example_id": example.example_id,
             "prompt": example.prompt,
@@ -60,7 +60,7 @@ class Tokenizing:
 def prepare(
     path: Path, made_from: dict, examples: Examples, how: Tokenizing, negatives: Path | None = None
 ) -> tuple[EncodedRows, Truncation]:
-    """The encoded rows at `path`, memory-mapped; made first unless they are there, made from the same.
+    """The encoded rows at `path`, memory-mapped; made first if they are missing or were made from other things.
 
     Args:
         made_from: what they depend on: data, tokenizer, lengths, negatives.
@@ -70,7 +70,7 @@ def prepare(
         the rows, and what was cut to length when they were made.
 
     Raises:
-        UserError: rows that the chat template does not take, all of them in one message.
+        UserError: the chat template rejects rows; all of them are in one message.
     """
 
     def make() -> dict:
@@ -86,7 +86,7 @@ def prepare(
 
 
 def _tokenized(examples: Examples, how: Tokenizing, truncation: Truncation) -> Iterator[pa.RecordBatch]:
-    """Record batches in order; what is cut to length is counted in `truncation`."""
+    """Record batches in order; counts what is cut to length in `truncation`."""
     parts = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
     processes = min(os.cpu_count() or 1, len(examples) // ROWS_PER_PROCESS)
     if processes < 2:
@@ -142,7 +142,7 @@ def _encode_in_worker(examples: Examples) -> tuple:
 def _with_negatives(
     parts: Iterable[pa.RecordBatch], path: Path, max_length: int | None, truncation: Truncation
 ) -> Iterator[pa.RecordBatch]:
-    """The batches with the negatives of their rows, by `example_id`, cut to length; the file is read as they come."""
+    """The batches with their rows' negatives, joined by `example_id` and cut to length, without loading the file."""
     read = pq.ParquetFile(path).iter_batches(BATCH, columns=["example_id", "negative_ids"])
     held = pa.table({"example_id": pa.array([], pa.string()), "negative_ids": pa.array([], pa.list_(IDS))})
     for part in parts:
@@ -153,7 +153,9 @@ def _with_negatives(
             index = pc.index_in(part["example_id"], value_set=held["example_id"])
         if index.null_count:
             lacking = part["example_id"].filter(index.is_null())[0]
-            raise UserError(f"{path}: has no negatives for {lacking}; delete it and its manifest to generate them anew")
+            raise UserError(
+                f"{path}: there are no negatives for {lacking}; delete the file and its manifest to generate them again"
+            )
         found = held["negative_ids"].take(index).combine_chunks()
         found = found.chunk(0) if isinstance(found, pa.ChunkedArray) else found
         left = np.setdiff1d(np.arange(len(held)), index.to_numpy())
@@ -164,10 +166,10 @@ def _with_negatives(
 
 
 def with_mismatched(rows: EncodedRows, max_length: int | None) -> EncodedRows:
-    """The rows with the completion of the next row beside each (`mismatched_ids`), which its prompt does not ask for.
+    """The rows, each with the completion of the next row as `mismatched_ids`, which is no answer to its own prompt.
 
     Args:
-        max_length: tokens of prompt and completion; the completion is cut to fit.
+        max_length: maximum tokens of prompt and completion; the completion is cut to fit.
     """
     others = rows.table["completion_ids"].take(np.roll(np.arange(len(rows)), -1)).combine_chunks()
     others = others.chunk(0) if isinstance(others, pa.ChunkedArray) else others
@@ -182,7 +184,7 @@ def fit_negatives(
     """`Encoder.fit` for the negatives of N rows at once: list<list<int32>>, each cut so that prompt + negative fit.
 
     Args:
-        prompts_N: tokens of each row's prompt.
+        prompts_N: how many tokens each row's prompt has.
     """
     counts_N = pc.list_value_length(negative_ids).to_numpy()
     flat = negative_ids.flatten()

@@ -1,6 +1,6 @@
-"""How the base is asked for a negative: the paper's prompting strategies (arXiv 2502.18679, Section 5 and Figure 7).
+"""Prompts for sampling negatives: the paper's strategies (arXiv 2502.18679, Section 5 and Figure 7), and `few_shot`.
 
-One more, `few_shot`, asks after some solved training rows, so that an answer has the completion's form.
+`few_shot` puts some solved training rows before the prompt, so that answers look like the completions.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def sampling_prompt(
     """The prompt that negatives are sampled from.
 
     Args:
-        strategy: "direct" (the bare text), "chat" (the chat template), "good_system" or "bad_system" (the chat template
-            under a system message, which takes the place of the row's own), "custom" (`template` with {prompt}),
-            "few_shot" (`shots`, each as training shows it, before the row's own prompt).
-        system_prompt: the system message of good_system and bad_system; None takes `SYSTEM_PROMPTS`.
+        strategy: "direct" (the text alone), "chat" (the chat template), "good_system" or "bad_system" (the chat
+            template with a system message that replaces the row's), "custom" (`template` with {prompt}), "few_shot"
+            (`shots` in the format of training rows, then the row's prompt).
+        system_prompt: the system message of good_system and bad_system; None uses `SYSTEM_PROMPTS`.
     """
     if strategy == "few_shot":
         return _after_shots(example, shots)
@@ -51,9 +51,9 @@ def sampling_prompt(
 
 
 def choose_shots(example: Example, rows: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """`count` rows of the example's own form, drawn by `seed` and its id; none has its id or its prompt.
+    """`count` rows of the example's form, drawn with `seed` and its id; none has its id or its prompt.
 
-    All that there are, where they are fewer.
+    If there are fewer such rows, all of them.
     """
     own, is_text = normal(plain_text(example.prompt)), isinstance(example.prompt, str)
     rng, chosen, seen = random.Random(json.dumps([seed, example.example_id])), [], set()
@@ -77,7 +77,7 @@ def _after_shots(example: Example, shots: Sequence[Example]) -> str | list[Messa
 
 
 def shot_stop(completions: Sequence[str | list[Message]]) -> list[str]:
-    """What ends an answer after shots of text: a line break, or a blank line where completions have line breaks."""
+    """The text that ends an answer after shots of text: a line break, or a blank line if completions have several."""
     texts = [completion for completion in completions if isinstance(completion, str)]
     if not texts:
         return []
@@ -85,7 +85,7 @@ def shot_stop(completions: Sequence[str | list[Message]]) -> list[str]:
 
 
 def fold_system(messages: list[Message]) -> list[Message]:
-    """The system message moved into the first user turn, for templates that refuse a system role."""
+    """The messages with the system message moved into the first user turn, for templates without a system role."""
     system, *rest = messages
     first = next(i for i, m in enumerate(rest) if m["role"] == "user")
     joined = {**rest[first], "content": f"{system['content']}\n\n{rest[first]['content']}"}
@@ -93,13 +93,13 @@ def fold_system(messages: list[Message]) -> list[Message]:
 
 
 def plain_text(prompt: str | list[Message]) -> str:
-    """A prompt without roles: its contents, a blank line between turns."""
+    """A prompt without roles: the contents of its turns, separated by blank lines."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(m["content"] for m in prompt if m.get("content"))
 
 
 def other_form(completion: str, negative: str) -> bool:
-    """Is a negative over 3 times longer or shorter (characters, from 4 up), or has only one of the two line breaks?"""
+    """Whether a negative is over 3 times longer or shorter (at least 4 characters count), or differs in line breaks."""
     shorter, longer = sorted(max(4, len(text.strip())) for text in (completion, negative))
     return longer > 3 * shorter or ("\n" in negative.strip()) != ("\n" in completion.strip())

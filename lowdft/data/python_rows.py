@@ -1,4 +1,4 @@
-"""Rows as Python users have them, of text in any layout of `formats` (TRL's among them) or of ids, to `EncodedRows`."""
+"""Turns the rows given to `DFTTrainer` into `EncodedRows`: text in any layout of `formats`, or token ids."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from lowdft.data.load import SHOWN
 from lowdft.data.read import Finding, Record
 from lowdft.errors import InvalidRows, UserError
 
-BESIDE = ("ref_negative_logps", "ref_logps", "sampling_prompt", "sampling_prompt_ids")  # of rows of text, as they are
+BESIDE = ("ref_negative_logps", "ref_logps", "sampling_prompt", "sampling_prompt_ids")  # copied from rows of text
 ASKED = {columns[0] for columns in LAYOUTS.values()} - {"chosen"}  # columns that say what a prompt is
 IDS = ("prompt_ids", "completion_ids")
 RECIPES = re.compile(r",? or (?:pass --skip-invalid|(?:map|say)[^.]* data\.columns(?:: \{[^}]*\})?)")
 
 
 def encode_rows(dataset: Iterable[Mapping] | EncodedRows, encoder: Encoder, name: str = "train_dataset") -> EncodedRows:
-    """Rows of text, or of ids, as `EncodedRows`; `example_id` is the position where none is given.
+    """Rows of text or of ids as `EncodedRows`; rows without an `example_id` get their position.
 
-    Text stays text, and messages go through the chat template, as TRL has it. Columns may be those of any layout that
-    recipes read (`messages`, `prompt` and `completion`, `chosen` and `rejected`, …; see `data.formats`); pairs of whole
-    texts, `chosen` and `rejected` alone, have TRL's implicit prompt.
+    As in TRL, strings stay text, and messages go through the chat template. All layouts of recipes work (`messages`,
+    `prompt` and `completion`, `chosen` and `rejected`, …; see `data.formats`). Pairs of whole texts, `chosen` and
+    `rejected` alone, have an implicit prompt, as in TRL.
 
     Args:
-        dataset: any iterable or sequence of dictionaries (torch's and pandas' too), taken up in batches;
-            `EncodedRows` stay as they are.
-        encoder: with the trainer's lengths; without a tokenizer for rows that are ids already.
-        name: what error messages call the data set.
+        dataset: any iterable or sequence of dictionaries, also of torch and pandas; it is read in batches.
+            `EncodedRows` are returned unchanged.
+        encoder: with the trainer's lengths; it needs no tokenizer if the rows are ids already.
+        name: the name of the data set in error messages.
 
     Raises:
-        InvalidRows: rows that cannot be trained on, all of them in one message.
-        UserError: this is no data set, or has rows of text and there is no tokenizer.
+        InvalidRows: some rows cannot be trained on; all of them are in one message.
+        UserError: this is not a data set, or it has rows of text and there is no tokenizer.
     """
     if isinstance(dataset, EncodedRows):
         return dataset
     if isinstance(dataset, Mapping):
         raise UserError(
-            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; one data set is wanted. Pass one "
-            f"of them, as in {name}[{next(iter(dataset), 'train')!r}]."
+            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; wanted one data set. Pass one of "
+            f"them, as in {name}[{next(iter(dataset), 'train')!r}]."
         )
     if hasattr(dataset, "iterrows"):  # of pandas
         dataset = dataset.to_dict("records")
     if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
-        raise UserError(f"{name} is {kind_of(dataset)}; a data set, or a list of rows, is wanted")
-    if hasattr(dataset, "with_format"):  # of `datasets`: Python's own values, whatever it was set to give
+        raise UserError(f"{name} is {kind_of(dataset)}; wanted a data set or a list of rows")
+    if hasattr(dataset, "with_format"):  # of `datasets`: return Python values, whatever its format
         dataset = dataset.with_format(None)
     if not hasattr(dataset, "__iter__"):  # of torch
         dataset = map(dataset.__getitem__, range(len(dataset)))
@@ -64,14 +64,14 @@ def encode_rows(dataset: Iterable[Mapping] | EncodedRows, encoder: Encoder, name
 
 
 class _Reading:
-    """Encodes rows one after another, and collects what is wrong with any of them."""
+    """Encodes rows one after another, and collects findings about them."""
 
     def __init__(self, encoder: Encoder, name: str):
         self.encoder, self.name = encoder, name
         self.found: list[Finding] = []
 
     def rows(self, dataset: Iterable[Mapping]) -> Iterator[dict]:
-        """Encoded rows; after a bad one only the others are checked."""
+        """Encoded rows; after the first bad row the others are only checked."""
         for i, row in enumerate(dataset):
             where = f"{self.name}[{i}]"
             if self.encoder.turns is None and isinstance(row, Mapping) and not any(key in row for key in IDS):
@@ -91,7 +91,7 @@ class _Reading:
 
     def _row(self, row: object, where: str) -> dict | None:
         if not isinstance(row, Mapping):
-            raise BadRow("", f"is {kind_of(row)}; a dictionary of columns is wanted.")
+            raise BadRow("", f"is {kind_of(row)}; wanted a dictionary of columns.")
         row = {name: _plain(value) for name, value in row.items()}
         if any(key in row for key in IDS):
             _check_ids(row)
@@ -105,7 +105,7 @@ class _Reading:
         return self.encoder.row(row)
 
     def _of_text(self, row: dict, where: str) -> dict | None:
-        """The parts of a row of text as the encoder takes them; None where something is wrong with it."""
+        """The parts of a row of text in the form that the encoder needs; None if the row has an error."""
         parts = to_row(Record(where, _with_prompt(row)))
         found = check_row(parts)
         self.found += found
@@ -123,7 +123,7 @@ class _Reading:
         }
 
     def conclude(self, rows: EncodedRows) -> None:
-        """Raises InvalidRows with all errors, or warns of what was found besides. `rows` are the valid ones."""
+        """Raises InvalidRows with all errors, or gives the warnings. `rows` are the valid rows."""
         errors = [finding for finding in self.found if not finding.warning]
         if errors:
             lines = [RECIPES.sub("", str(error)) for error in errors[:SHOWN]]
@@ -136,7 +136,7 @@ class _Reading:
 
 
 def _with_prompt(row: dict) -> dict:
-    """TRL's implicit prompt: `chosen` and `rejected`, whole texts, as the words that both begin with and the rests."""
+    """TRL's implicit prompt: splits the texts `chosen` and `rejected` into their common first words and the rest."""
     texts = {name: row[name] for name in ("chosen", "rejected") if isinstance(row.get(name), str)}
     others = [name for name in ASKED if row.get(name) is not None]
     if len(texts) < 2 or others:
@@ -148,7 +148,7 @@ def _with_prompt(row: dict) -> dict:
 
 
 def _check_ids(row: dict) -> None:
-    """Raises BadRow unless the columns of ids are lists of whole numbers, those of negatives a list of such lists."""
+    """Raises BadRow unless the columns of ids are lists of integers, and `negative_ids` is a list of such lists."""
     for name in IDS:
         if name not in row:
             raise BadRow(name, f"is missing (found: {', '.join(map(str, row))}); rows of ids have {' and '.join(IDS)}.")
@@ -163,7 +163,7 @@ def _check_ids(row: dict) -> None:
 
 
 def _check_reference(row: dict) -> None:
-    """Raises BadRow unless reference log-probabilities are a number per negative, and one for the completion."""
+    """Raises BadRow unless the reference log-probabilities are one number per negative, and one for the completion."""
     logps = row.get("ref_negative_logps")
     if logps is not None:
         negatives = row.get("negative_ids", row.get("negatives")) or []
@@ -180,7 +180,7 @@ def _is_number(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Tensors and arrays, also within lists, as Python's own values."""
+    """Tensors and arrays, also inside lists, as Python values."""
     if isinstance(value, np.ndarray | np.generic) or hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float | str):

@@ -1,7 +1,7 @@
-"""Anyone's file, or a data set of the Hub, as records: where each stands, its columns, and what is wrong with it.
+"""Reads a file, or a data set on the Hub, into records: the place of each, its columns, and findings about it.
 
-A line that cannot be read becomes a record with an error among its findings, so that all bad rows are told in one go;
-a file that cannot be read at all raises UserError.
+A line that cannot be read becomes a record with an error among its findings, so that all bad rows are reported
+together. A file that cannot be read at all raises UserError.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from lowdft.errors import UserError
 from lowdft.text import printable
 
-ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # of the text ones also with .gz
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # text files also with .gz
 REMOVE = "Remove the row, or pass --skip-invalid."
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong with one row. With a `warning` (what all rows of this kind are told under) the row is kept."""
+    """One problem of one row. With a `warning` (a heading for all findings of this kind) the row is kept."""
 
     where: str
     field: str
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass
 class Record:
-    """One row as it was written. `where` is "train.jsonl:3" (line) or "data.json:[4]" (0-based index)."""
+    """One row as found in the file. `where` is "train.jsonl:3" (line) or "data.json:[4]" (index from 0)."""
 
     where: str
     columns: dict
@@ -48,20 +48,20 @@ class Record:
 
 
 def cut(value: object, length: int = 80) -> str:
-    """Any value as short text for a message, never a whole row."""
+    """Any value as short text for a message."""
     text = value if isinstance(value, str) else repr(value)
     text = printable(" ".join(text.encode("utf-8", "backslashreplace").decode().split()))
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def read_records(source: str | os.PathLike, split: str | None = None, revision: str | None = None) -> list[Record]:
-    """Read `source`: a file (.jsonl, .ndjson, .json, .csv, .tsv, these with .gz, .parquet) or a Hub data set.
+    """Reads `source`: a file (.jsonl, .ndjson, .json, .csv, .tsv, all also with .gz, or .parquet) or a Hub data set.
 
-    A name that exists or has an ending is a file; "owner/name", or "owner/name:config", is a data set of the Hub, of
-    which `split` ("train" if not given) at `revision` is read; both mean nothing to a file.
+    A name that exists or has an ending is a file. "owner/name" or "owner/name:config" is a data set on the Hub, of
+    which `split` ("train" by default) at `revision` is read; both are ignored for a file.
 
     Raises:
-        UserError: the file or data set is not there, is empty, cannot be read or is of an unknown kind.
+        UserError: the file or data set does not exist, is empty, cannot be read or has an unknown format.
     """
     name = os.fspath(source)
     path = Path(name).expanduser()
@@ -76,7 +76,7 @@ def read_records(source: str | os.PathLike, split: str | None = None, revision: 
         readers = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
         records = readers.get(ending, _read_jsonl)(_read_bytes(path, name), name)
     if not records:
-        raise UserError(f"{name}: there are no rows in this file; at least one is needed. Check how it was written.")
+        raise UserError(f"{name}: this file has no rows; at least one is needed. Check how it was written.")
     return records
 
 
@@ -85,21 +85,20 @@ def _check_file(path: Path, name: str) -> None:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.name.lower().removesuffix(".gz").endswith(ENDINGS))
         hint = f" It holds {', '.join(inside[:5])}." if inside else ""
-        raise UserError(f"{name}: this is a folder; one file is wanted.{hint} Give the path of a file ({kinds}).")
+        raise UserError(f"{name}: this is a folder; wanted a file.{hint} Give the path of a file ({kinds}).")
     if not path.exists():
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else None
         near = get_close_matches(path.name, there or [], n=3, cutoff=0.6)
         if near:
             hint = f"Did you mean {' or '.join(str(Path(name).parent / n) for n in near)}?"
         elif there is None:
-            hint = f"The folder {Path(name).parent} is not there either; check the path."
+            hint = f"The folder {Path(name).parent} does not exist either; check the path."
         else:
-            hint = 'Check the path; a data set of the Hub is written "owner/name".'
+            hint = 'Check the path; a data set on the Hub is written "owner/name".'
         raise UserError(f"{name}: there is no such file (looked from {Path.cwd()}). {hint}")
     if not name.lower().removesuffix(".gz").endswith(ENDINGS) or name.lower().endswith(".parquet.gz"):
         raise UserError(
-            f"{name}: unknown ending; the kinds known are {kinds} (the text ones also with .gz). "
-            "Rename or convert the file."
+            f"{name}: unknown file ending; known are {kinds} (text files also with .gz). Rename or convert the file."
         )
 
 
@@ -111,7 +110,7 @@ def _read_bytes(path: Path, name: str) -> bytes:
     except (OSError, EOFError, zlib.error) as err:
         raise UserError(f"{name}: cannot be read ({cut(err)}). Check its permissions, or download it again.") from err
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{name}: the text is UTF-16; UTF-8 is wanted. Save it again as UTF-8.")
+        raise UserError(f"{name}: the text is UTF-16; wanted UTF-8. Save it again as UTF-8.")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -132,7 +131,7 @@ def _not_utf8(err: UnicodeDecodeError) -> str:
 
 
 def _loads(text: str, where: str) -> tuple[object, list[Finding]]:
-    """JSON with a warning for each key that is written twice in one object (Python keeps the last)."""
+    """Parses JSON, with a warning for each key that occurs twice in one object (Python keeps the last)."""
     twice: list[str] = []
 
     def pairs(items: list[tuple[str, object]]) -> dict:
@@ -144,8 +143,8 @@ def _loads(text: str, where: str) -> tuple[object, list[Finding]]:
 
     value = json.loads(text, object_pairs_hook=pairs)
     text, kind = (
-        "is written twice in one object; the last one is used",
-        "a key written twice in one object",
+        "occurs twice in one object; the last one is used",
+        "a key that occurs twice in one object",
     )
     return value, [Finding(where, cut(key), text, kind) for key in twice]
 
@@ -153,7 +152,7 @@ def _loads(text: str, where: str) -> tuple[object, list[Finding]]:
 def _record(value: object, where: str, findings: list[Finding]) -> Record:
     if isinstance(value, dict):
         return Record(where, value, findings)
-    text = f"the row is {cut(value)} ({type(value).__name__}); a JSON object of columns is wanted. {REMOVE}"
+    text = f"the row is {cut(value)} ({type(value).__name__}); wanted a JSON object of columns. {REMOVE}"
     return Record(where, {}, [Finding(where, "", text)])
 
 
@@ -161,7 +160,7 @@ def _read_jsonl(data: bytes, name: str) -> list[Record]:
     lines = data.split(b"\n")
     if lines[0].strip() in (b"[", b"{"):
         raise UserError(
-            f"{name}:1: one JSON document over several lines; .jsonl has one object a line. Rename the file to .json."
+            f"{name}:1: one JSON document over several lines; .jsonl has one object per line. Rename it to .json."
         )
     last = max((i for i, line in enumerate(lines) if line.strip()), default=0)
     records = []
@@ -183,15 +182,15 @@ def _read_jsonl(data: bytes, name: str) -> list[Record]:
 
 def _not_json(err: Exception, line: str, is_last: bool) -> str:
     if not isinstance(err, json.JSONDecodeError):
-        return f"not JSON that can be read: {cut(err)}. {REMOVE}"
+        return f"this JSON cannot be read: {cut(err)}. {REMOVE}"
     in_string = "Unterminated" in err.msg
     if is_last and (in_string or err.pos >= len(line) or not line.endswith(("}", "]"))):
         inside = "a string" if in_string else "an object"
         return (
             f"JSON ends inside {inside} at column {len(line)}: the file looks cut off "
-            f"(unfinished download or full disk). Get the whole file, or pass --skip-invalid."
+            f"(unfinished download or full disk). Get the complete file, or pass --skip-invalid."
         )
-    return f"not JSON: {err.msg.removesuffix(' at')} at column {err.colno}; one JSON object a line is wanted. {REMOVE}"
+    return f"not JSON: {err.msg.removesuffix(' at')} at column {err.colno}; wanted one JSON object per line. {REMOVE}"
 
 
 def _read_json(data: bytes, name: str) -> list[Record]:
@@ -201,10 +200,10 @@ def _read_json(data: bytes, name: str) -> list[Record]:
     try:
         value, findings = _loads(text, name)
     except (ValueError, RecursionError) as err:
-        if getattr(err, "msg", "") == "Extra data":  # JSON lines under the name .json, as many data sets have them
+        if getattr(err, "msg", "") == "Extra data":  # JSON lines in a .json file, which is common
             return _read_jsonl(data, name)
         at = f":{err.lineno}" if isinstance(err, json.JSONDecodeError) else ""
-        raise UserError(f"{name}{at}: not JSON: {cut(err)}. The file may be cut off; get the whole file.") from err
+        raise UserError(f"{name}{at}: not JSON: {cut(err)}. The file may be cut off; get the complete file.") from err
     if isinstance(value, dict):
         lists = {k: v for k, v in value.items() if isinstance(v, list)}
         if not lists or "messages" in lists or "conversations" in lists:
@@ -213,11 +212,11 @@ def _read_json(data: bytes, name: str) -> list[Record]:
             value = next(iter(lists.values()))
         else:
             raise UserError(
-                f"{name}: an object with several lists ({cut(', '.join(lists))}); a list of rows is "
-                "wanted. Write the rows as one list of objects."
+                f"{name}: an object with several lists ({cut(', '.join(lists))}); wanted a list of rows. Write the "
+                "rows as one list of objects."
             )
     if not isinstance(value, list):
-        raise UserError(f"{name}: {cut(value)} ({type(value).__name__}) found; a list of objects is wanted.")
+        raise UserError(f"{name}: found {cut(value)} ({type(value).__name__}); wanted a list of objects.")
     records = [_record(row, f"{name}:[{i}]", []) for i, row in enumerate(value)]
     if records:
         records[0].findings.extend(findings)
@@ -242,15 +241,15 @@ def _read_csv(data: bytes, name: str) -> list[Record]:
                     raise UserError(f"{where}: the header names a column twice: {cut(', '.join(header))}. Rename one.")
             elif len(cells) != len(header):
                 text = (
-                    f"{len(cells)} cells found; the header has {len(header)}. Quote the cells that hold a "
-                    "separator or a line end, or pass --skip-invalid."
+                    f"found {len(cells)} cells; the header has {len(header)}. Quote cells that contain a separator "
+                    "or a line end, or pass --skip-invalid."
                 )
                 records.append(Record(where, {}, [Finding(where, "", text)]))
             else:
                 records.append(Record(where, dict(zip(header, cells, strict=True))))
     except csv.Error as err:
         where = f"{name}:{start}"
-        text = f"not {'TSV' if tab else 'CSV'}: {err}. Close the quotes of this record; a quote inside is doubled."
+        text = f"not {'TSV' if tab else 'CSV'}: {err}. Close the quotes of this record, and double any quote inside."
         records.append(Record(where, {}, [Finding(where, "", text)]))
     return records
 
@@ -261,7 +260,7 @@ def _read_parquet(path: Path, name: str) -> list[Record]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except Exception as err:  # pyarrow raises OSError, ArrowInvalid and more for a damaged file
-        raise UserError(f"{name}: not a whole parquet file ({cut(err)}). Download or write it again.") from err
+        raise UserError(f"{name}: not a complete parquet file ({cut(err)}). Download or write it again.") from err
     return [Record(f"{name}:[{i}]", row) for i, row in enumerate(rows)]
 
 
@@ -271,7 +270,7 @@ def _read_hub(name: str, split: str, revision: str | None) -> list[Record]:
     repo, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(repo, config or None, split=split, revision=revision)
-    except Exception as err:  # whatever went wrong there is told in words
+    except Exception as err:  # any failure is turned into an error message
         raise UserError(_hub_words(name, split, err)) from err
     return [Record(f"{name}:[{i}]", row) for i, row in enumerate(rows)]
 
@@ -280,8 +279,8 @@ def _hub_words(name: str, split: str, err: Exception) -> str:
     told = f"{type(err).__name__} {err}"
     if re.search(r"gated|\b40[13]\b", told, re.IGNORECASE):
         return (
-            f"{name}: this data set of the Hub is gated or private. Ask for access on its page, then run "
-            "`huggingface-cli login` or set HF_TOKEN."
+            f"{name}: this data set on the Hub is gated or private. Ask for access on its page, then run "
+            "`hf auth login` or set HF_TOKEN."
         )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") or "offline" in told.lower():
         return (
@@ -291,10 +290,10 @@ def _hub_words(name: str, split: str, err: Exception) -> str:
     if "Config name is missing" in told or "BuilderConfig" in told:
         return f'{name}: {cut(err, 300)} Write the configuration after a colon: "{name.split(":")[0]}:<config>".'
     if "split" in told.lower():
-        return f"{name}: the split {split!r} cannot be had ({cut(err, 300)}). Give another split."
+        return f"{name}: split {split!r} not found ({cut(err, 300)}). Give another split."
     if "NotFound" in type(err).__name__:
         return f"{name}: there is no such file, and no such data set (or revision) on the Hub. Check the name."
     return (
-        f"{name}: no file of this name, and the Hub could not be read ({cut(told, 200)}). Give a local file; or "
-        "connect to the network once and set HF_HUB_OFFLINE=1 after; private sets need `huggingface-cli login`."
+        f"{name}: there is no such file, and the Hub could not be read ({cut(told, 200)}). Give a local file, or "
+        "connect to the network once and then set HF_HUB_OFFLINE=1. Private data sets need `hf auth login`."
     )

@@ -1,4 +1,4 @@
-"""Which examples each process takes in each micro-batch: the same steps on any number of processes."""
+"""Assigns examples to micro-batches and processes, with the same optimizer steps on any number of processes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.utils.data import Sampler
 
 
 class StepSampler(Sampler[list[int]]):
-    """Micro-batches of one rank.
+    """The micro-batches of one rank.
 
-    Every epoch has an order of its own, known to all ranks. They share each `size * ranks` examples of it, the first
-    rank taking the first. No example comes twice in an epoch: where examples run out, a rank's last micro-batch is
-    shorter, or empty.
+    Every epoch has its own order, which all ranks know. Each `size * ranks` examples of it are split among the ranks,
+    in order of rank. No example occurs twice in an epoch: when examples run out, the last micro-batch of a rank is
+    shorter or empty.
 
     Args:
-        n: examples.
-        size: of a micro-batch.
-        seed: of the order; None: the order of the dataset.
-        drop_last: leave out what does not fill every rank's micro-batch.
+        n: number of examples.
+        size: examples per micro-batch.
+        seed: determines the order; None keeps the order of the data set.
+        drop_last: leave out examples that do not fill a micro-batch on every rank.
     """
 
     def __init__(self, n: int, size: int, seed: int | None, rank: int = 0, ranks: int = 1, drop_last: bool = False):
@@ -28,11 +28,11 @@ class StepSampler(Sampler[list[int]]):
 
     @property
     def batch_sampler(self) -> StepSampler:
-        """Itself: transformers looks for the sampler to tell the epoch to behind accelerate's wrapper."""
+        """The sampler itself: through accelerate's wrapper, transformers looks here for the one to set the epoch of."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of an epoch."""
+        """Sets the epoch, which determines the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The rows to train on and the rows held out: read and checked once, then kept beside the run as Arrow files."""
+"""Training rows and held-out rows: read and checked once, then kept in the run folder as Arrow files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("lowdft")
 
 @dataclass
 class Splits:
-    """Both splits, how the rows of the training data are laid out in their file, and a digest of each split."""
+    """Both splits, the layout of the training rows, and a digest of each split."""
 
     train: Examples
     heldout: Examples
@@ -34,14 +34,14 @@ class Splits:
 
 
 def load_splits(section: DataSection, folder: Path) -> Splits:
-    """Reads and checks the rows, or maps what an earlier call left in `folder` for the same data and settings.
+    """Reads and checks the rows, or maps those that an earlier call left in `folder` for the same data and settings.
 
-    Logs the notes and warnings of reading, also when it maps.
+    In both cases it logs the notes and warnings of reading.
 
     Raises:
-        InvalidRows: rows to train on or held-out ones are invalid, all of them in one message; `valid` are the others
-            to train on.
-        UserError: the data cannot be read, or has no rows left to train on.
+        InvalidRows: training or held-out rows are invalid; all of them are in one message, and `valid` holds the valid
+            training rows.
+        UserError: the data cannot be read, or no rows are left to train on.
     """
     settings = dataclasses.asdict(section)
     digests = [_digest(section, section.train, section.split, section.revision)]
@@ -90,7 +90,7 @@ def _make(section: DataSection, paths: dict[str, Path]) -> dict:
 def _load(
     section: DataSection, source: str, split: str, revision: str | None, lines: list[str], errors: list[str]
 ) -> Loaded:
-    """The rows of a source, of invalid ones the others; what there is to say is added to `lines` and `errors`."""
+    """The valid rows of a source; adds notes and warnings to `lines`, and errors to `errors`."""
     try:
         loaded = load_examples(
             source,
@@ -110,7 +110,7 @@ def _load(
 
 
 def _digest(section: DataSection, source: str, split: str, revision: str | None) -> str | None:
-    """Names the contents of a source without understanding them; None when it cannot, and reading will say why."""
+    """A hash of a source's contents without parsing them; None if it cannot be read (reading it reports why)."""
     path = Path(source).expanduser()
     try:
         if path.is_file():

@@ -1,8 +1,8 @@
-"""How a turn begins and ends for one tokenizer: the same for training, sampling and evaluation.
+"""How a turn begins and ends for one tokenizer, in training, sampling and evaluation alike.
 
-A prompt begins as the tokenizer's own encoding of any text does (BOS, where it has one, exactly once). It ends where
-the model starts to write: after the template's generation prompt, outside of a think block. An answer ends with the
-first of `Turns.end_ids`, the tokens at which sampling stops.
+A prompt begins as the tokenizer begins any text (with exactly one BOS token, if it has one). It ends where the model
+starts to write: after the template's generation prompt, outside a think block. An answer ends with the first of
+`Turns.end_ids`, the tokens at which sampling stops.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from functools import cached_property
 
 from lowdft.errors import UserError
 
-# The zephyr format, as in the authors' code: for tokenizers without a chat template of their own.
+# The zephyr format, as in the authors' code, for tokenizers without a chat template.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-PROBE = "lowdft probe"  # an answer that no template rewrites
+PROBE = "lowdft probe"  # a sample answer that templates do not change
 THINK = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]"} | {
     "<|START_THINKING|>": "<|END_THINKING|>"
 }
-MARKER = re.compile(r"<(?!0x)[^\s<>]+>|\[[^\s\[\]]+\]")  # how control tokens look; <0x0A> is a byte
+MARKER = re.compile(r"<(?!0x)[^\s<>]+>|\[[^\s\[\]]+\]")  # the form of control tokens; <0x0A> is a byte
 
 
 class Turns:
     """The chat template of a tokenizer, its first ids and its end tokens.
 
     Args:
-        tokenizer: a transformers tokenizer; one without a chat template gets `DEFAULT_CHAT_TEMPLATE` (zephyr).
-        model_end_ids: `eos_token_id` of the model's generation settings. Ids that are no control token of this
-            tokenizer are left out.
+        tokenizer: a transformers tokenizer; without a chat template it gets `DEFAULT_CHAT_TEMPLATE` (zephyr).
+        model_end_ids: `eos_token_id` of the model's generation settings. Ids that are not a control token of this
+            tokenizer are ignored.
 
     Raises:
-        UserError: nothing ends an answer: no eos_token, no end token in the generation settings or the template.
+        UserError: there is no end token in the tokenizer, the generation settings or the template.
     """
 
     def __init__(self, tokenizer, model_end_ids: Iterable[int] = ()):
@@ -52,17 +52,17 @@ class Turns:
         known = known if turn_end is None else [*known, turn_end]
         if not known:
             raise UserError(
-                "nothing ends an answer: the tokenizer has no eos_token, the generation settings have no eos_token_id "
-                "that is a control token, and the chat template writes no end token. Set tokenizer.eos_token (in "
-                "tokenizer_config.json, for a model folder), or choose a base that has one."
+                "no token ends an answer: the tokenizer has no eos_token, the generation settings have no eos_token_id "
+                "that is a control token, and the chat template writes no end token. Set tokenizer.eos_token (for a "
+                "model folder, in tokenizer_config.json), or choose a base that has one."
             )
         self._text_end, self._turn_end = known[0], known[0] if turn_end is None else turn_end
-        self.end_ids: list[int] = sorted(set(known))  # every token at which an answer ends
+        self.end_ids: list[int] = sorted(set(known))  # all tokens that end an answer
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a text without the special tokens that the tokenizer puts around texts; not to be changed in place.
+        """Ids of a text without the special tokens that the tokenizer adds around texts. Do not change them in place.
 
-        The last two texts are kept: all answers of a row stand after the same prompt.
+        The last two texts are cached, because all answers of a row follow the same prompt.
         """
         found = self._recent.pop(text, None)
         if found is None:
@@ -73,28 +73,28 @@ class Turns:
         return found
 
     def end_for(self, completion: str | list[dict]) -> int:
-        """The end token of an answer that has none in its text: of plain text, or of messages under the template."""
+        """The end token to append to an answer without one, for plain text or for messages under the template."""
         return self._text_end if isinstance(completion, str) else self._turn_end
 
     @cached_property
     def begin(self) -> list[int]:
-        """The ids that the tokenizer's own encoding puts before every text: BOS, or none."""
+        """The ids that the tokenizer puts before every text: BOS, or none."""
         own, bare = self.tokenizer("a").input_ids, self.ids("a")
         return next((own[:i] for i in range(len(own)) if own[i : i + len(bare)] == bare), [])
 
     def begun(self, ids: list[int]) -> list[int]:
-        """The ids with `begin` before them, unless a template or the text itself wrote it."""
+        """The ids with `begin` in front, unless the template or the text already has it."""
         return ids if ids[: len(self.begin)] == self.begin else [*self.begin, *ids]
 
     def end_of(self, ids: list[int]) -> int | None:
-        """The place of the first end token."""
+        """The position of the first end token."""
         return next((i for i, token in enumerate(ids) if token in self.end_ids), None)
 
     def ids_after(self, before: str, text: str) -> tuple[list[int], bool]:
-        """Ids of `text` as it stands after `before`, and whether they are those of the whole text.
+        """Ids of `text` when it follows `before`, and whether they agree with the tokens of the whole text.
 
-        Where a token of the whole text spans the boundary, no model that is given `before` could write it: the text
-        then counts as tokenized after a separate character, which leaves no space of the tokenizer's own in front.
+        If a token of the whole text spans the boundary, a model that continues `before` could not write it. Then `text`
+        is tokenized after a separator character, so that the tokenizer adds no space in front.
         """
         start, whole = self.ids(before), self.ids(before + text)
         if whole[: len(start)] == start:
@@ -108,8 +108,8 @@ class Turns:
     def prompt(self, messages: list[dict], tools: list[dict] | None = None, thinking: bool = False) -> str:
         """The rendered text up to where the model writes its answer.
 
-        A think block that the generation prompt opens is closed unless the answer `thinking`; a header that the
-        template writes for answers alone (it ignores `add_generation_prompt`) is added.
+        A think block that the generation prompt opens is closed unless the answer is `thinking`. If the template
+        ignores `add_generation_prompt`, the header that it writes before answers is added.
         """
         text = self.render(messages, tools, True, thinking) + self._header
         opened = None if thinking else next((tag for tag in THINK if text.rstrip().endswith(tag)), None)
@@ -118,15 +118,16 @@ class Turns:
     def answer(
         self, messages: list[dict], completion: list[dict], tools: list[dict] | None = None, thinking: bool = False
     ) -> tuple[str, str]:
-        """The rendered prompt, and what the template writes after it for this answer, end of turn included.
+        """The rendered prompt, and what the template writes after it for this answer, including the end of the turn.
 
         Raises:
-            UserError: the template refuses the row, drops the answer's reasoning, or cannot be taken apart.
+            UserError: the template rejects the row, drops the answer's reasoning, or its prompt and answer cannot be
+                separated.
         """
         if thinks(completion) and not thinking:
             raise UserError(
-                "a negative brings reasoning (a think block) and the completion does not; remove the reasoning from "
-                "the negative, or add it to the completion"
+                "a negative contains reasoning (a think block) but the completion does not; remove the reasoning from "
+                "the negative, or add some to the completion"
             )
         before = self.prompt(messages, tools, thinking)
         whole = self.render([*messages, *completion], tools, False, thinking)
@@ -134,13 +135,13 @@ class Turns:
         text = whole[start:]
         if thinks(completion) and not any(closing in text for closing in THINK.values()):
             raise UserError(
-                "the chat template drops the reasoning of this answer (<think>…</think>), so that it would be trained "
-                "without. Remove it from the row, or set model.chat_template to one that keeps it."
+                "the chat template drops the reasoning of this answer (<think>…</think>), so it would not be trained. "
+                "Remove it from the row, or set model.chat_template to a template that keeps it."
             )
         return before, text
 
     def render(self, messages, tools, add_generation_prompt: bool, thinking: bool = False) -> str:
-        """What the chat template makes of messages.
+        """The messages rendered by the chat template.
 
         Raises:
             UserError: the template raises an error.
@@ -155,19 +156,19 @@ class Turns:
         except Exception as error:  # Jinja and the templates' own raise_exception have no common base
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise UserError(
-                f"the chat template refuses this row (roles: {roles}): {error}. Change the row, or set "
+                f"the chat template rejects this row (roles: {roles}): {error}. Change the row, or set "
                 "data.prompt_style: direct."
             ) from error
 
     @cached_property
     def _probed(self) -> tuple[str, str]:
-        """What the template writes around an answer: its header where generation prompts are ignored, and its end."""
+        """What the template writes around an answer: its end, and its header if generation prompts are ignored."""
         question = [{"role": "user", "content": "?"}]
         try:
             bare, asked = self.render(question, None, False), self.render(question, None, True)
             whole = self.render([*question, {"role": "assistant", "content": PROBE}], None, False)
         except UserError:
-            return "", ""  # the rows will say more
+            return "", ""  # rendering the rows will report the error
         before, found, after = whole.rpartition(PROBE)
         ignored = found and bare == asked and before.startswith(bare)
         header = before[len(bare) :].rstrip(" ") if ignored else ""  # a space is part of the answer's first token
@@ -190,16 +191,18 @@ class Turns:
         return token in self.tokenizer.added_tokens_decoder or bool(MARKER.fullmatch(text))
 
     def _content_start(self, messages, completion, tools, whole: str) -> int:
-        """Where the answer stands in `whole`, for templates that write a prompt otherwise once an answer follows."""
+        """The position of the answer in `whole`, for templates that render a prompt differently before an answer."""
         other = self.render([*messages, {**completion[-1], "content": "\u2063"}], tools, False)
         start = next((i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), 0)
         if not start:
-            raise UserError("the chat template writes a prompt and its answer in a form that cannot be told apart")
+            raise UserError(
+                "the chat template renders prompt and answer so that they cannot be separated; set model.chat_template"
+            )
         return start
 
 
 def thinks(completion: str | list[dict]) -> bool:
-    """Whether an answer brings reasoning: a think block, or the message field reasoning_content."""
+    """Whether an answer contains reasoning: a think block, or the message field reasoning_content."""
     if isinstance(completion, str):
         return False
     said = " ".join(m["content"] for m in completion if isinstance(m.get("content"), str))

@@ -1,1 +1,1 @@
-"""Where people start: what this machine can do, and a first recipe from a model and a file of rows."""
+"""The verbs for getting started: check this machine (`doctor`), and write a first recipe (`init`)."""

@@ -1,4 +1,4 @@
-"""doctor: what this machine can do for fine-tuning, and the command that mends what it cannot."""
+"""doctor: reports what this machine supports, and the command that fixes what is missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROBE_TOKENS = 512
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `remedy` is the command that mends a failed check; `required` by `lowdft run`."""
+    """One line of the report. `remedy` is the command that fixes a failed check; `required`: `lowdft run` needs it."""
 
     name: str
     ok: bool
@@ -37,7 +37,7 @@ class Check:
 
 
 def main() -> int:
-    """Prints every check and returns the exit status: 1 when something that `lowdft run` needs is missing."""
+    """Prints every check and returns the exit status: 1 if something that `lowdft run` needs is missing."""
     checks = list(run_checks())
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for check in checks:
@@ -54,14 +54,14 @@ def main() -> int:
 
 
 def run_checks() -> Iterator[Check]:
-    """All checks, cheap ones first."""
+    """All checks, the quick ones first."""
     yield Check(
         "Python", (3, 10) <= sys.version_info < (3, 14), platform.python_version(), "use Python 3.10 to 3.13", True
     )
     yield from packages()
     yield accelerator()
     bf16 = computes_bfloat16()
-    yield Check("bfloat16", bf16, "computed by the hardware" if bf16 else "emulated: model.dtype auto takes float32")
+    yield Check("bfloat16", bf16, "supported by the hardware" if bf16 else "emulated: model.dtype auto uses float32")
     yield quantization()
     free = free_memory() / 1e9
     yield Check("memory", True, f"{free:.1f} GB free; {largest_base(free)}")
@@ -80,17 +80,17 @@ def run_checks() -> Iterator[Check]:
         "Hub", bool(get_token()), "logged in" if get_token() else "not logged in (public models only)", "hf auth login"
     )
     if offline:
-        yield Check("network", False, "HF_HUB_OFFLINE is set: only what is in the local cache")
+        yield Check("network", False, "HF_HUB_OFFLINE is set: only models and data in the local cache")
     yield Check(
-        "speed", True, f"{tokens_per_second():,.0f} tokens/s, forward and backward, in a model of 27M parameters"
+        "speed", True, f"{tokens_per_second():,.0f} tokens/s, forward and backward, with a model of 27M parameters"
     )
 
 
 def packages() -> Iterator[Check]:
-    """Installed versions against those that lowdft declares."""
+    """Compares installed versions with those that lowdft requires."""
     for line in importlib.metadata.requires("lowdft") or []:
         requirement = Requirement(line)
-        if requirement.marker is not None:  # of an extra
+        if requirement.marker is not None:  # belongs to an extra
             continue
         try:
             version = importlib.metadata.version(requirement.name)
@@ -115,20 +115,20 @@ def accelerator() -> Check:
 
 
 def quantization() -> Check:
-    """Does bitsandbytes quantize to NF4 and back on this device?"""
+    """Whether bitsandbytes can quantize to NF4 and back on this device."""
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         weight = torch.linspace(-1, 1, 64 * 64, device="cuda" if torch.cuda.is_available() else "cpu").view(64, 64)
         back = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
         error = (back - weight).abs().max().item()
-    except Exception as problem:  # a broken native library raises anything
+    except Exception as problem:  # a broken native library can raise anything
         return Check("NF4", False, f"does not work ({type(problem).__name__}: {problem})", "model.load_in_4bit=false")
     return Check("NF4", error < 0.2, f"works (largest error {error:.2f} of 1)", "model.load_in_4bit=false")
 
 
 def free_memory() -> float:
-    """Free bytes of the GPU, else of this machine."""
+    """Free memory of the GPU, or of this machine without one, in bytes."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
     import psutil
@@ -137,7 +137,7 @@ def free_memory() -> float:
 
 
 def largest_base(gigabytes: float) -> str:
-    """The largest usual size whose QLoRA training fits (estimate: 0.6 GB per billion parameters, and 2.2 GB)."""
+    """The largest common model size whose QLoRA training fits (estimate: 2.2 GB + 0.6 GB per billion parameters)."""
     fitting = [size for size in BASES if 0.6 * size + 2.2 <= gigabytes]
     return (
         f"QLoRA fits bases of up to about {fitting[-1]:g}B parameters (estimate)" if fitting else "too little for QLoRA"

@@ -1,4 +1,4 @@
-"""init: a first recipe, commented, from a model and a file of rows. It asks nothing that it can see."""
+"""init: writes a first recipe with comments, from a model and a file of rows."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lowdft.evaluation import answers
 from lowdft.files import write_text
 from lowdft.text import printable
 
-CHARACTERS_PER_TOKEN = 3.0  # at most, in English text under usual vocabularies; lengths become generous limits
+CHARACTERS_PER_TOKEN = 3.0  # a low estimate for English text, so that limits on lengths are generous
 TEMPLATE = """\
 # Written by `lowdft init`. Every key: docs, "Recipe reference". Check it with `lowdft inspect` and `lowdft plan`.
 output_dir: {output_dir}
 model:
   name_or_path: {model}
-  load_in_4bit: {load_in_4bit}  # NF4; false needs four times the memory for the base
+  load_in_4bit: {load_in_4bit}  # NF4; with false the base needs four times the memory
 data:
   train: {data}  # {rows} rows, layout {layout}
-  eval_rows: {eval_rows}  # held out for the evaluation, from the end of the file
+  eval_rows: {eval_rows}  # the last rows of the file, held out for evaluation
 {negatives}training:
   objective: {objective}  # {why}
   negatives_per_step: {count}
   num_train_epochs: 2
   learning_rate: 2e-4  # LoRA; about 1e-5 with `adapter: null`
-  per_device_train_batch_size: {batch}  # prompts per optimizer step; memory depends on tokens_per_pass, not on this
+  per_device_train_batch_size: {batch}  # prompts per optimizer step; memory depends on tokens_per_pass instead
   max_prompt_length: {max_prompt_length}  # the longest prompt has about {longest_prompt} tokens
   max_length: {max_length}
   gradient_checkpointing: {checkpointing}
@@ -39,7 +39,7 @@ evaluation:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the rows show: `negatives` is the fewest that any row brings; lengths are in tokens, roughly."""
+    """Facts about the rows: `negatives` is the smallest number in any row; lengths are rough numbers of tokens."""
 
     rows: int
     layout: str
@@ -53,24 +53,24 @@ def main(model: str, data: str, output: str, gpu: float | None = None) -> None:
     """Writes a recipe for `model` and `data` to the file `output`.
 
     Args:
-        gpu: memory of the GPU in GB; gradient checkpointing is switched on where the base needs it.
+        gpu: memory of the GPU in GB; gradient checkpointing is switched on if the base needs it.
 
     Raises:
-        UserError: the file is there already, or the rows cannot be read.
+        UserError: the file already exists, or the rows cannot be read.
     """
     if Path(output).exists():
-        raise UserError(f"{output}: is there already; give another name with --output, or delete it")
+        raise UserError(f"{output}: this file already exists; give another name with --output, or delete it")
     loaded = load_examples(data)
     for note in [*loaded.notes, *(f"warning: {w}" for w in loaded.warnings)]:
         print(printable(f"{data}: {note}"))
     seen = look(loaded)
     write_text(output, recipe_text(model, data, Path(output).stem, seen, gpu))
-    training_config(load_recipe(output))  # what was written is a recipe
+    training_config(load_recipe(output))  # check that it is a valid recipe
     print(printable(f"{output}: written. Next: lowdft inspect {output}; lowdft plan {output}; lowdft run {output}"))
 
 
 def look(loaded: Loaded) -> Seen:
-    """Counts what decides the recipe."""
+    """Collects the facts on which the recipe depends."""
     examples = loaded.examples
     truths = [e.answer or plain_text(e.completion) for e in examples]
     return Seen(
@@ -100,7 +100,7 @@ def recipe_text(model: str, data: str, name: str, seen: Seen, gpu: float | None)
         rows=seen.rows,
         layout=seen.layout,
         eval_rows=max(1, min(200, seen.rows // 10)),
-        negatives="" if own else "\n".join(written) + "  # how the base writes them\n",
+        negatives="" if own else "\n".join(written) + "  # how the base is prompted for them\n",
         objective=objective,
         why=why,
         count=count,
@@ -117,11 +117,12 @@ def recipe_text(model: str, data: str, name: str, seen: Seen, gpu: float | None)
 def _objective(seen: Seen) -> tuple[str, int, str]:
     """The objective for such rows, its negatives per step, and why."""
     if seen.layout == "choices":
-        return "dft", 1, f"chooses best; listwise (negatives_per_step: {seen.negatives}) keeps the right options likely"
+        chosen = "most accurate for choosing"
+        return "dft", 1, f"{chosen}; listwise (negatives_per_step: {seen.negatives}) keeps the right options likely"
     if seen.negatives:
-        why = "the completion against the rows' own negatives; sft is the baseline to compare with"
+        why = "compares the completion with the negatives in your rows; sft is the baseline to compare with"
         return "listwise", min(seen.negatives, 7), why
-    return "dft", 2, "the paper's objective; `lowdft probe` says whether negatives will help, sft is the baseline"
+    return "dft", 2, "the paper's; `lowdft probe` estimates whether negatives will help; sft is the baseline"
 
 
 def _tokens(texts) -> int:

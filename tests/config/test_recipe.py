@@ -43,12 +43,12 @@ def test_another_objective_leaves_the_hyperparameters_of_the_recipes_own(write):
 @pytest.mark.parametrize(
     "extra, words",
     [
-        ("negative: {top_k: 5}", "negative is not a key of a recipe. Did you mean 'negatives'"),
-        ("negatives: {topk: 5}", "negatives.topk is not a key of a recipe. Did you mean 'top_k'"),
+        ("negative: {top_k: 5}", "negative is not a recipe key. Did you mean 'negatives'"),
+        ("negatives: {topk: 5}", "negatives.topk is not a recipe key. Did you mean 'top_k'"),
         ("negatives: {top_k: many}", "negatives.top_k"),
         ("negatives: {strategy: bad_sistem}", "Did you mean 'bad_system'"),
         ("negatives: {strategy: custom}", "negatives.template is None"),
-        ("negatives: {stop: ['.', '']}", "negatives.stop is .*wanted texts of a character or more"),
+        ("negatives: {stop: ['.', '']}", "negatives.stop is .*wanted texts that are not empty"),
         ("negatives: {top_p: 0}", "negatives.top_p is 0.0; wanted a number in"),
         ("model: 7", "model is 7; wanted a section"),
         ("evaluation: {answer: regex}", "evaluation.pattern is missing"),
@@ -103,7 +103,7 @@ def test_a_recipe_says_only_what_differs_from_the_one_it_extends(write, tmp_path
     assert recipe.training == {"tau": 0.5, "gamma": None, "seed": 1} and recipe.adapter.r == 4
     assert (recipe.model.name_or_path, recipe.model.revision) == ("owner/name", "abc")
     twin.write_text("extends: cousin.yaml\n")
-    with pytest.raises(UserError, match="extends twin.yaml, which extends it in turn"):
+    with pytest.raises(UserError, match="and twin.yaml extend each other"):
         load_recipe(twin)
     twin.write_text("extends: absent.yaml\n")
     with pytest.raises(UserError, match="absent.yaml: there is no such recipe"):

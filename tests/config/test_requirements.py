@@ -16,12 +16,12 @@ from lowdft.errors import UserError
 @pytest.mark.parametrize(
     "negatives, training, ready, said",
     [
-        ({}, {}, True, "the rows bring their own negatives"),
+        ({}, {}, True, "the rows have their own negatives"),
         (dict(stop=["\n"]), {}, False, "negatives.stop ends them early"),
         (dict(resample=1), {}, False, "negatives.resample replaces some"),
-        (dict(temperature=0.0), {}, False, "negatives.temperature 0 draws nothing"),
-        (dict(adapter="a"), {}, False, "negatives.adapter wrote them"),
-        (dict(adapter="a"), dict(reference_model="adapter:b"), False, "negatives.adapter wrote them"),
+        (dict(temperature=0.0), {}, False, "negatives.temperature is 0, so nothing is sampled"),
+        (dict(adapter="a"), {}, False, "they are sampled from negatives.adapter"),
+        (dict(adapter="a"), dict(reference_model="adapter:b"), False, "they are sampled from negatives.adapter"),
         (dict(adapter="a"), dict(reference_model="adapter:a"), False, None),
         ({}, {}, False, None),
     ],

@@ -112,7 +112,7 @@ def test_rows_together():
     assert table(row("q", "81"), row("q", "81", rejected="80")) == []
     disagrees = "3", "completion", "disagrees with line 1"
     assert table(row("q", "81"), row("q", "9 x 9 = 81"), row("q", "80")) == [disagrees]
-    form = "prompt", "equals that of line 1 but for white space or Unicode form"
+    form = "prompt", "equals that of line 1 except for white space or Unicode form"
     assert table(row("q", "a"), row("q ", "a"), row("q ", "b.c")) == [("2", *form)]
     assert table(row("caf\u00e9", "x"), row("cafe\u0301", "x")) == [("2", *form)]
     twice = table(row("q", "a", id="k"), row("r", "b", id="k"))
@@ -148,7 +148,7 @@ def test_all_bad_rows_are_told_at_once(tmp_path):
 
 def test_one_error_of_all_rows_is_told_once(tmp_path):
     name = write(tmp_path, [{"question": "a", "response": "b"}] * 50)
-    with pytest.raises(UserError, match=r"l:1: question is of no known layout .* \(The same in 50 of 50 rows.\)$"):
+    with pytest.raises(UserError, match=r"l:1: question is of no known layout .* \(50 of 50 rows have this error.\)$"):
         load_examples(name)
 
 
@@ -183,7 +183,7 @@ def test_one_summary_line_a_kind(tmp_path):
 def test_mixed_layouts_are_told(tmp_path):
     loaded = load_examples(write(tmp_path, [PAIR, {"question": "x", "answer": "y"}]))
     assert loaded.warnings == [
-        "1 row with another layout than the first row of the file: line 2 (line 2: layout question+answer)"
+        "1 row with a different layout than the first row of the file: line 2 (line 2: layout question+answer)"
     ]
 
 
@@ -194,8 +194,8 @@ def test_overlap_of_train_and_held_out():
     held = [Example("x", [system, {"role": "user", "content": "What is 1+1?"}], [], source="test.jsonl:8"),
             Example("y", "cafe\u0301", "x", source="test.jsonl:9"), Example("z", "new", "x", source="t:1")]  # fmt: skip
     assert overlap(train, held) == [
-        "2 held-out prompts are trained on too (train.jsonl lines 1, 2; held out: test.jsonl lines 8, 9), so the "
-        "evaluation flatters. Remove them from one of the two."
+        "2 held-out prompts are also trained on (train.jsonl lines 1, 2; held out: test.jsonl lines 8, 9), so the "
+        "evaluation looks too good. Remove them from one of the two."
     ]
     assert overlap(train, held[2:]) == [] and overlap(train, []) == []
 

@@ -113,5 +113,5 @@ def test_template():
 def test_template_is_for_text(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
-    with pytest.raises(UserError, match="data.prompt_template is for prompts of text"):
+    with pytest.raises(UserError, match="data.prompt_template is for string prompts"):
         load_examples(path, prompt_template="{prompt}:")

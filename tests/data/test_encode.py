@@ -91,7 +91,7 @@ def test_a_template_that_trims_or_rewrites_the_past():
 
 def test_a_template_that_refuses_says_so_in_words():
     tokenizer = make_tokenizer("{{ raise_exception('no system role here') }}")
-    with pytest.raises(UserError, match=r"refuses this row \(roles: user\).*no system role here"):
+    with pytest.raises(UserError, match=r"rejects this row \(roles: user\).*no system role here"):
         Encoder(tokenizer).prompt(USER)
 
 
@@ -105,9 +105,13 @@ def test_an_answer_that_is_not_rendered_is_refused():
 @pytest.mark.parametrize(
     "lengths, kept, said",
     [
-        (dict(max_length=16, max_prompt_length=16), (12, 4), "12 tokens, as max_prompt_length 16 leaves less than a"),
+        (
+            dict(max_length=16, max_prompt_length=16),
+            (12, 4),
+            "12 tokens, because max_prompt_length 16 leaves less than",
+        ),
         (dict(max_length=17, max_prompt_length=16), (13, 4), "a quarter of max_length 17 for answers"),
-        (dict(max_length=16), (12, 4), "as max_prompt_length None leaves less than a quarter of max_length 16"),
+        (dict(max_length=16), (12, 4), "because max_prompt_length None leaves less than a quarter of max_length 16"),
         (dict(max_prompt_length=16, context=16), (12, 4), "leaves less than a quarter of the model's context 16"),
         (dict(max_length=64, max_prompt_length=16, context=20), (15, 5), "the model's context 20"),
         (dict(max_length=20, max_prompt_length=6), (6, 14), "1 prompts (max_prompt_length 6; beginning dropped)"),

@@ -136,10 +136,10 @@ def test_bare_answer_beside_the_completion():
 
 def test_wrong_column_map(tmp_path):
     name = write(tmp_path, [{"question_text": "a", "good": "b"}])
-    words = 'no row has the column "goood".*for completion; found are question_text, good. Did you mean "good"'
+    words = 'no row has the column "goood".*as completion; the columns are question_text, good. Did you mean "good"'
     with pytest.raises(UserError, match=words):
         load_examples(name, columns={"prompt": "question_text", "completion": "goood"})
-    with pytest.raises(UserError, match='"promt" is no name of ours; did you mean "prompt"'):
+    with pytest.raises(UserError, match='"promt" is not a known name; did you mean "prompt"'):
         load_examples(name, columns={"promt": "question_text"})
 
 
@@ -150,15 +150,15 @@ def test_wrong_column_map(tmp_path):
         ({"prompt": "a", "awnser": "b"}, "awnser", 'did you mean "answer"?'),
         ({"prompt": "a", "completoin": "b"}, "completoin", 'did you mean "completion"?'),
         ({"Prompt": "a", "Completion": "b"}, "Prompt", 'did you mean "prompt"?'),
-        ({"text": "a"}, "text", "nothing says where the prompt ends"),
+        ({"text": "a"}, "text", "not clear where the prompt ends"),
         ({"prompt": "a", "completion": "b", "messages": [USER, GOOD]}, "", "messages and prompt+completion"),
         ({}, "", "no columns"),
         ({"messages": "user: hi"}, "messages", "is a string (user: hi); a list of {role, content} is needed"),
         ({"messages": []}, "messages", "is an empty list"),
         ({"messages": [USER, "4"]}, "messages[1]", "is a string (4)"),
         ({"prompt": "a", "completion": "b", "negatives": "c"}, "negatives", "is a string (c); a list of answers"),
-        ({"prompt": "a", "chosen": [USER, GOOD]}, "chosen", "begins with another prompt than prompt"),
-        ({"chosen": [USER, GOOD], "rejected": [OTHER, USER, BAD]}, "rejected", "begins with another prompt"),
+        ({"prompt": "a", "chosen": [USER, GOOD]}, "chosen", "has a different prompt than prompt"),
+        ({"chosen": [USER, GOOD], "rejected": [OTHER, USER, BAD]}, "rejected", "has a different prompt"),
         ({"chosen": "Human: a", "rejected": "Human: b"}, "chosen", "is a string"),
         ({"prompt": "a", "completion": "b", "id": [1]}, "id", "is a list ([1]); a string or a number is needed"),
         ({"prompt": "a", "completion": "b", "tools": {"x": 1}}, "tools", "is an object"),
@@ -195,7 +195,7 @@ def test_loaded_tells_layout_negatives_and_fingerprint(tmp_path):
     assert load_examples(write(tmp_path, rows)).fingerprint == loaded.fingerprint
     assert load_examples(write(tmp_path, rows[::-1])).fingerprint != loaded.fingerprint
     chat = load_examples(write(tmp_path, [{"messages": [USER, GOOD]}]))
-    assert chat.notes == ["layout: messages (the last assistant turn of each row is trained)"]
+    assert chat.notes == ["layout: messages (the last assistant turn of each row is trained on)"]
 
 
 def test_csv_and_parquet_rows_load(tmp_path):

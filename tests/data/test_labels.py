@@ -33,5 +33,5 @@ def test_strange_rows_are_named():
         with_labels(rows("yes", "perhaps"), ["yes", "no"])
     own = rows("yes")
     own[0].negatives = ["no"]
-    with pytest.raises(UserError, match="t.jsonl:1: brings negatives of its own"):
+    with pytest.raises(UserError, match="t.jsonl:1: the row has its own negatives"):
         with_labels(own, ["yes", "no"])

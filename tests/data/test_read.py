@@ -91,7 +91,7 @@ def test_bad_lines_are_collected_with_their_numbers(tmp_path):
     records = read_records(write(tmp_path / "t.jsonl", data))
     told = [e.removeprefix(f"{tmp_path}/t.jsonl:") for e in errors(records)]
     assert told[0].startswith("1: not JSON: Unterminated string starting at column 7")
-    assert told[1].startswith("2: the row is [1, 2] (list); a JSON object of columns is wanted.")
+    assert told[1].startswith("2: the row is [1, 2] (list); wanted a JSON object of columns.")
     assert told[2].startswith("3: byte 0xe9 at column 11 is not UTF-8.")
     assert records[3].columns == {"a": 2}
     assert [(f.field, bool(f.warning)) for f in records[3].findings] == [("a", True)]
@@ -99,7 +99,7 @@ def test_bad_lines_are_collected_with_their_numbers(tmp_path):
 
 def test_csv_trouble(tmp_path):
     ragged = read_records(write(tmp_path / "a.csv", "p,q\n1,2\n1,2,3\n4,5\n"))
-    assert errors(ragged) == [f"{tmp_path}/a.csv:3: 3 cells found; the header has 2. Quote the cells that hold a "
+    assert errors(ragged) == [f"{tmp_path}/a.csv:3: found 3 cells; the header has 2. Quote cells that contain a "
                               "separator or a line end, or pass --skip-invalid."]  # fmt: skip
     assert [r.where.rpartition(":")[2] for r in ragged] == ["2", "3", "4"]
     unclosed = read_records(write(tmp_path / "b.csv", 'p,q\n1,2\n3,"open\n'))
@@ -113,16 +113,16 @@ def test_csv_trouble(tmp_path):
 @pytest.mark.parametrize(
     "name, data, words",
     [
-        ("empty.jsonl", b"", "there are no rows"),
-        ("blank.json", b"\n", "there are no rows"),
-        ("none.json", b"[]", "there are no rows"),
-        ("header.csv", b"prompt,completion\n", "there are no rows"),
-        ("notes.txt", b"hello", "unknown ending; the kinds known are .jsonl"),
+        ("empty.jsonl", b"", "this file has no rows"),
+        ("blank.json", b"\n", "this file has no rows"),
+        ("none.json", b"[]", "this file has no rows"),
+        ("header.csv", b"prompt,completion\n", "this file has no rows"),
+        ("notes.txt", b"hello", "unknown file ending; known are .jsonl"),
         ("wide.jsonl", b"\xff\xfe{\x00", "UTF-16"),
-        ("pretty.jsonl", b'{\n "a": 1\n}\n', "Rename the file to .json"),
+        ("pretty.jsonl", b'{\n "a": 1\n}\n', "Rename it to .json"),
         ("cut.json", b'[\n{"a": 1},\n{"a"', "cut.json:3: not JSON"),
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}')[:-4], "cannot be read"),
-        ("bad.parquet", b"PAR1 no", "not a whole parquet file"),
+        ("bad.parquet", b"PAR1 no", "not a complete parquet file"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, name, data, words):
@@ -134,7 +134,7 @@ def test_missing_file_and_folder(tmp_path):
     write(tmp_path / "train.jsonl", "{}")
     with pytest.raises(UserError, match=r"no such file .*Did you mean .*/train\.jsonl\?"):
         read_records(tmp_path / "trian.jsonl")
-    with pytest.raises(UserError, match="folder .*nowhere is not there"):
+    with pytest.raises(UserError, match="folder .*nowhere does not exist"):
         read_records(tmp_path / "nowhere" / "train.jsonl")
     with pytest.raises(UserError, match="this is a folder; .*It holds train.jsonl"):
         read_records(tmp_path)
@@ -159,11 +159,11 @@ def test_hub_rows(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "error, offline, words",
     [
-        (ConnectionError("Couldn't reach 'o/n' on the Hub"), "", "Give a local file; or connect"),
+        (ConnectionError("Couldn't reach 'o/n' on the Hub"), "", "Give a local file, or connect"),
         (ConnectionError("Couldn't reach 'o/n' on the Hub"), "1", "HF_HUB_OFFLINE is set and this data set is not"),
-        (RuntimeError("o/n is a gated dataset on the Hub"), "", "gated or private.*huggingface-cli login"),
+        (RuntimeError("o/n is a gated dataset on the Hub"), "", "gated or private.*hf auth login"),
         (ValueError("Config name is missing. Please pick one: ['main']"), "", "'main'.*\"o/n:<config>\""),
-        (ValueError("Unknown split \"test\". Should be one of ['train']."), "", "split 'test' cannot be had"),
+        (ValueError("Unknown split \"test\". Should be one of ['train']."), "", "split 'test' not found"),
         (type("DatasetNotFoundError", (Exception,), {})("no"), "", "no such data set"),
     ],
 )

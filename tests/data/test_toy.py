@@ -68,10 +68,10 @@ def test_load_by_name():
     "source, words",
     [
         ("toy:smaller", "no such toy task"),
-        ("toy:bigger-number?m=3", 'unknown option "m"; known are n, seed, split'),
-        ("toy:bigger-number?n=many", 'n is "many"; a whole number'),
-        ("toy:bigger-number?n=0", "1 to 10000 is wanted"),
-        ("toy:bigger-number?split=dev", "train or test is wanted"),
+        ("toy:bigger-number?m=3", 'unknown option "m"; the options are n, seed, split'),
+        ("toy:bigger-number?n=many", 'n is "many"; wanted a whole number'),
+        ("toy:bigger-number?n=0", "wanted 1 to 10000"),
+        ("toy:bigger-number?split=dev", "wanted train or test"),
     ],
 )
 def test_wrong_names(source, words):

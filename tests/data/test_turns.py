@@ -146,7 +146,7 @@ def test_reasoning_is_kept_where_the_template_keeps_it():
         "<think>\nhm\n</think>\n\n4<|im_end|>",
     ]
     assert encoder.prompt(USER, thinking=True) == row["prompt_ids"]
-    with pytest.raises(UserError, match="a negative brings reasoning"):
+    with pytest.raises(UserError, match="a negative contains reasoning"):
         encoder.row({"prompt": USER, "completion": said("4"), "negatives": [thought]})
     with pytest.raises(UserError, match="template drops the reasoning.*model.chat_template"):
         encoder_of("deepseek r1").row({"prompt": USER, "completion": thought})
@@ -160,14 +160,14 @@ def test_only_end_tokens_end_an_answer():
     assert decode(encoder.completion(USER, said("call <tool> now please"))) == "call <tool> now please<|im_end|>"
     assert encoder.cuts() is None
     assert decode(encoder.completion(USER, said("say <eos> twice"))) == "say <eos>"
-    assert encoder.cuts() == "1 answers have an end token inside their text and are cut there, as sampling is"
+    assert encoder.cuts() == "1 answers have an end token inside their text and are cut there, as in sampling"
     assert decode(encoder.completion("a", "4<eos>")) == "4<eos>"
     assert encoder.truncation.ended == 1
 
 
 def test_without_any_end_token_the_tokenizer_is_refused():
     family = Family("byte", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "", "", "")
-    with pytest.raises(UserError, match="nothing ends an answer.*tokenizer.eos_token"):
+    with pytest.raises(UserError, match="no token ends an answer.*tokenizer.eos_token"):
         Encoder(tokenizer_of(family))
     tokenizer = tokenizer_of(Family("byte", None, "", "", "", special=("<stop>",)))
     stop = tokenizer.convert_tokens_to_ids("<stop>")

@@ -83,7 +83,7 @@ def test_configurations_are_accelerates_own():
         (["--launch", "zero3"], "found no GPU"),
         (["--launch", "fsdp", "--processes", "2"], "needs GPUs"),
         (["training.nonsense=1", "--launch", "ddp"], "training.nonsense is not known"),
-        (["--processes", "2"], "--processes goes with --launch"),
+        (["--processes", "2"], "--processes also needs --launch"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -41,9 +41,9 @@ def recipe(tmp_path, tiny_folder):
     [
         ("training.push_to_hub=true", "training.push_to_hub is refused"),
         ("training.hub_model_id=someone/x", "training.hub_model_id is refused"),
-        ("training.hub_token=hf_x", "variable HF_TOKEN"),
+        ("training.hub_token=hf_x", "Hub token from HF_TOKEN"),
         ("model.trust_remote_code=true", "add --trust-remote-code"),
-        ("evaluation.compare.after=elsewhere", "evaluation.compare.after: this name has another meaning"),
+        ("evaluation.compare.after=elsewhere", "evaluation.compare.after: this name is reserved"),
         ("evaluation.compare.base=elsewhere", "evaluation.compare.base"),
     ],
 )
@@ -81,7 +81,7 @@ def test_hostile_data_reach_neither_terminal_nor_page(tmp_path, tiny_folder, cap
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     assert main(["run", str(tmp_path / "recipe.yaml")]) == 1
     seen = capsys.readouterr()
-    assert "characters that can be shown" in seen.err
+    assert "printable characters only" in seen.err
     for text in (seen.out, seen.err):
         assert not {"\x1b", "\x07", "\u202e"} & set(text)
     for name in ("report.html", "adapter/README.md"):

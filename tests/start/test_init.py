@@ -51,7 +51,7 @@ def test_notices_of_libraries_are_not_shown(tmp_path, monkeypatch, capsys):
 
 def test_an_existing_file_is_kept(tmp_path, tiny_folder):
     (tmp_path / "mine.yaml").write_text("output_dir: x\n")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="this file already exists"):
         init.main(str(tiny_folder), "rows.jsonl", str(tmp_path / "mine.yaml"))
     assert (tmp_path / "mine.yaml").read_text() == "output_dir: x\n"
 

@@ -101,7 +101,7 @@ def test_rows_of_ids_in_any_format(rows, tmp_path):
         ([{"prompt": "a", "completion": ""}], "completion is empty; an answer needs at least one token"),
         ([{"prompt": None, "completion": "b"}], "prompt is null; text is needed"),
         ([{"prompt": "a", "completion": 5}], "completion is a number"),
-        (["a"], "is a string .a.; a dictionary of columns is wanted"),
+        (["a"], "is a string .a.; wanted a dictionary of columns"),
         ([{"prompt_ids": [4], "completion_ids": [5, -100]}], "completion_ids is a list.*token ids"),
         ([{"prompt_ids": [4]}], "completion_ids is missing"),
         ([{"prompt_ids": [4], "completion_ids": [5, 300]}], "token id 300, and the model has embeddings for 0 to 299"),

@@ -35,5 +35,5 @@ def test_layer_inputs_are_what_is_offloaded(tmp_path, monkeypatch):
 
 
 def test_offloading_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="gradient_checkpointing: true beside it"):
+    with pytest.raises(ValueError, match="together with gradient_checkpointing: true"):
         make_trainer(tmp_path, offload_checkpoints=True)

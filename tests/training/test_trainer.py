@@ -264,13 +264,13 @@ def test_too_few_negatives_are_refused_with_the_row(tmp_path):
     rows[3] = rows[3] | {"example_id": "empty-one", "negative_ids": [[], [5]]}
     with pytest.raises(UserError, match=r"1 of 4 rows \(short-one\) have too few negatives \(the fewest: 1\)") as found:
         make_trainer(tmp_path, rows)
-    assert "1 of 4 rows (empty-one) have a prompt, completion or negative without tokens" in str(found.value)
+    assert "1 of 4 rows (empty-one) have an empty prompt, completion or negative" in str(found.value)
 
 
 def test_rows_reuse_their_negatives_when_they_have_fewer_than_all_visits_take(tmp_path):
     """Three negatives, two visits of two: the second takes the third and the first again (Algorithm 1's finite set)."""
     rows = make_rows(4, negatives=3)
-    with pytest.warns(UserWarning, match="4 of 4 rows have fewer than 4 negatives"):
+    with pytest.warns(UserWarning, match="4 of 4 rows have fewer than the 4 negatives"):
         trainer = make_trainer(tmp_path, rows)
     trainer.train()
     assert trainer.engine.log_u.visits.tolist() == [2] * 4

@@ -109,7 +109,7 @@ def test_a_model_without_adapter_is_tuned_alone(tmp_path, tiny_folder, monkeypat
 
 def test_a_run_folder_that_is_none(tmp_path, capsys):
     assert main(["chat", str(tmp_path)]) == 1
-    assert "a folder without recipe.yaml" in capsys.readouterr().err
+    assert "this folder has no recipe.yaml" in capsys.readouterr().err
 
 
 def test_nothing_trained_yet(tmp_path, tiny_folder):

@@ -89,12 +89,15 @@ def test_scores_of_aligned_models_come_with_the_rows(recipe, tmp_path, capsys):
         (["training.objective=dpo", "training.negatives_per_step=2"], "too few negatives (the fewest: 1)"),
         (["training.objective=dpo", "training.reference=online", "adapter=null"], "needs an adapter to switch off"),
         (["training.objective=dpo", "training.reference_prompt=sampling"], "wanted training for dpo"),
-        (["training.freeze_half=true", "adapter=null", "training.objective=sft"], "halves the modules of an adapter"),
+        (
+            ["training.freeze_half=true", "adapter=null", "training.objective=sft"],
+            "freezes half of an adapter",
+        ),
         (["training.objective=f_sft", "training.objective_args={divergence: kl}"], "wanted total_variation"),
         (["training.objective=dpo", "training.objective_args={beta: 5e-5x}"], "dpo cannot be computed with"),
         (["training.objective=cpo", "training.objective_args={betta: 1}"], "hyper-parameters of cpo"),
         (["training.objective=simppo"], "Did you mean 'simpo'"),
-        (["training.offload_checkpoints=true"], "gradient_checkpointing: true beside it"),
+        (["training.offload_checkpoints=true"], "together with gradient_checkpointing: true"),
     ],
 )
 def test_unmet_needs_are_told_before_a_model_is_loaded(recipe, overrides, words, capsys, monkeypatch):

@@ -105,7 +105,7 @@ def test_killed_training_goes_on_with_the_same_numbers(recipe, monkeypatch):
         (["data.eval_rows=12"], "data.eval_rows is 12, but data.train has 12 rows"),
         (
             ["training.per_device_train_batch_size=16", "training.dataloader_drop_last=true"],
-            "9 rows make no step of 16",
+            "9 rows do not fill one optimizer step of 16",
         ),
         (["training.nonsense=1"], "training.nonsense is not known"),
     ],

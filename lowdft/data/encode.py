@@ -40,7 +40,7 @@ class Encoder:
         model_end_ids: `eos_token_id` of the model's generation settings.
 
     Raises:
-        UserError: nothing ends an answer, or `max_length` has no room for a prompt and an answer.
+        UserError: no token ends an answer, or `max_length` has no room for a prompt and an answer.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Several processes as one."""
+"""Training on several processes with the results of one."""

@@ -1,6 +1,6 @@
-"""Several processes as one: every rank knows every update of `log_u`, and gradients are those of one process.
+"""Collective operations: every rank knows all updates of `log_u`, and gradients are the same as on one process.
 
-All functions are no-ops with one process.
+With one process, all functions are no-ops.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import distributed as dist
 
 
 def world_size() -> int:
-    """Processes of this training."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -34,12 +34,12 @@ def from_all(value: object) -> list:
 def updates_from_all(
     index_M: Tensor, values_M: Tensor, visits_M: Tensor, at_most: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every rank's updates of a table, one after another: int64 positions, float32 values, int64 visits, on the CPU.
+    """All ranks' updates of a table, concatenated: int64 positions, float32 values, int64 visits, on the CPU.
 
     Args:
-        at_most: no rank has more of them than that; M may differ. One message of 24 bytes for each, which float64 holds
-            exactly.
-        device: of the training, whose kind the ranks talk by.
+        at_most: the maximum number of updates on a rank; M may differ. Each takes 24 bytes of the message, as float64,
+            which holds all values exactly.
+        device: the device of training, which determines how ranks communicate.
     """
     mine = torch.full((at_most, 3), -1.0, dtype=torch.float64)
     mine[: len(index_M)] = torch.stack([index_M.double(), values_M.double(), visits_M.double()], 1)
@@ -69,18 +69,18 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:
-    """Is `flag` true on any rank?"""
+    """Whether `flag` is true on any rank."""
     return bool(largest(flag, device))
 
 
 def wait() -> None:
-    """Returns when all ranks have come here."""
+    """Waits until all ranks are here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean over ranks of every trainable parameter's gradient, in place; a missing one counts as zero."""
+    """Averages every trainable parameter's gradient over ranks, in place; a missing gradient counts as zero."""
     if world_size() == 1:
         return
     parameters = [p for p in parameters if p.requires_grad]

@@ -1,7 +1,8 @@
-"""The same command on several processes, by accelerate's launcher with one of the configurations in `launchers/`.
+"""Runs a command on several processes with accelerate's launcher and a configuration in `launchers/`.
 
-The launcher runs in a thread of this process, so that signals come here and not to torch, which would print a traceback
-and kill ranks that take longer than 30 seconds to save. The ranks are this process's children and end with it.
+The launcher runs in a thread of this process, so that signals are handled here and not by torch, which would print a
+traceback and kill ranks that take longer than 30 seconds to save. The ranks are children of this process and end with
+it.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from lowdft.errors import UserError
 FOLDER = Path(__file__).parent / "launchers"
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 LAUNCHER = "LOWDFT_LAUNCHER"  # in a rank's environment: the launcher's process id
-PASSED_ON = (143, 130)  # statuses of a rank that are the command's: SIGTERM, Ctrl-C
+PASSED_ON = (143, 130)  # exit statuses of a rank that the command returns, too: SIGTERM, Ctrl-C
 
 
 def launch(kind: str, processes: int | None, arguments: list[str]) -> int:
-    """Runs `lowdft` with these arguments on so many processes of this machine; gives the exit status.
+    """Runs `lowdft` with these arguments on several processes of this machine; returns the exit status.
 
-    SIGTERM is passed on to the ranks, which save at the end of their step, however long that takes.
+    SIGTERM is forwarded to the ranks, which save at the end of their step, however long that takes.
 
     Args:
         kind: ddp, fsdp, zero2 or zero3.
-        processes: how many; None: one for each GPU.
-        arguments: of `lowdft`, without those that say how to launch.
+        processes: how many; None means one per GPU.
+        arguments: the arguments of `lowdft`, without those for launching.
 
     Raises:
         UserError: no GPU was found and no number given, or DeepSpeed is not installed.
@@ -59,26 +60,26 @@ def launch(kind: str, processes: int | None, arguments: list[str]) -> int:
 def _launch(line: list[str], ended: list) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks say themselves why they end
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report themselves why they end
     try:
         launch_command(launch_command_parser().parse_args(line))
         ended.append(None)
-    except BaseException as error:  # for the main thread
+    except BaseException as error:  # is raised in the main thread
         ended.append(error)
 
 
 def die_with_launcher() -> None:
-    """A rank whose launcher ends, even by SIGKILL, ends too (Linux): it would go on writing beside the next job."""
+    """Makes a rank end with its launcher, even after SIGKILL (Linux); otherwise it would write while a new job runs."""
     launcher = os.environ.pop(LAUNCHER, None)
     if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
         ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
-        if launcher and int(launcher) != os.getppid():  # it ended before this
+        if launcher and int(launcher) != os.getppid():  # the launcher has already ended
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
 def _passing_on(number: signal.Signals) -> Iterator[None]:
-    """While inside, a signal goes to the ranks."""
+    """A context in which signals are forwarded to the ranks."""
     import psutil
 
     def pass_on(*_) -> None:
@@ -109,13 +110,13 @@ def _processes(kind: str, processes: int | None) -> int:
 
     gpus = torch.cuda.device_count()
     if processes is None and gpus == 0:
-        raise UserError(f"--launch {kind}: found no GPU; wanted one for each process, or --processes N on the CPU")
+        raise UserError(f"--launch {kind}: found no GPU; wanted one for each process. On the CPU give --processes N.")
     if processes is not None and gpus and processes > gpus:
-        raise UserError(f"--processes is {processes}; this machine has {gpus} GPUs, and each process needs its own")
+        raise UserError(f"--processes is {processes}, but this machine has {gpus} GPUs, and each process needs one")
     if kind == "fsdp" and gpus == 0:
         raise UserError("--launch fsdp needs GPUs; found none. On the CPU use --launch zero2, zero3 or ddp")
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"--launch {kind} needs DeepSpeed: `pip install 'lowdft[deepspeed]'`; or use --launch fsdp")
+        raise UserError(f"--launch {kind} needs DeepSpeed: `pip install 'lowdft[deepspeed]'`, or use --launch fsdp")
     if gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return processes or gpus

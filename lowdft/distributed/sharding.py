@@ -1,7 +1,7 @@
-"""Parameters kept in parts on several ranks: DeepSpeed's ZeRO and FSDP2, through accelerate.
+"""Parameters that are sharded over several ranks: DeepSpeed's ZeRO and FSDP2, through accelerate.
 
-They gather a layer's parameters when it runs, on all ranks at once, so every rank must run the same passes
-(`Passes.in_step`). Both average gradients over ranks themselves, at every backward pass.
+They gather a layer's parameters on all ranks at once when it runs, so every rank must run the same passes
+(`Passes.in_step`). Both average gradients over ranks in every backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from lowdft.distributed import collectives
 from lowdft.errors import UserError
 
-DEEPSPEED_GLOBALS = {  # classes without code of their own on loading, which DeepSpeed puts into its checkpoints
+DEEPSPEED_GLOBALS = {  # classes in DeepSpeed's checkpoints that run no code when loaded
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -32,14 +32,14 @@ LIBRARIES = {DistributedType.DEEPSPEED: "DeepSpeed", DistributedType.FSDP: "FSDP
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Does every rank keep a part of the training only?
+    """Whether parameters are sharded, so that every rank holds only a part.
 
     Raises:
-        UserError: FSDP's first version, which is not supported; or FSDP on the CPU, where accelerate leaves it out.
+        UserError: FSDP version 1, which is not supported; or FSDP on the CPU, where accelerate ignores it.
     """
     if is_fsdp() and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
-            "FSDP needs GPUs, a process each; found none. Use DeepSpeed (`--launch zero3`) or `--launch ddp`"
+            "FSDP needs one GPU per process; found none. Use DeepSpeed (`--launch zero3`) or `--launch ddp`"
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
@@ -48,12 +48,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def is_fsdp() -> bool:
-    """Was FSDP asked for?"""
+    """Whether FSDP was requested."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
-    """One of several backward passes of a micro-batch; DeepSpeed takes its optimizer step in the step's last one."""
+    """Runs one of several backward passes of a micro-batch; DeepSpeed updates the weights in the step's last one."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         ends_step = last and accelerator.sync_gradients
         accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=ends_step, scale_wrt_gas=False)
@@ -62,31 +62,31 @@ def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
 
 
 def check_checkpoint(folder: Path, accelerator: Accelerator) -> None:
-    """Refuses a checkpoint whose optimizer state this training cannot read.
+    """Raises UserError for a checkpoint whose optimizer state this run cannot read.
 
-    Whole copies and FSDP write that of one process, DeepSpeed a part a rank.
+    Full copies and FSDP write the state of one process, DeepSpeed one part per rank.
 
     Raises:
-        UserError: it was written by another library.
+        UserError: it was written with another library.
     """
     now = LIBRARIES.get(accelerator.distributed_type)
     then = "DeepSpeed" if _parts(folder) else "FSDP" if list(folder.glob("pytorch_model_fsdp*")) else None
     if then != now:
-        names = [name or "whole copies (one process or ddp)" for name in (then, now)]
+        names = [name or "full copies (one process or ddp)" for name in (then, now)]
         raise UserError(
-            f"{folder}: was saved by a training with {names[0]}, this one is with {names[1]}, which cannot read its "
-            "optimizer. Launch it as before, or train from the start in another output_dir."
+            f"{folder} was saved by a run with {names[0]}, but this one is with {names[1]}, which cannot read its "
+            "optimizer state. Launch it as before, or train from the start in another output_dir."
         )
 
 
 def check_pickles(folder: Path, trusted: bool) -> None:
-    """Refuses a checkpoint that would run code when DeepSpeed, or torch's distributed checkpoint, unpickles it.
+    """Raises UserError for a checkpoint that could run code when DeepSpeed or torch's distributed checkpoint loads it.
 
     All other files of a checkpoint are read with torch.load(weights_only=True), which runs none. `latest` and
-    `latest_universal`, which name the folders of its parts, must not lead out of it.
+    `latest_universal`, which name the folders of its parts, must not point outside it.
 
     Raises:
-        UserError: a file names something else than tensors and what DeepSpeed itself puts there.
+        UserError: a file names anything other than tensors and the classes that DeepSpeed itself saves.
     """
     if trusted:
         return
@@ -94,12 +94,12 @@ def check_pickles(folder: Path, trusted: bool) -> None:
     reasons = {path: _runs_code(path) for path in sorted(found) if path.suffix == ".pt" or path.name == ".metadata"}
     for name in ("latest", "latest_universal"):
         if (folder / name).is_file() and not _is_inside(folder, (folder / name).read_text(errors="replace").strip()):
-            reasons[folder / name] = "it leads out of the checkpoint"
+            reasons[folder / name] = "it points outside the checkpoint"
     for path, reason in reasons.items():
         if reason:
             raise UserError(
-                f"{path}: may run code when it is loaded ({reason}). If you know where this checkpoint comes from, add "
-                "--trust-checkpoint (in Python: trainer.trust_checkpoint = True); else train from the start."
+                f"{path}: may run code when it is loaded ({reason}). If you trust the source of this checkpoint, add "
+                "--trust-checkpoint (in Python: trainer.trust_checkpoint = True); otherwise train from the start."
             )
 
 
@@ -110,15 +110,15 @@ def _is_inside(folder: Path, name: str) -> bool:
 def _runs_code(path: Path) -> str | None:
     try:
         found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - DEEPSPEED_GLOBALS
-    except Exception:  # not torch's own format, whose contents can be listed without running them
+    except Exception:  # not torch's format, whose contents can be listed without running them
         return "it is a plain pickle"
     return f"it names {', '.join(sorted(found))}" if found else None
 
 
 def fit_checkpoint(folder: Path, accelerator: Accelerator) -> None:
-    """Makes DeepSpeed read a checkpoint of another number of ranks: its optimizer's parts are put together first.
+    """Lets DeepSpeed read a checkpoint written by a different number of ranks, by joining its optimizer's parts first.
 
-    They stay beside the parts, in DeepSpeed's own universal format, for as long as the checkpoint does.
+    The joined state, in DeepSpeed's universal format, is kept in the checkpoint next to the parts.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED or len(_parts(folder)) == accelerator.num_processes:
         return

@@ -1,1 +1,1 @@
-"""Measuring base and tuned model."""
+"""Measures the base and the tuned model."""

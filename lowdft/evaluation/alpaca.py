@@ -1,4 +1,4 @@
-"""AlpacaEval 2 (arXiv 2404.04475): answers in the format its judge reads; judging itself asks a paid model."""
+"""AlpacaEval 2 (arXiv 2404.04475): writes answers in the format of its judge; judging needs a paid model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ JUDGE = "alpaca_eval --model_outputs {} --annotators_config weighted_alpaca_eval
 
 
 def instructions(path: str | None, limit: int | None) -> list[dict]:
-    """The rows of AlpacaEval, from a local JSON or JSON Lines file, else from the Hub.
+    """The rows of AlpacaEval, from a local JSON or JSON Lines file, or else from the Hub.
 
     Raises:
-        UserError: the file is not there, or the Hub cannot be reached.
+        UserError: the file does not exist, or the Hub cannot be reached.
     """
     if path is None:
         path = _download()
@@ -26,12 +26,12 @@ def instructions(path: str | None, limit: int | None) -> list[dict]:
     rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     lacking = next((n for n, row in enumerate(rows) if "instruction" not in row), None)
     if lacking is not None:
-        raise UserError(f"{path}: row {lacking} has no `instruction`, which AlpacaEval's rows have")
+        raise UserError(f"{path}: row {lacking} has no `instruction`; wanted rows of AlpacaEval")
     return rows[:limit]
 
 
 def outputs(rows: list[dict], texts: list[str], generator: str) -> list[dict]:
-    """Answers as alpaca_eval reads them with --model_outputs."""
+    """Answers in the format of alpaca_eval's --model_outputs."""
     return [
         {"dataset": row.get("dataset", NAME), "instruction": row["instruction"], "output": text,
          "generator": generator}
@@ -48,5 +48,5 @@ def _download() -> str:
         told = (str(error).splitlines() or [""])[0][:160]
         raise UserError(
             f"{NAME}: {FILE} of the data set {DATA_SET} could not be fetched ({told}). Download that file elsewhere "
-            f"and name it: evaluation.benchmark_data.{NAME}=FILE"
+            f"and give its path: evaluation.benchmark_data.{NAME}=FILE"
         ) from error

@@ -1,4 +1,4 @@
-"""Is a greedy answer right? For answers that can be checked: a number, a choice, a pattern, or mathematics."""
+"""Checks whether a greedy answer is right: a number, a choice, a pattern, or mathematics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lowdft.errors import UserError
 
 MINUS = str.maketrans("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-" * 7)  # minus signs, hyphens and dashes
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
-# A minus is a sign where it stands at the number and at nothing else: "10-5" and "10 - 5" end in 5.
+# A minus is a sign only if it touches the number and nothing else: "10-5" and "10 - 5" end in 5.
 NUMBER = re.compile(rf"(?:(?<![\w.)\]%-])(-))?\$?({DIGITS})(?:\s?/\s?({DIGITS}))?")
 
 _LETTER = r"[\s(\[\"'*_]*(?:option\s+|choice\s+)?[(\[\"'*_]*([A-Z])(?![\w'])"
-# "A" and "I" are words of a sentence unless it ends there or goes on so
+# "A" and "I" are words of a sentence, unless it ends there or continues with one of these
 _ENDS = r"(?:(?<=[B-HJ-Z])|(?=[ \t]*\n|\s*(?:$|[^\w\s]|because\b|since\b|as\b|and\b|is\b)))"
 STATED = re.compile(
     r"(?i:\b(?:answer|choice)\b(?:\s+(?:is|was|(?:would|must|should|has\s+to)\s+be)|\s*[:=])+)"
@@ -35,11 +35,11 @@ CLOSING = re.compile(r"(?<!not\s)(?<!n't\s)(?<![\w'])([A-HJ-Z])[\s).\]\"'*_!]*$"
 def checker(kind: str, pattern: str | None = None) -> Callable[[str, str], bool]:
     """`check(answer, truth) -> bool` for kind "number", "choice", "regex" or "math".
 
-    number: the first after "####" where it stands, else the last number of the text. Commas and trailing zeros do not
-    count, 3/4 is one number, and `math-verify` (an optional package) decides where an answer has LaTeX.
-    choice: a capital letter that is said as an answer: stated ("the answer is B", "B is correct", a box), at the
-    beginning ("B.", "(B)"), else the last one in brackets or at the very end.
-    regex: the first group of the last match of `pattern`. math: `math-verify` decides.
+    number: the first number after "####", if there is one, else the last number of the text. Commas and trailing zeros
+    are ignored, 3/4 is one number, and answers with LaTeX are checked by `math-verify` (an optional package).
+    choice: a capital letter given as the answer: stated ("the answer is B", "B is correct", a box), or at the beginning
+    ("B.", "(B)"), else the last one in brackets or at the end.
+    regex: the first group of the last match of `pattern`. math: checked by `math-verify`.
 
     Raises:
         UserError: kind "math" without `math-verify`, when the first answer is checked.
@@ -54,14 +54,14 @@ def checker(kind: str, pattern: str | None = None) -> Callable[[str, str], bool]
             return found is not None and _math(answer, f"${found}$")
         wanted = extract(truth)
         if wanted is None and kind == "regex":
-            wanted = truth.strip()  # a bare answer needs no pattern around it
+            wanted = truth.strip()  # a bare answer does not need to match the pattern
         return wanted is not None and extract(answer) == wanted
 
     return check
 
 
 def extractor(kind: str, pattern: str | None = None) -> Callable[[str], object]:
-    """What of a text is its answer; None when there is none."""
+    """The part of a text that is its answer; None if there is none."""
     if kind == "number":
         return _number
     if kind == "choice":
@@ -76,7 +76,7 @@ def extractor(kind: str, pattern: str | None = None) -> Callable[[str], object]:
 
 
 def detect(truths: list[str]) -> str:
-    """ "number" when every true answer has one after "####", or is nothing but a number; else "none"."""
+    """ "number" if every true answer has a number after "####" or is just a number; else "none"."""
     numbers = (NUMBER.fullmatch(truth.strip().translate(MINUS)) for truth in truths)
     if truths and all("####" in truth or number for truth, number in zip(truths, numbers, strict=True)):
         return "number"

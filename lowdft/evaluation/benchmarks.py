@@ -1,7 +1,7 @@
-"""Benchmarks by lm-evaluation-harness, in process, on a model that is already in memory.
+"""Runs benchmarks of lm-evaluation-harness, in this process, on a model that is already in memory.
 
 A benchmark is a task of the harness, or a group of tasks, with the number of examples in its prompt and the metric that
-is reported. Every sample's value is kept, so that two models are compared sample by sample.
+is reported. The value of every sample is kept, so that two models can be compared sample by sample.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lowdft.errors import UserError
 from lowdft.evaluation import metamath
 from lowdft.text import did_you_mean
 
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # those of the harness's own command
-BUILDERS = {".csv": "csv", ".parquet": "parquet"}  # else json, which also reads one object per line
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # as in the harness's own command
+BUILDERS = {".csv": "csv", ".parquet": "parquet"}  # otherwise json, which also reads one object per line
 SAMPLE_KEYS = ("doc_id", "doc", "target", "resps", "filtered_resps", "filter", "doc_hash", "prompt_hash", "target_hash")
 
 
@@ -31,10 +31,10 @@ class Benchmark:
     """A task or group of the harness.
 
     Args:
-        task: its name there.
-        shots: examples in the prompt; None: as the task says.
-        metric: "metric,filter" as the harness writes it; None: the first of the task.
-        chat_template: is the prompt wrapped in the tokenizer's chat template?
+        task: its name in the harness.
+        shots: examples in the prompt; None means the task's default.
+        metric: "metric,filter" as the harness writes it; None means the first one of the task.
+        chat_template: put the prompt into the tokenizer's chat template.
     """
 
     task: str
@@ -61,10 +61,10 @@ SUITES = {
 
 
 def named(names: list[str]) -> list[Benchmark]:
-    """The benchmarks of suites and tasks by name, each once; a task of a suite has that suite's settings.
+    """The benchmarks of suites and tasks by name, each once; a task of a suite has the settings of that suite.
 
     Raises:
-        UserError: the harness has no such task (the nearest name is given), or it is a tag of several.
+        UserError: the harness has no such task (the message has the nearest name), or it is a tag of several tasks.
     """
     known = {one.task: one for suite in SUITES.values() for one in suite}
     found = {}
@@ -79,13 +79,13 @@ def named(names: list[str]) -> list[Benchmark]:
             entry = None if one.task in known else _index(one.task).task_index[one.task]
             if entry and entry.kind.name == "TAG":
                 tasks = ", ".join(sorted(entry.tags))
-                raise UserError(f"{one.task}: is a name for several tasks, without a score of its own: {tasks}")
+                raise UserError(f"{one.task}: this name stands for several tasks and has no score; name tasks: {tasks}")
             found[one.task] = one
     return list(found.values())
 
 
 def version() -> str:
-    """The harness's version."""
+    """The version of the harness."""
     return _harness().__version__
 
 
@@ -93,10 +93,10 @@ def load(benchmark: Benchmark, data: str | dict[str, str] | None = None) -> list
     """The harness's task objects of a benchmark, with their data.
 
     Args:
-        data: local files in the place of the task's data set: the path of the rows to answer, or paths by split.
+        data: local files to use instead of the task's data set: the path of the rows to answer, or paths by split.
 
     Raises:
-        UserError: a data set can neither be found nor fetched, or `data` lacks a split.
+        UserError: a data set can neither be found nor downloaded, or `data` lacks a split.
     """
     manager = _index(benchmark.task)
     own = metamath.TASKS.get(benchmark.task)
@@ -119,11 +119,11 @@ def load(benchmark: Benchmark, data: str | dict[str, str] | None = None) -> list
 
 
 def run(model, tokenizer, benchmark: Benchmark, tasks: list, limit: int | None, batch_size: int | str) -> dict:
-    """Scores a model as it stands (adapter on or off) on a benchmark.
+    """Scores the current model (adapter on or off) on a benchmark.
 
     Args:
-        tasks: from `load`; they may be used again for another model.
-        limit: rows per task; None: all.
+        tasks: from `load`; they can be used again for another model.
+        limit: rows per task; None means all.
         batch_size: a number, or "auto".
 
     Returns:
@@ -168,7 +168,7 @@ def run(model, tokenizer, benchmark: Benchmark, tasks: list, limit: int | None, 
 
 
 def per_row(result: dict) -> dict[str, float]:
-    """The reported metric of every row by "task/row"; empty where the score is not the mean of its rows' values."""
+    """The reported metric of every row by "task/row"; empty if the score is not the mean over its rows."""
     metric, chosen = result["metric"].split(",", 1)
     rows = {
         f"{one['task']}/{one['doc_id']}": float(one["metrics"][metric])
@@ -188,7 +188,7 @@ def _harness():
         import lm_eval
     except ImportError:
         raise UserError(
-            'benchmarks are run by lm-evaluation-harness, which is not installed: pip install "lowdft[eval]"'
+            'benchmarks need lm-evaluation-harness, which is not installed: pip install "lowdft[eval]"'
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
@@ -196,9 +196,9 @@ def _harness():
 
 @cache
 def _index(name: str | None):
-    """The harness's tasks: those of the folders that the name begins with, where the name is among them; else all.
+    """The harness's tasks: those in folders with which the name begins, if that includes it, else all tasks.
 
-    Reading all takes most of a minute.
+    Reading all of them takes most of a minute.
     """
     folder = Path(_harness().__file__).parent / "tasks"
     from lm_eval.tasks import TaskManager
@@ -216,13 +216,13 @@ def _index(name: str | None):
 def _with_rows(benchmark: Benchmark, config: dict | None, data: str | dict[str, str]) -> dict:
     key = f"evaluation.benchmark_data.{benchmark.task}"
     if not config or "dataset_path" not in config:
-        raise UserError(f"{key}: is a group of tasks; give rows for its tasks one by one, and name those tasks")
+        raise UserError(f"{key}: this is a group of tasks; give files for its tasks one by one, and name those tasks")
     answered = config.get("test_split") or config.get("validation_split")
     shown = config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
     files = {answered: data} if isinstance(data, str) else dict(data)
     shots = config.get("num_fewshot") if benchmark.shots is None else benchmark.shots
     if shown and not shots:
-        files.setdefault(shown, files.get(answered))  # opened by the harness, never shown
+        files.setdefault(shown, files.get(answered))  # the harness opens this split but does not use it
     for split in {answered, shown} - {None}:
         if files.get(split) is None:
             raise UserError(f"{key} has {', '.join(files)}; {benchmark.task} also reads the split {split}")
@@ -252,13 +252,13 @@ def _no_data(task: str, error: Exception) -> str:
     told = str(error).splitlines()[0][:200]
     return (
         f"{task}: its data set could not be fetched ({told}). On a machine with a network run `hf download --repo-type "
-        f"dataset {name}` and copy the cache (HF_HOME) here, or give rows of your own with "
-        f"evaluation.benchmark_data.{task}=FILE (or a file for each split); they need the columns of that data set."
+        f"dataset {name}` and copy the cache (HF_HOME) here, or give your own copy of the rows with "
+        f"evaluation.benchmark_data.{task}=FILE (or a file per split); it needs the columns of that data set."
     )
 
 
 def _require_punkt() -> None:
-    """IFEval counts sentences with nltk; without its table some answers fail, after all of them were generated."""
+    """Raises UserError without nltk's table for IFEval, which would otherwise fail after generating all answers."""
     import nltk
 
     try:
@@ -266,5 +266,5 @@ def _require_punkt() -> None:
     except LookupError:
         raise UserError(
             "ifeval needs nltk's table punkt_tab: run `python -m nltk.downloader punkt_tab`, or copy the folder "
-            "tokenizers/punkt_tab from such a machine into ~/nltk_data (or where NLTK_DATA points)"
+            "tokenizers/punkt_tab from another machine to ~/nltk_data (or to NLTK_DATA)"
         ) from None

@@ -1,4 +1,4 @@
-"""How far a model stands from another on the same completions: what merging or quantizing changes."""
+"""Measures how much two models differ on the same completions, for example after merging or quantizing."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model: nn.Module, rows: Sequence[dict], tokens: int) -> Predictions:
-    """What a model predicts at the completion tokens of the first rows, up to `tokens` tokens in all.
+    """A model's predictions at the completion tokens of the first rows, up to `tokens` tokens in total.
 
     Args:
-        rows: with `prompt_ids` and `completion_ids`.
-        tokens: a bound on memory: tokens x vocabulary x 4 bytes are kept on the CPU.
+        rows: rows with `prompt_ids` and `completion_ids`.
+        tokens: limits memory; tokens x vocabulary x 4 bytes are kept on the CPU.
     """
     model.eval()
     logps, ids = [], []
@@ -51,5 +51,5 @@ def kl(true: Predictions, other: Predictions) -> float:
 
 
 def agreement(true: Predictions, other: Predictions) -> float:
-    """Share of tokens at which both have the same most likely token."""
+    """The share of positions at which both have the same most likely token."""
     return (true.logps_TV.argmax(1) == other.logps_TV.argmax(1)).float().mean().item()

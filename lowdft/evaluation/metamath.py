@@ -1,4 +1,4 @@
-"""GSM8K and MATH, zero-shot with MetaMath's prompt (arXiv 2309.12284), judged by math-verify: tasks for lm-eval."""
+"""Tasks for lm-eval: GSM8K and MATH, zero-shot with MetaMath's prompt (arXiv 2309.12284), checked by math-verify."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINAL = re.compile(r"(?:the answer is|####)[:\s]*(.+?)\s*\.?\s*$", re.IGNORECASE
 
 
 def final_answer(text: str) -> str:
-    """What a solution ends with, as math-verify reads it: a boxed expression, else after "The answer is" or "####"."""
+    """The final answer of a solution, for math-verify: a boxed expression, or text after "The answer is" or "####"."""
     found = FINAL.findall(text)
     if "\\boxed" in text or not found:
         return text
@@ -44,7 +44,7 @@ def _truth(doc: dict) -> str:
 
 
 def _math(**_) -> dict:
-    """The 5,000 test problems of MATH (Hendrycks et al. 2021), whose subjects are parts of their own on the Hub."""
+    """The 5,000 test problems of MATH (Hendrycks et al. 2021), whose subjects are separate data sets on the Hub."""
     from datasets import concatenate_datasets, load_dataset
 
     parts = [load_dataset("EleutherAI/hendrycks_math", subject, split="test") for subject in SUBJECTS]

@@ -1,4 +1,4 @@
-"""How far one system is ahead of another, with its standard error."""
+"""The difference between two systems, with its standard error."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import statistics
 
 
 def difference(ours: dict[str, float], theirs: dict[str, float], our: dict, their: dict) -> dict:
-    """The difference of two scores, `value`, and its standard error, `stderr` (None where it is not known).
+    """The difference of two scores, `value`, and its standard error, `stderr` (None if unknown).
 
-    Paired over rows where both have a value for the same rows: what all systems find hard or easy cancels. Else both
-    standard errors add up as of independent scores.
+    If both have values for the same rows, the difference is paired by row, so that the difficulty of rows cancels out.
+    Otherwise the standard errors are combined as for independent scores.
 
     Args:
-        ours, theirs: values by row; empty where the score is not their mean.
+        ours, theirs: values by row; empty if the score is not their mean.
         our, their: the scores, as {"value", "stderr"}.
     """
     value = our["value"] - their["value"]

@@ -1,14 +1,15 @@
-"""Will negatives help on these rows? What a few steps of SFT, some samples and one gradient of each method say.
+"""Predicts whether negatives will help on some rows, from a few steps of SFT, samples and one gradient of each method.
 
-The gradient test. F is the mean over held-out rows of log sigmoid((s(y) - max_j s(y'_j)) / tau), s the summed
-log-probability: it rises as the completion gets ahead of the strongest wrong answer. A method's next step from here is
-Adam's direction
+The gradient test: F is the mean over held-out rows of log sigmoid((s(y) - max_j s(y'_j)) / tau), with s the summed
+log-probability. It rises as the completion gets ahead of the strongest wrong answer. A method's next step from here is
+in Adam's direction
 
     d = mean_b(g_b) / sqrt(mean_b(g_b^2))        g_b: its gradient on one of several blocks of training rows
 
-which knows no scale, as Adam does not. -<grad F, d> is then what F gains per unit of learning rate, to first order. Its
-difference to SFT's is the prediction; its standard error is a jackknife that leaves out one block of training rows and
-of held-out rows at a time. (Derived here; calibrated on the studies by benchmarks/probe.py.)
+which, as in Adam, does not depend on the scale of the loss. To first order, F gains -<grad F, d> per unit of learning
+rate. The prediction is the difference of this gain from SFT's; its standard error is a jackknife that leaves out one
+block of training rows and one of held-out rows at a time. (Derived for this project; benchmarks/probe.py compares it
+with studies.)
 
 Shape suffixes: P trainable parameters, M prompts, K completions of a prompt (its negatives first).
 """
@@ -32,12 +33,12 @@ from lowdft.training.token_budget import Passes
 
 TAU = 1.0  # nats
 BLOCKS = 8
-NOTHING_TO_WIN, TEACH_FIRST, FAR = 0.05, 0.90, 5.0  # shares of rows outscored; nats behind
+NOTHING_TO_WIN, TEACH_FIRST, FAR = 0.05, 0.90, 5.0  # two shares of rows with a likelier wrong answer; nats behind
 
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with its hyper-parameters, and how many negatives of a row one step of it takes."""
+    """An objective with its hyper-parameters, and how many negatives per row it uses in a step."""
 
     name: str
     hyperparameters: dict
@@ -46,7 +47,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Gain:
-    """First-order gain of F per unit of learning rate, and its difference to SFT's with a standard error."""
+    """The first-order gain of F per unit of learning rate, and its difference from SFT's with a standard error."""
 
     gain: float
     ahead: float
@@ -54,13 +55,13 @@ class Gain:
 
 
 def groups_of(rows: Sequence[dict], count: int) -> list:
-    """Each row's group with `count` of its negatives, used again in turn where it has fewer."""
+    """Each row's group with `count` of its negatives, reusing them in turn if it has fewer."""
     taken = [[row["negative_ids"][k % len(row["negative_ids"])] for k in range(count)] for row in rows]
     return [group_of(row, negatives) for row, negatives in zip(rows, taken, strict=True)]
 
 
 def summed_logps(model: nn.Module, rows: Sequence[dict], count: int, passes: Passes) -> Tensor:
-    """[rows, count + 1] under the model as it stands, without gradient; the completion last."""
+    """Summed log-probabilities [rows, count + 1] under the current model, without gradient; the completion is last."""
     model.eval()
     return torch.cat([passes.score(model, groups_of(block, count)).double().cpu() for block in _parts(rows, 16)])
 
@@ -68,10 +69,10 @@ def summed_logps(model: nn.Module, rows: Sequence[dict], count: int, passes: Pas
 def accumulate(
     model: nn.Module, rows: Sequence[dict], method: Method, passes: Passes, ref_MK: Tensor | None = None
 ) -> None:
-    """Adds the gradient of the method's loss, the mean over these rows, to the parameters'.
+    """Adds the gradient of the method's mean loss over these rows to the parameters' gradients.
 
     Args:
-        ref_MK: the reference's log-probabilities of the same completions, where the method needs them.
+        ref_MK: the reference's log-probabilities of the same completions, if the method needs them.
     """
     groups, objective = groups_of(rows, method.negatives), objectives.get(method.name)
     tokens_MK = torch.tensor([group.scored_tokens for group in groups])
@@ -94,7 +95,7 @@ def accumulate(
 
 
 def teach(model: nn.Module, rows: Sequence[dict], steps: int, batch: int, learning_rate: float, passes: Passes) -> None:
-    """A few steps of SFT with AdamW, over the rows in their order."""
+    """Trains a few steps of SFT with AdamW, using the rows in order."""
     sft = Method("sft", {}, 0)
     optimizer = torch.optim.AdamW(_trainable(model), lr=learning_rate, weight_decay=0.0)
     for step in range(steps):
@@ -113,11 +114,11 @@ def gradient_test(
     passes: Passes,
     ref_MK: Tensor | None = None,
 ) -> dict[str, Gain]:
-    """The gain of SFT (first) and of every method by name.
+    """The gain of SFT (first) and of every method, by name.
 
     Args:
-        count: negatives of a held-out row that F looks at.
-        ref_MK: [train rows, most negatives of a method + 1] of the reference, the completion last.
+        count: how many negatives of a held-out row F uses.
+        ref_MK: the reference's scores [training rows, most negatives of a method + 1]; the completion is last.
     """
     model.eval()
     blocks = _blocks(train)
@@ -162,7 +163,7 @@ def _gains(aims: Sequence[Tensor], of_blocks: Sequence[Tensor]) -> list[float]:
 
 
 def _gain(aim_P: Tensor, mean_P: Tensor, square_P: Tensor) -> float:
-    """Both gradients are of something to be made smaller, so a step against one gains their product of the other."""
+    """The gain of F for a step down a method's gradient; both are gradients of something to be made smaller."""
     step_P = mean_P / (square_P.clamp_min(0).sqrt() + 1e-8 * square_P.max().sqrt() + 1e-30)
     return float(aim_P.double() @ step_P.double())
 
@@ -174,7 +175,7 @@ def _compared(own: Sequence[float], sft: Sequence[float]) -> Gain:
 
 
 def _gradient(model: nn.Module, add: Callable[[], None]) -> Tensor:
-    """[P] on the CPU: the trainable parameters' gradient after `add`, which starts from none."""
+    """[P] on the CPU: the gradient that `add` gives the trainable parameters, starting from no gradient."""
     parameters = _trainable(model)
     for parameter in parameters:
         parameter.grad = None
@@ -206,17 +207,17 @@ def reference_logps(model: nn.Module, rows: Sequence[dict], count: int, passes: 
 
 
 def outscored(logps_MK: Tensor) -> tuple[float, float]:
-    """Share of rows in which a negative outscores the completion, and the mean lead of the strongest there (nats)."""
+    """The share of rows in which a negative is likelier than the completion, and its mean lead there (nats)."""
     lead_M = logps_MK[:, :-1].max(1).values - logps_MK[:, -1]
     behind = lead_M[lead_M > 0]
     return len(behind) / len(lead_M), float(behind.mean()) if len(behind) else 0.0
 
 
 def half_weight(gamma: float, log_u_init: float = 0.0) -> float:
-    """d*: by how many nats a negative may fall before its weight in DFT, on a first visit with B = 1, is one half.
+    """d*: how many nats a negative can drop before its weight in DFT, on a first visit with B = 1, is halved.
 
-    omega = 1 / (gamma + (1 - gamma) exp(log_u_init + d)), half of whose greatest value is at
-    d* = log(gamma / (1 - gamma)) - log_u_init; infinite at gamma = 1.
+    omega = 1 / (gamma + (1 - gamma) exp(log_u_init + d)) has half of its largest value at
+    d* = log(gamma / (1 - gamma)) - log_u_init; infinite for gamma = 1.
     """
     return math.inf if gamma == 1 else math.log(gamma / (1 - gamma)) - log_u_init
 
@@ -231,22 +232,22 @@ def coverage(texts: Sequence[Sequence[str]]) -> float:
 
 
 def recommend(found: dict, gains: dict[str, Gain]) -> tuple[str, str]:
-    """The objective to take, and why, in one sentence each way.
+    """The recommended objective, and the reason in one sentence.
 
     Args:
         found: `outscored_after` (share), `lead_after`, `drift` and `half_weight` (nats).
-        gains: of "sft" and of other methods.
+        gains: the gains of "sft" and of the other methods.
     """
     share, lead = found["outscored_after"], found["lead_after"]
     if share < NOTHING_TO_WIN:
         return "sft", (
-            f"only {100 * share:.0f}% of held-out rows have a wrong answer ahead of the completion after a little SFT: "
-            "there is nothing to win"
+            f"after a little SFT, only {100 * share:.0f}% of held-out rows have a wrong answer that is likelier than "
+            "the completion, so there is nothing to gain"
         )
     if share > TEACH_FIRST and lead > FAR:
         return "sft", (
-            f"{100 * share:.0f}% of held-out rows have a wrong answer ahead, by {lead:.1f} nats: teach the task by SFT "
-            "first, then probe again with that adapter as training.reference_model"
+            f"{100 * share:.0f}% of held-out rows have a likelier wrong answer, by {lead:.1f} nats: first teach the "
+            "task with SFT, then probe again with that adapter as training.reference_model"
         )
     others = {name: gain for name, gain in gains.items() if name != "sft"}
     if found["drift"] > found["half_weight"]:
@@ -254,9 +255,9 @@ def recommend(found: dict, gains: dict[str, Gain]) -> tuple[str, str]:
     name = max(others, key=lambda one: others[one].ahead)
     best = others[name]
     if best.ahead > best.error and gains["sft"].gain > 0:
-        return name, f"its next step gains {best.ahead / gains['sft'].gain:+.0%} on SFT's"
+        return name, f"its next step gains {best.ahead / gains['sft'].gain:+.0%} compared with SFT's"
     if best.ahead > best.error:
-        return name, f"SFT's next step loses on held-out rows, and its own {'gains' if best.gain > 0 else 'loses less'}"
+        return name, f"SFT's next step loses on held-out rows, its own {'gains' if best.gain > 0 else 'loses less'}"
     if best.ahead < -best.error:
-        return "sft", "no step with negatives gains as much on held-out rows as SFT's own"
-    return "sft", "negatives gain no more on held-out rows than SFT's own steps, within the error, and cost more"
+        return "sft", "no step with negatives gains as much on held-out rows as SFT's"
+    return "sft", "on held-out rows, negatives gain no more than SFT within the error, and they cost more"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, that survive a power failure, and that one process at a time writes."""
+"""Atomic, durable files, content hashes, and a lock so that one process at a time writes a folder."""
 
 from lowdft.files.atomic import (
     as_written,

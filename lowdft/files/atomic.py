@@ -1,6 +1,6 @@
-"""Files that are whole or not there: written beside their place, flushed to disk, then renamed into it.
+"""Atomic files: written under a temporary name, flushed to disk, then renamed.
 
-After the rename the folder is flushed too: until then a power failure may undo it.
+After the rename the folder is flushed, too; until then a power failure could undo the rename.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from lowdft.errors import UserError
 from lowdft.files.process import is_alive
 
-ABANDONED = 24 * 3600  # seconds after which a temporary of another machine is taken for a dead process's
+ABANDONED = 24 * 3600  # seconds after which a temporary file of another machine counts as abandoned
 ADVICE = {
     errno.ENOSPC: "free some space or choose another output_dir",
     errno.EDQUOT: "your quota is used up: free some space or choose another output_dir",
@@ -35,19 +35,19 @@ ADVICE = {
 }
 CODED = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)  # safetensors, tokenizers and pyarrow write so
 TORCH = re.compile(r"PytorchStreamWriter|inline_container|iostream error")  # torch.save on a full disk
-_live: set[Path] = set()  # temporaries of this very process
-_concealed: dict[str, str] = {}  # text of the environment that a recipe refers to -> how it refers to it
+_live: set[Path] = set()  # temporary files of this process
+_concealed: dict[str, str] = {}  # value from the environment -> the recipe's reference to it
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path of the same folder; on success what was written there becomes `path`, at once.
+    """Yields a temporary path in the same folder; on success, what was written there atomically replaces `path`.
 
-    Works for a file or a folder. On any error the temporary is removed and `path` stays as it was. When this returns,
-    the new contents and their name are on the disk itself.
+    Works for a file or a folder. On any error the temporary file is removed and `path` stays unchanged. When this
+    returns, the new contents and their name have been flushed to disk.
 
     Raises:
-        UserError: the disk is full or failing, or the place is not writable.
+        UserError: the disk is full or failing, or the location is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_owner()}-{secrets.token_hex(4)}.tmp")
@@ -69,10 +69,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_error(path: str | Path | None, error: BaseException) -> UserError | None:
-    """What to tell people about a failed write to `path`; None when `error` is another kind of error.
+    """The error message for a failed write to `path`, or None if `error` is another kind of error.
 
-    A full disk is an OSError of Python's own writers, and some other error with a number in its text from those of
-    safetensors, tokenizers, pyarrow and torch.
+    Python reports a full disk as an OSError; safetensors, tokenizers, pyarrow and torch raise other errors with the
+    number in their text.
     """
     number = getattr(error, "errno", None)
     if number is None and (coded := CODED.search(str(error))):
@@ -84,13 +84,13 @@ def write_error(path: str | Path | None, error: BaseException) -> UserError | No
     reason = os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0]
     advice = ADVICE.get(number, "free some space or choose another output_dir")
     return UserError(
-        f"{name}: could not be written ({reason}). Nothing half-written was kept; {advice}, then run the same command "
+        f"{name} could not be written ({reason}). No incomplete file was kept; {advice}, then run the same command "
         "again."
     )
 
 
 def make_folder(path: str | Path) -> None:
-    """Makes a folder and its parents, each entered in its parent on the disk itself."""
+    """Makes a folder and its parents, and flushes each new entry to disk."""
     missing, path = [], Path(path)
     while not path.is_dir():
         missing.append(path)
@@ -101,7 +101,7 @@ def make_folder(path: str | Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Asks the operating system to put a file, or a folder with all that is in it, on the disk itself."""
+    """Flushes a file, or a folder with everything in it, to disk."""
     if path.is_dir():
         for inside in path.iterdir():
             flush(inside)
@@ -112,8 +112,8 @@ def flush(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Puts a folder's entries (names, renames, deletions) on the disk itself, where the file system can."""
-    if os.name == "nt":  # which has no such call
+    """Flushes a folder's entries (names, renames, deletions) to disk, if the file system supports that."""
+    if os.name == "nt":  # Windows has no such call
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -126,7 +126,7 @@ def sync_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder if it is there and can be removed."""
+    """Removes a file or a folder if it exists and can be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -149,7 +149,7 @@ def _owner() -> str:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes temporaries of processes that are no more; those of a live process stay."""
+    """Removes temporary files of processes that have ended; those of running processes stay."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         found = re.fullmatch(r"(\w+)-(\d+)-\w+", left.name[len(path.name) + 2 :].split(".")[0])
         with contextlib.suppress(OSError):
@@ -166,41 +166,41 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def conceal(value: str, shown: str) -> None:
-    """From now on `value` (8 characters or more) is never written to a text file; `shown` stands in its place."""
+    """From now on, text files contain `shown` instead of `value` (if it has 8 characters or more)."""
     if len(value) >= 8:
         for form in {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], escape(value)}:
             _concealed[form] = shown
 
 
 def concealed(text: str) -> str:
-    """`text` as it may be written."""
+    """`text` with concealed values replaced."""
     for value in sorted(_concealed, key=len, reverse=True):
         text = text.replace(value, _concealed[value])
     return text
 
 
 def as_written(value: dict) -> dict:
-    """A dict as it is read back from a file of `write_json`."""
+    """A dict as it would be read back from a file written by `write_json`."""
     return json.loads(concealed(json.dumps(value, ensure_ascii=False)))
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a whole UTF-8 text file atomically, without what `conceal` was told; UserError when it cannot."""
+    """Writes a UTF-8 text file atomically, with concealed values replaced; raises UserError if that fails."""
     with replacing(path) as temporary:
         temporary.write_text(concealed(text), encoding="utf-8")
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes a whole JSON file atomically; UserError when it cannot."""
+    """Writes a JSON file atomically; raises UserError if that fails."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> dict:
-    """Reads a JSON object; UserError when the file is not one."""
+    """Reads a JSON object; raises UserError if the file does not hold one."""
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not JSON ({error}). It was changed by hand or cut off; delete it.") from error
+        raise UserError(f"{path}: this file is not JSON ({error}). It was edited or truncated; delete it.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is not a JSON object but {type(value).__name__}. It was changed; delete it.")
+        raise UserError(f"{path}: found {type(value).__name__}; wanted a JSON object. It was edited; delete it.")
     return value

@@ -1,4 +1,4 @@
-"""What a file or folder holds, as sizes and hashes, and what has changed since they were noted."""
+"""Sizes and hashes of the files in a folder, and what has changed since they were recorded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-PIECE = 1 << 24  # bytes hashed at a time; the pieces of a large file by several threads
-_known: dict[tuple, str] = {}  # of files that this process has hashed, while their time and size stay
+PIECE = 1 << 24  # bytes per hash; several threads hash the pieces of a large file
+_known: dict[tuple, str] = {}  # hashes that this process has computed, valid while time and size are unchanged
 
 
 def digest_of(path: str | Path) -> str:
     """The BLAKE2b hash of a file's content: 32 hexadecimal digits.
 
-    Of a file larger than 16 MiB it is the hash of the hashes of its pieces of that size, so that several cores share
-    the work and a checkpoint of many gigabytes is read at the disk's speed.
+    For a file larger than 16 MiB it is the hash of the hashes of its 16 MiB pieces, so that several cores share the
+    work and a checkpoint of many gigabytes is read at the speed of the disk.
     """
     path = Path(path)
     now = path.stat()
@@ -40,7 +40,7 @@ def _digest(path: Path, size: int) -> str:
 
 
 def contents_of(path: str | Path) -> dict[str, list]:
-    """[size in bytes, hash] of a file, or of every file below a folder, by name relative to it ("." is the file)."""
+    """[size in bytes, hash] of a file (by the name "."), or of every file below a folder, by relative name."""
     path = Path(path)
     if path.is_file():
         return {".": [path.stat().st_size, digest_of(path)]}
@@ -49,14 +49,14 @@ def contents_of(path: str | Path) -> dict[str, list]:
 
 
 def checksum_of(value: dict) -> str:
-    """A hash of a JSON object, for the file that holds it."""
+    """A hash of a JSON object, to be stored in the same file."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def damage_in(path: str | Path, noted: dict[str, list]) -> str | None:
-    """What is no longer as `contents_of` noted it: the first file that is missing, cut or changed; None if nothing is.
+    """The first file that is missing or changed since `contents_of`, in words; None if there is none.
 
-    Files that were added since do not count.
+    Files that were added since are ignored.
     """
     path = Path(path)
     for name, (size, digest) in noted.items():

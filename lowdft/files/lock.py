@@ -1,4 +1,4 @@
-"""One process at a time writes a folder."""
+"""A lock, so that only one process at a time writes a folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAME = ".lock"
 
 @contextlib.contextmanager
 def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for this process; the operating system lets go of it when the process ends, however it ends.
+    """Locks `folder` for this process; the operating system releases the lock when the process ends for any reason.
 
-    Of several ranks the first holds it for all (those that `wait` take turns). The lock is flock(2) (Windows: msvcrt)
-    on the file `.lock` in the folder, which stays there and names its last holder.
+    With several ranks, the first holds it for all (those that `wait` take turns). The lock is flock(2) (Windows:
+    msvcrt) on the file `.lock` in the folder, which stays there and names its last holder.
 
     Args:
-        folder: is made if it is missing.
+        folder: is created if it is missing.
         wait: wait for the other holder instead of raising.
 
     Raises:
@@ -54,7 +54,7 @@ def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """Raises UserError, at once and without making anything, when another process holds `folder`."""
+    """Raises UserError at once, without creating anything, if another process holds `folder`."""
     if (Path(folder) / NAME).is_file():
         with locked(folder):
             pass
@@ -62,6 +62,6 @@ def check_free(folder: str | Path) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")[:200] or "it has just begun"
+        return path.read_text(encoding="utf-8")[:200] or "it has just started"
     except (OSError, ValueError):
         return "its name cannot be read"

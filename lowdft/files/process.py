@@ -1,4 +1,4 @@
-"""This process and others, as the operating system sees them; Windows has no `resource`."""
+"""Memory of this process, and whether other processes exist, on all systems (Windows has no `resource`)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def peak_bytes() -> float:
 
 
 def is_alive(process: int) -> bool:
-    """Is there a process of this id on this machine? (`os.kill(id, 0)` sends Ctrl-C on Windows.)"""
+    """Whether there is a process with this id on this machine. (On Windows, `os.kill(id, 0)` would send Ctrl-C.)"""
     return psutil.pid_exists(process)
 
 
 def return_freed_memory(block: int = 2**20) -> None:
-    """From here on, freed memory of at least `block` bytes goes back to the system at once; glibc alone has this.
+    """From now on, freed memory blocks of at least `block` bytes are returned to the system at once (glibc only).
 
-    It keeps freed activations otherwise: a checkpointed step of SmolLM2-135M peaked at 3.2 GB instead of 1.5. The price
-    is a fifth of the time of steps whose activations are small, so this is for those who save memory.
+    Otherwise glibc keeps freed activations: a checkpointed step of SmolLM2-135M peaked at 3.2 GB instead of 1.5. Steps
+    with small activations take a fifth longer, so this is only used if memory is to be saved.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

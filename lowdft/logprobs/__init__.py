@@ -1,4 +1,4 @@
-"""The log-probability engine: prompt groups -> rows, mask, positions; hidden states -> log-probabilities."""
+"""The log-probability engine: turns prompt groups into rows, and hidden states into log-probabilities."""
 
 from lowdft.logprobs.attention import packed_attention
 from lowdft.logprobs.check import choose_layout

@@ -1,9 +1,10 @@
 """Attention of a packed row: every prompt over itself, every completion over its prompt and itself.
 
-The row's linear layers see tokens only. Here queries and keys are gathered into small batches of pieces of like length,
-so that nothing attends, or pays, across them. On a CPU a sequence gets the same bits in bfloat16 whatever stands beside
-it (measured: rows and tiles are aligned so that no kernel splits its sums otherwise), and so policy and reference agree
-exactly. On a GPU the matrix products choose their kernels by the number of tokens, and the bits may differ.
+The linear layers process the row token by token. Here queries and keys are gathered into small batches of pieces of
+similar length, so that no piece attends to another, or costs time for it. On a CPU a sequence gets the same bits in
+bfloat16 whatever else is in its row (measured: rows and tiles are aligned so that kernels always split their sums in
+the same way), so policy and reference agree exactly. On a GPU matrix products choose their kernels by the number of
+tokens, and the bits may differ.
 
 Shape suffixes: T tokens of the packed row, N pieces (prompts or completions), Q queries, K keys, H query heads,
 J key-value heads, E size of a head.

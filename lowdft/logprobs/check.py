@@ -1,4 +1,4 @@
-"""The check at the start: log-probabilities as scored here against the model's own logits, on one small group."""
+"""The check at the start: compares log-probabilities as computed here with the model's own logits on a small group."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lowdft.errors import UserError
 from lowdft.logprobs.engine import bare, score
 from lowdft.logprobs.rows import Group
 
-LENGTH = 12  # tokens of every sequence of the small group
-ON_DEVICE = ("CUDA", "CUBLAS", "CUDNN", "HIP", "out of memory")  # in messages of errors that are no property of a model
+LENGTH = 12  # tokens per sequence of the small group
+ON_DEVICE = ("CUDA", "CUBLAS", "CUDNN", "HIP", "out of memory")  # in error messages that are not the model's fault
 CUDA_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 def choose_layout(model: nn.Module, layout: str | None = None) -> str:
-    """ "packed" where this model scores packed rows right, else "padded"; always checked against its own logits.
+    """Returns "packed" if this model scores packed rows correctly, else "padded", which is also checked.
 
-    Three small forward passes in eval mode decide. Scores are right when they differ from the float32 log-softmax of
-    the model's own logits by no more than rounding in its dtype: by 5e-4 nats (root mean square) in float32, by 0.13
-    in bfloat16, and by more in proportion where log-probabilities go beyond 20 nats.
+    It runs three small forward passes in eval mode. Scores are correct if they differ from the float32 log-softmax of
+    the model's own logits by no more than rounding in its dtype: 5e-4 nats (root mean square) in float32, 0.13 in
+    bfloat16, and proportionally more if log-probabilities go beyond 20 nats.
 
     Args:
         model: see `score`.
-        layout: check this one alone.
+        layout: check only this one.
 
     Raises:
-        UserError: the scores differ from the model's own, or those are not finite.
+        UserError: the scores differ from the model's own, or the model's own are not finite.
     """
     groups, sequences = small_group(bare(model).config.get_text_config().vocab_size)
     with _evaluating(model), torch.no_grad():
@@ -37,8 +37,8 @@ def choose_layout(model: nn.Module, layout: str | None = None) -> str:
         own_S = own_logps(model, sequences.to(weight.device), groups)
         if not own_S.isfinite().all():
             raise UserError(
-                f"the model's own log-probabilities are not finite ({own_S.tolist()[:4]}, …): its weights hold NaN or "
-                "infinity, or its dtype overflows. Check the checkpoint, or set model.dtype=bfloat16 or float32."
+                f"the model's own log-probabilities are not finite ({own_S.tolist()[:4]}, …): its weights contain NaN "
+                "or infinity, or its dtype overflows. Check the weights, or set model.dtype=bfloat16 or float32."
             )
         if layout != "padded":
             with contextlib.suppress(NotPacked):
@@ -46,27 +46,27 @@ def choose_layout(model: nn.Module, layout: str | None = None) -> str:
                     return "packed"
             if layout == "packed":
                 raise UserError(
-                    "training.layout is packed, but this model does not score packed rows as it scores single ones; "
-                    "set training.layout=padded"
+                    "training.layout is packed, but this model does not score packed rows correctly; set "
+                    "training.layout=padded"
                 )
         found_S = score(model, groups, "padded").per_token_logps_S
     if not _close(found_S, own_S, weight.dtype):
         worst = (found_S.double() - own_S).abs().argmax()
         raise UserError(
             f"{type(bare(model)).__name__}: log-probabilities computed from its hidden states and output head differ "
-            f"from those of its own forward pass (a token has {found_S[worst]:.4f} nats, {own_S[worst]:.4f} by its own "
-            "logits), so this model changes its logits in a way that is not known here. Its training would be wrong; "
-            "use another model, or report this one."
+            f"from those of its own forward pass (a token has {found_S[worst]:.4f} nats, but {own_S[worst]:.4f} by the "
+            "model's logits), so this model changes its logits in a way that lowdft does not know, and training it "
+            "would be wrong. Use another model, or report this one."
         )
     return "padded"
 
 
 def require_finite(what: str, names: Sequence[str], logps: Sequence[Tensor], advice: str) -> None:
-    """Raises UserError unless every row's log-probabilities are finite; names the rows, and says what to do.
+    """Raises UserError unless every row's log-probabilities are finite; names the rows and says what to do.
 
     Args:
-        names: of the rows.
-        logps: of each row.
+        names: the names of the rows.
+        logps: the log-probabilities of each row.
     """
     bad = [name for name, values in zip(names, logps, strict=True) if not values.isfinite().all()]
     if bad:
@@ -75,7 +75,7 @@ def require_finite(what: str, names: Sequence[str], logps: Sequence[Tensor], adv
 
 
 def small_group(vocabulary: int) -> tuple[list[Group], Tensor]:
-    """Groups of random ids, and their sequences [3, LENGTH]; one more completion is the beginning of another."""
+    """Groups of random ids, and their sequences [3, LENGTH]; one completion is the beginning of another one."""
     ids = torch.randint(vocabulary, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     ids[1, :5] = ids[0, :5]
     first, second, other = ids.tolist()
@@ -83,16 +83,16 @@ def small_group(vocabulary: int) -> tuple[list[Group], Tensor]:
 
 
 def own_logps(model: nn.Module, sequences: Tensor, groups: list[Group]) -> Tensor:
-    """float64 [S]: log-probabilities of the small group's tokens by the model's own forward pass."""
+    """float64 [S]: log-probabilities of the small group's tokens from the model's own forward pass."""
     logits = model(input_ids=sequences, use_cache=False).logits.float().log_softmax(-1).double()
-    logps = logits[:, :-1].gather(2, sequences[:, 1:, None])[..., 0]  # [3, LENGTH - 1]: of all tokens but the first
+    logps = logits[:, :-1].gather(2, sequences[:, 1:, None])[..., 0]  # [3, LENGTH - 1]: all tokens except the first
     start = [len(group.prompt_ids) - 1 for group in groups]
     prefix = len(groups[0].completions[1])
     return torch.cat([logps[0, start[0] :], logps[0, start[0] :][:prefix], logps[1, start[0] :], logps[2, start[1] :]])
 
 
 class NotPacked(Exception):
-    """The model's code does not take packed rows."""
+    """The model's code does not support packed rows."""
 
 
 def _packed(model: nn.Module, groups: list[Group]) -> Tensor:
@@ -105,7 +105,7 @@ def _packed(model: nn.Module, groups: list[Group]) -> Tensor:
 
 
 def _close(found_S: Tensor, own_S: Tensor, dtype: torch.dtype) -> bool:
-    """Do they differ by rounding in `dtype` alone? See `choose_layout`."""
+    """Whether they differ only by rounding in `dtype`; see `choose_layout`."""
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # norms and softmax are float32 in any model
     most = 1.5 * eps**0.5 * max(1.0, own_S.square().mean().sqrt().item() / 20)
     return (found_S.double() - own_S).square().mean().sqrt().item() <= most

@@ -1,7 +1,7 @@
 """Log-probabilities of completions: prompt groups in, one number per scored token out.
 
-Policy and reference go through the same function and the same layout: in bfloat16 two layouts of one sequence differ by
-nats, and DFT exponentiates sums.
+Policy and reference use the same function and the same layout, because in bfloat16 two layouts of one sequence differ
+by nats, and DFT exponentiates sums.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LAYERS_IN: ContextVar[torch.dtype | None] = ContextVar("layers_in", default=Non
 
 @contextlib.contextmanager
 def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """While this lasts the layers of a float32 model compute in a half precision, by autocast; its head does not."""
+    """A context in which the layers of a float32 model compute in half precision, by autocast; its head does not."""
     token = _LAYERS_IN.set(dtype)
     try:
         yield
@@ -38,7 +38,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 class CompletionLogps:
     """`per_token_logps_S` in order, and per completion their sum and count (C completions).
 
-    `computed` counts the tokens of the forward pass, with its padding.
+    `computed` counts the tokens of the forward pass, including padding.
     """
 
     per_token_logps_S: Tensor
@@ -58,28 +58,28 @@ def score(
 ) -> CompletionLogps:
     """Scores every completion of every group in one forward pass, in nats.
 
-    Models whose rotary embedding changes beyond a length (Phi-3's longrope, dynamic NTK) take a pass for each of their
-    settings, so that no neighbour changes a score.
+    If the model's rotary embedding changes beyond some length (Phi-3's longrope, dynamic NTK), there is one pass for
+    each of its settings, so that a score does not depend on the other sequences.
 
-    With gradient checkpointing and the packed layout, the backward pass must run inside `packed_attention` too.
+    With gradient checkpointing and the packed layout, the backward pass must also run inside `packed_attention`.
 
     Args:
-        model: a transformers causal language model, bare or under a peft adapter, whole or sharded (DeepSpeed, FSDP2).
-        groups: prompts with their completions; all ids below the vocabulary size.
+        model: a transformers causal language model, with or without peft adapter, whole or sharded (DeepSpeed, FSDP2).
+        groups: prompts with their completions; all ids are below the vocabulary size.
         layout: "packed" or "padded", see `rows`.
-        chunk_size: tokens whose logits exist at once.
-        head_logps: what turns (hidden states, head, targets) into log-probabilities; `token_logps` unless given.
-        token_weight: weights [S] of the tokens in `logps_C`, from their log-probabilities [S] and the completion [S]
-            that each belongs to; 1 unless given.
-        predicted_share: share of the model's own greedy prediction of a token in the embedding of every completion
-            token, which takes one more forward pass, without gradient.
+        chunk_size: how many tokens have their logits in memory at the same time.
+        head_logps: maps (hidden states, head, targets) to log-probabilities; `token_logps` by default.
+        token_weight: maps the log-probabilities [S] of tokens, and the index [S] of the completion that each belongs
+            to, to their weights [S] in `logps_C`; 1 by default.
+        predicted_share: how much of the embedding of every completion token is replaced by that of the model's greedy
+            prediction; this takes one more forward pass without gradient.
     """
     causal_lm = bare(model)
     settings = (layout, chunk_size, head_logps, token_weight, predicted_share)
     passes = by_rope_setting(causal_lm.config.get_text_config(), groups)
     if len(passes) == 1:
         return _score(model, groups, *settings)
-    outs, places = [], []  # a place: which completion of which group
+    outs, places = [], []  # a place is the completion of a group
     for numbers in passes:
         outs.append(_score(model, [groups[g].select(chosen) for g, chosen in numbers], *settings))
         places += [(g, k) for g, chosen in numbers for k in chosen]
@@ -121,7 +121,7 @@ def _score(model, groups, layout, chunk_size, head_logps, token_weight, predicte
 
 
 def _sums(values_S: Tensor, completion_S: Tensor, completions: int) -> Tensor:
-    """Sums [C] of every completion's values, the same bits in whatever order they are added.
+    """Sums [C] of every completion's values, with the same bits for any order of addition.
 
     Values are rounded to multiples of 2**-30 nats, of which float64 adds up to 4 million nats without rounding.
     """
@@ -133,8 +133,8 @@ def _sums(values_S: Tensor, completion_S: Tensor, completions: int) -> Tensor:
 
 
 def by_rope_setting(config, groups: Sequence[Group]) -> list[list[tuple[int, Sequence[int]]]]:
-    """(group, its completions) that may share a forward pass; all of them but for rotary embeddings that depend on
-    the longest sequence of a pass."""
+    """(group, its completions) that may share a forward pass: all, unless the model's rotary embeddings depend on the
+    longest sequence of the pass."""
     setting = _rope_setting(config)
     together: dict = {}
     for g, group in enumerate(groups):
@@ -147,7 +147,7 @@ def by_rope_setting(config, groups: Sequence[Group]) -> list[list[tuple[int, Seq
 
 
 def _rope_setting(config) -> Callable[[int], object]:
-    """What tells apart, by a sequence's length, the settings of the model's rotary embedding."""
+    """Maps a sequence's length to a key for the setting of the model's rotary embedding."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
     settings = []
@@ -169,7 +169,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int) -> Tensor:
-    """[S]: what the model itself would have written in the place of every scored token."""
+    """[S]: the model's greedy prediction for every scored token."""
 
     def from_hidden(hidden_SD: Tensor) -> Tensor:
         return greedy_tokens(hidden_SD, Head.of(causal_lm), chunk_size)
@@ -178,7 +178,7 @@ def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size:
 
 
 def _partly_predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int, share: float) -> Tensor:
-    """Input embeddings [R, L, D], those of scored tokens (1 - share) E(token) + share E(prediction)."""
+    """Input embeddings [R, L, D]; for scored tokens, (1 - share) E(token) + share E(prediction)."""
     predicted_S, embed = _predicted(causal_lm, rows, dtype, chunk_size), causal_lm.get_input_embeddings()
     given_RLD = embed(rows.input_ids_RL)
     flat = given_RLD.flatten(0, 1)
@@ -196,7 +196,7 @@ def _predictors(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, embeddings
 
 
 def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | None = None) -> Tensor:
-    """[R, L, D] of the last layer, from the rows' ids or from embeddings in their place."""
+    """Hidden states [R, L, D] of the last layer, from the rows' ids or from embeddings instead."""
     inputs = dict(position_ids=rows.position_ids_RL, use_cache=False)
     inputs |= dict(input_ids=rows.input_ids_RL) if embeddings_RLD is None else dict(inputs_embeds=embeddings_RLD)
     decoder = causal_lm.get_decoder()
@@ -206,7 +206,7 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | No
         return _before_head(causal_lm, inputs)
     if rows.parts is None:
         return decoder(attention_mask=torch.ones_like(rows.input_ids_RL), **inputs).last_hidden_state
-    # an empty 4-D mask: passed through as it is by every model, and an error for any attention but ours
+    # an empty 4-D mask: every model passes it through, and any attention other than ours raises an error
     empty = torch.empty((1, 1, 0, 0), device=rows.input_ids_RL.device)
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None)
     mask = {kind: empty for kind in kinds} if kinds else empty
@@ -215,7 +215,7 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | No
 
 
 def _before_head(causal_lm: nn.Module, inputs: dict) -> Tensor:
-    """What a whole forward pass of the model gives its output head, [R, L, D]; padded rows only."""
+    """The input of the output head in a complete forward pass of the model, [R, L, D]; padded rows only."""
     head, found = causal_lm.get_output_embeddings(), []
 
     def caught(hidden_RLD: Tensor) -> Tensor:

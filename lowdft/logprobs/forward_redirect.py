@@ -1,4 +1,4 @@
-"""Work done inside a module's own forward pass: where parameters are sharded, they are whole only there."""
+"""Runs a function inside a module's forward pass, because sharded parameters are complete only there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def in_forward(module: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)` in place of the module's forward, with all its hooks before and after, also those to go back.
+    """Calls `function(*inputs)` instead of the module's forward, with all of the module's forward and backward hooks.
 
-    DeepSpeed's ZeRO-3 and FSDP2 keep a part of every parameter on each rank, and gather and release them by such hooks.
-    For any other module this is `function(*inputs)`.
+    DeepSpeed's ZeRO-3 and FSDP2 keep a part of every parameter on each rank, and use such hooks to gather and release
+    them. For any other module this is just `function(*inputs)`.
 
     Args:
         module: the module, or a wrapper that calls its `module` (DeepSpeed's engine).

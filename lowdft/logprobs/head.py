@@ -1,6 +1,6 @@
 """Log-probabilities of chosen tokens from hidden states, a chunk of tokens at a time.
 
-Never more than [chunk, vocabulary] logits exist, and for a frozen head, which gets no gradient, they are computed once.
+At most [chunk, vocabulary] logits exist at a time. For a frozen head, which gets no gradient, they are computed once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 class Head:
     """The output projection: logits = softcap(scale * (weight @ hidden + bias)).
 
-    `scale` and `softcap` are those of families that bend their logits (Cohere, Granite, HyperCLOVA X, Falcon-H1;
-    Gemma 2, RecurrentGemma, xLSTM).
+    Some model families use `scale` (Cohere, Granite, HyperCLOVA X, Falcon-H1) or `softcap` (Gemma 2, RecurrentGemma,
+    xLSTM).
     """
 
     weight_VD: Tensor

@@ -1,9 +1,9 @@
-"""Prompts with their completions, laid out for one forward pass.
+"""Lays out prompts with their completions for one forward pass.
 
-Layout "packed": one row without padding, `[prompt][completion 1]…[completion K][prompt]…`. Positions of a completion
-start right after its prompt; `attention.Part` says which tokens each piece attends to, so that a prompt is computed
-once for all of its completions. Layout "padded": one row per completion, for models whose attention cannot be told so.
-Both give the same log-probabilities.
+Layout "packed": one row without padding, `[prompt][completion 1]…[completion K][prompt]…`. The positions of a
+completion start right after its prompt, and `attention.Part` holds which tokens each piece attends to, so that a prompt
+is computed once for all of its completions. Layout "padded": one row per completion, for models whose attention does
+not support that. Both give the same log-probabilities.
 
 Shape suffixes: R rows, L tokens of the longest row, S scored tokens, C completions, G groups.
 """
@@ -45,14 +45,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a forward pass takes, and which hidden states score which tokens."""
+    """The inputs of a forward pass, and which hidden states score which tokens."""
 
     input_ids_RL: Tensor
     position_ids_RL: Tensor
     predictor_S: Tensor  # flat index into R * L of the hidden state that predicts the token
     target_S: Tensor  # the token's id
     place_S: Tensor  # flat index into R * L of the token itself
-    completion_S: Tensor  # which completion it belongs to, counted through all groups
+    completion_S: Tensor  # index of the completion that it belongs to, counted over all groups
     parts: tuple[Part, ...] | None = None  # packed: the attention of prompts, then of completions
 
     def to(self, device: torch.device) -> Rows:
@@ -65,7 +65,7 @@ class Rows:
 
 
 def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
-    """Lays groups out as rows; completions are counted group by group, in the order given."""
+    """Lays out groups as rows; completions are numbered group by group, in the order given."""
     return _pack(groups) if layout == "packed" else _pad(groups)
 
 
@@ -108,7 +108,7 @@ def _pad(groups: Sequence[Group]) -> Rows:
     pairs = [(group.prompt_ids, completion) for group in groups for completion in group.completions]
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
     input_ids = torch.zeros((len(pairs), width), dtype=torch.int64)
-    places, owners = [], []  # padding comes last, where no real token sees it: it needs no mask
+    places, owners = [], []  # padding comes last, where no real token attends to it, so it needs no mask
     for row, (prompt, completion) in enumerate(pairs):
         start, end = len(prompt), len(prompt) + len(completion)
         input_ids[row, :end] = torch.cat([torch.as_tensor(prompt), torch.as_tensor(completion)])

@@ -1,4 +1,4 @@
-"""The base, its tokenizer, its adapters, and the base as reference."""
+"""The base, its tokenizer and adapters, reference scores, and memory estimates."""
 
 from lowdft.models.adapters import add_adapter, load_adapter, make_policy, require_adapter
 from lowdft.models.base import (

@@ -1,4 +1,4 @@
-"""Adapters: fresh, trained or half frozen, and what training starts from."""
+"""Adapters: new, trained or half frozen, and the model that training starts from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lowdft.files import read_json
 from lowdft.models.base import set_up_cuda
 from lowdft.text import did_you_mean
 
-# by type: peft's configuration, and its names for the recipe's short ones
+# for each type: peft's configuration class, and peft's names for the recipe's short keys
 TYPES: dict[str, tuple[type[PeftConfig], dict[str, str]]] = {
     "lora": (LoraConfig, {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}),
     "ia3": (IA3Config, {}),
@@ -46,11 +46,11 @@ DENSE = ("loha", "lokr", "shira")  # peft has no layers of these for a base in 4
 NOT_OF_RECIPES = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
                   "inference_mode", "runtime_config", "target_modules")  # fmt: skip
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
-REFERENCE = "reference"  # the name of a frozen second adapter, where the reference is base + adapter
+REFERENCE = "reference"  # the name of a second, frozen adapter, if the reference is base + adapter
 
 
 def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn.Module:
-    """The model to train: loaded where it is a name, under a fresh adapter or a copy of the reference's."""
+    """The model to train: loaded if it is a name, with a new adapter or a copy of the reference's adapter."""
     set_up_cuda()
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -67,7 +67,7 @@ def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn
 
 
 def freeze_half(model: nn.Module, seed: int) -> None:
-    """Freezes half of an adapter's modules of every type (the last part of a module's name), rounded down."""
+    """Freezes half (rounded down) of an adapter's modules of each type, which is the last part of a module's name."""
     by_type: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -79,10 +79,10 @@ def freeze_half(model: nn.Module, seed: int) -> None:
 
 
 def start_from_adapter(base: nn.Module, path: str) -> nn.Module:
-    """A policy that starts as a copy of the trained adapter at `path`, and has it, frozen, as its reference.
+    """A policy that starts as a copy of the trained adapter at `path`; the frozen original is its reference.
 
     Raises:
-        UserError: no adapter stands at `path`.
+        UserError: there is no adapter at `path`.
     """
     require_adapter(path, "training.reference_model")
     model = PeftModel.from_pretrained(base, path, is_trainable=True)
@@ -91,7 +91,7 @@ def start_from_adapter(base: nn.Module, path: str) -> nn.Module:
 
 
 def add_adapter(base, section: AdapterSection, seed: int):
-    """A fresh adapter on the base: it changes nothing yet."""
+    """A new adapter on the base, which does not change its output yet."""
     set_seed(seed)
     return get_peft_model(base, adapter_config(section))
 
@@ -103,7 +103,7 @@ def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig
         in_4bit: the base is loaded in 4 bit.
 
     Raises:
-        UserError: an unknown type or field, or an adapter under which lowdft's log-probabilities would be wrong.
+        UserError: an unknown type or field, or an adapter with which lowdft's log-probabilities would be wrong.
     """
     if section.type not in TYPES:
         hint = did_you_mean(section.type, TYPES)
@@ -116,14 +116,14 @@ def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig
     given = {"target_modules": modules if modules is None or isinstance(modules, str) else list(modules)}
     given |= {name: getattr(section, ours) for ours, name in short.items()}
     if section.dropout and "dropout" not in short:
-        raise UserError(f"adapter.dropout is {section.dropout}; {section.type} has none")
+        raise UserError(f"adapter.dropout is {section.dropout}, but {section.type} has no dropout; remove the key")
     known = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in NOT_OF_RECIPES]
     for key in section.options:
         if key not in known:
             hint = did_you_mean(key, [*known, *short])
             raise UserError(f"adapter.{key} is not a field of peft's {kind.__name__}.{hint}")
     if section.type == "ia3":
-        given["feedforward_modules"] = []  # which of them scale their input; none unless the recipe names some
+        given["feedforward_modules"] = []  # modules that scale their input; none unless the recipe names some
     try:
         config = kind(**given | dict(section.options), task_type="CAUSAL_LM")
     except (TypeError, ValueError) as error:
@@ -133,44 +133,44 @@ def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig
 
 
 def check_config(config: PeftConfig) -> None:
-    """Raises UserError for an adapter under which lowdft's log-probabilities or its reference would be wrong."""
+    """Raises UserError for an adapter with which lowdft's log-probabilities or its reference would be wrong."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA"):
         raise UserError(f"adapter: {kind} adds tokens or runs the model twice, which packed rows do not support")
     if kind == "ADALORA":
         raise UserError(
-            "adapter: ADALORA needs a loss and a call after every step of its own, which lowdft does not make"
+            "adapter: ADALORA needs its own loss and a call after every step, which lowdft does not support"
         )
     for name in ("target_modules", "modules_to_save"):
         value = getattr(config, name, None) or ()
         value = [value] if isinstance(value, str) else value
         if any(one.rsplit(".", 1)[-1] == "lm_head" for one in value):
             raise UserError(
-                f"adapter.{name} has lm_head: log-probabilities are computed in chunks from a plain linear head. "
-                "Leave it out."
+                f"adapter.{name} has lm_head, but log-probabilities are computed in chunks from a plain linear head. "
+                "Remove it."
             )
     _refuse_megatron(vars(config), "adapter")
     if getattr(config, "alora_invocation_tokens", None):
-        raise UserError("adapter.alora_invocation_tokens: packed rows do not say where such tokens stand")
+        raise UserError("adapter.alora_invocation_tokens is not supported with packed rows; remove it")
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
         raise UserError(
-            f"adapter.init_lora_weights: {start} changes the base's weights, or needs a pass over data first; the base "
-            "with the adapter off must stay the reference. Use true, gaussian or orthogonal."
+            f"adapter.init_lora_weights: {start} changes the base's weights, or needs a pass over data first, but the "
+            "base with the adapter off must stay the reference. Use true, gaussian or orthogonal."
         )
 
 
 def _refuse_megatron(config: dict, key: str) -> None:
-    """peft imports whatever module `megatron_core` names as soon as `megatron_config` is there."""
+    """Raises UserError for `megatron_config`: with it, peft imports any module that `megatron_core` names."""
     if config.get("megatron_config"):
         raise UserError(
-            f"{key}.megatron_config: peft would import the Python module {config.get('megatron_core')!r} that stands "
-            "beside it, and Megatron's layers are not supported. Leave both out."
+            f"{key}.megatron_config: peft would import the Python module {config.get('megatron_core')!r} that "
+            "megatron_core names, and Megatron's layers are not supported. Remove both."
         )
 
 
 def adapter_identity(section: AdapterSection) -> dict:
-    """What distinguishes an adapter from peft's default one of its type."""
+    """The fields in which an adapter's configuration differs from peft's default for its type."""
     config = adapter_config(section)
     default = type(config)().to_dict()
     found = {k: v for k, v in config.to_dict().items() if v != default.get(k)}
@@ -181,14 +181,14 @@ def load_adapter(base, path: str | Path):
     """A trained adapter on the base, frozen.
 
     Raises:
-        UserError: no adapter stands at `path`.
+        UserError: there is no adapter at `path`.
     """
     require_adapter(path)
     return PeftModel.from_pretrained(base, str(path))
 
 
 def adapter_digest(path: str | Path, key: str = "training.reference_model") -> str:
-    """Names a trained adapter by its content; UserError when none stands at `path`, `key` being what named it."""
+    """Identifies a trained adapter by its content; raises UserError (naming `key`) if there is none at `path`."""
     weights = require_adapter(path, key)
     files = [weights, weights.with_name("adapter_config.json")]
     return _digest(*files, *(file.stat().st_mtime_ns for file in files))
@@ -206,11 +206,11 @@ def require_adapter(path: str | Path, key: str = "adapter") -> Path:
     """The weights of the trained adapter at `path`.
 
     Raises:
-        UserError: none stands there, or loading it would import code; `key` is what named it.
+        UserError: there is none, or loading it would import code; the message names `key`.
     """
     config, weights = (Path(path) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
     for file in (config, weights):
         if not file.is_file():
-            raise UserError(f"{key}: {path} is not a trained adapter (no {file.name} there)")
+            raise UserError(f"{key}: {path} is not a trained adapter (it has no {file.name})")
     _refuse_megatron(read_json(config), str(config))
     return weights

@@ -1,4 +1,4 @@
-"""The base, its tokenizer and its adapter: where they come from, how they are loaded, and what they are called."""
+"""The base and its tokenizer: finding, loading and identifying them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lowdft.models.safeguards import guard_four_bit
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base is loaded from (`path`: folder or Hub name) and what its very weights are called (`identity`)."""
+    """Where a base is loaded from (`path`: folder or Hub name), and what identifies its weights (`identity`)."""
 
     path: str
     revision: str | None
@@ -64,9 +64,9 @@ def locate(section: ModelSection) -> Source:
 
 
 def load_tokenizer(source: Source, section: ModelSection):
-    """The base's tokenizer, with the recipe's chat template where it gives one.
+    """The base's tokenizer, with the recipe's chat template if it has one.
 
-    A missing pad token is the end token (no token is ever added to a vocabulary).
+    If there is no pad token, the end token is used (no token is ever added to a vocabulary).
     """
     tokenizer = AutoTokenizer.from_pretrained(
         source.path, revision=source.revision, trust_remote_code=section.trust_remote_code
@@ -81,8 +81,8 @@ def load_tokenizer(source: Source, section: ModelSection):
 def load_base(source: Source, section: ModelSection, device: torch.device | None = None):
     """The base on its device: NF4 with double quantization, or dense in `section.dtype`.
 
-    Embedding and head stay in `section.dtype`; nothing is lifted to float32. Under ZeRO-3 each rank loads its part
-    only, unless `whole_weights` says otherwise.
+    Embedding and head stay in `section.dtype`; nothing is converted to float32. Under ZeRO-3 each rank loads only its
+    part, except inside `whole_weights`.
 
     Raises:
         UserError: a 4-bit base under ZeRO-3.
@@ -129,7 +129,7 @@ def set_up_cuda() -> None:
 
 
 def release_memory() -> None:
-    """Gives back the memory of models that no name is left of; 4-bit ones are in cycles until a collection."""
+    """Frees the memory of models that are no longer used; 4-bit models are in reference cycles until a collection."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -137,13 +137,13 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
-    """While this lasts models are whole, and generate without waiting for other ranks, also under ZeRO-3's launcher."""
+    """A context in which models are whole and generate without waiting for other ranks, even under ZeRO-3."""
     with without_deepspeed():
         yield
 
 
 def context_length(source: Source, section: ModelSection) -> int | None:
-    """Positions that the base was made for, where its configuration says so."""
+    """The base's context length, if its configuration has it."""
     return getattr(configuration(source, section).get_text_config(), "max_position_embeddings", None)
 
 
@@ -155,14 +155,14 @@ def configuration(source: Source, section: ModelSection):
 
 
 def public_name(source: Source, section: ModelSection) -> str:
-    """What a card may call the base: a Hub name, or the bare name of a local folder or file; never a path."""
+    """The base's name for a model card: a Hub name, or the name of a local folder or file, never a path."""
     if section.hub_id:
         return section.hub_id
     return Path(section.name_or_path).name if source.is_local else section.name_or_path
 
 
 def made_from(source: Source, section: ModelSection, tokenizer) -> dict:
-    """What decides this base's numbers, for manifests: weights, quantization, arithmetic, tokenizer and template."""
+    """What determines this base's numbers, for manifests: weights, quantization, dtype, tokenizer and template."""
     tokens = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else b"slow")
     tokens.update((tokenizer.chat_template or "").encode())
     settings = {k: v for k, v in asdict(section).items() if k in ("load_in_4bit", "dtype", "attn_implementation")}
@@ -184,11 +184,11 @@ def _hub_config(section: ModelSection):
 
 
 def _folder_digest(folder: Path) -> str:
-    """Names a local folder's weights by content: configuration, tensor headers, and both ends of every weight file."""
+    """A hash of a local folder's weights: configuration, tensor headers, and both ends of every weight file."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
         if not path.is_file():
-            raise UserError(f"{folder}: has no config.json, so it is not a transformers model folder")
+            raise UserError(f"{folder}: this folder has no config.json, so it is not a transformers model")
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -201,7 +201,7 @@ def _folder_digest(folder: Path) -> str:
 def generation_end_ids(model) -> list[int]:
     """`eos_token_id` of the generation settings, for a loaded model or, without its weights, for a `Source`.
 
-    As in transformers the model's configuration stands in where there are no generation settings.
+    As in transformers, the model's configuration is used if there are no generation settings.
     """
     if isinstance(model, Source):
         try:
@@ -215,7 +215,7 @@ def generation_end_ids(model) -> list[int]:
 
 
 def end_ids(tokenizer, model) -> list[int]:
-    """Every token that ends an answer: those of the tokenizer, of the generation settings and of the chat template.
+    """All tokens that end an answer, from the tokenizer, the generation settings and the chat template.
 
     Args:
         model: a loaded model, or a `Source`.

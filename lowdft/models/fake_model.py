@@ -1,4 +1,4 @@
-"""Models of fake tensors, with shapes and no numbers, as a training has them: adapters, and 4-bit layers."""
+"""Models of fake tensors (shapes without data) as in training, with adapters and 4-bit layers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lowdft.models.adapters import adapter_config
 def fake_model(
     config: PreTrainedConfig, layers: int, dtype: torch.dtype, in_4bit: bool, adapter: AdapterSection | None
 ) -> nn.Module:
-    """The model as it is trained, with fake weights; to be called in a `FakeTensorMode`."""
+    """The model as it is trained, with fake weights; call it in a `FakeTensorMode`."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     text.num_hidden_layers = layers
-    if kinds:  # every kind once, as far as they go
+    if kinds:  # every kind of layer once, as far as possible
         text.layer_types = [*dict.fromkeys(kinds), *kinds][:layers]
     with unset_fake_temporarily(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -40,7 +40,7 @@ def fake_model(
 
 
 def _materialize(model: nn.Module) -> None:
-    """Fake tensors in the place of meta ones; tied ones stay tied."""
+    """Replaces meta tensors by fake ones; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
 
     def set_state(self) -> None:
-        """Its scales: 8 bits for 64 weights, float32 for 256 of those."""
+        """The quantization state: 8-bit scales for 64 weights each, and float32 scales for 256 of those."""
         blocks = -(-self.numbers // 64)
         scales = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
         absmax, code, offset = torch.empty(blocks, dtype=torch.uint8), torch.empty(16), torch.empty(())

@@ -1,8 +1,8 @@
-"""LoRA's forward and backward as one autograd function, for the time of a training.
+"""LoRA's forward and backward pass as one autograd function, during training.
 
 peft adds an adapter to a linear layer in four steps, each with a tensor as large as the layer's output (a copy, the
-product, its scaling, the sum). Here the low-rank product is added into the base's output in place, and back likewise:
-dx = dy W + s (dy B) A, dA = s (dy B)' x, dB = s dy' (x A'), with W' of the base as it is kept (dense or 4-bit).
+product, its scaling, the sum). Here the low-rank product is added to the base's output in place. The backward pass is
+dx = dy W + s (dy B) A, dA = s (dy B)' x, dB = s dy' (x A'), with W from the base in its own form (dense or 4-bit).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def fused_lora(model: nn.Module) -> Iterator[int]:
-    """While this lasts, LoRA layers that are plain enough run as one function; yields how many.
+    """A context in which plain LoRA layers run as one function; yields how many there are.
 
-    Plain enough: on `nn.Linear` or bitsandbytes' `Linear4bit`, one active adapter, unmerged, no dropout, no variant
-    (DoRA and the like), no bias of its own. All others stay peft's. What is switched off or changed later (an adapter
-    disabled, another one active) takes peft's way again by itself.
+    Plain means: on `nn.Linear` or bitsandbytes' `Linear4bit`, with one active adapter, not merged, without dropout,
+    variant (such as DoRA) or bias. All other layers run peft's code, and so does a plain layer that stops being plain
+    (its adapter is disabled, or another one is activated).
     """
     layers = [module for module in model.modules() if _is_plain(module) and "forward" not in vars(module)]
     for layer in layers:
@@ -35,7 +35,7 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
 
 
 class _Forward:
-    """A layer's forward in one function, or peft's own where the layer is no longer plain."""
+    """A layer's forward as one function, or peft's forward if the layer is no longer plain."""
 
     def __init__(self, layer: LoraLinear):
         self.layer, self.own = layer, layer.forward
@@ -54,7 +54,7 @@ class _Forward:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """base(x) + s x A' B'. Gradients for x, A and B; none for the base, which is frozen."""
+    """base(x) + s x A' B', with gradients for x, A and B but not for the frozen base."""
 
     @staticmethod
     def forward(ctx, x, a_RD, b_OR, base, scaling):
@@ -72,7 +72,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """See the module; `ctx.base` gives its own product with dy."""
+        """See the module's docstring; `ctx.base` provides its product with dy."""
         flat, a_RD, b_OR, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1]).to(flat.dtype)
         low_grad = grad @ b_OR
@@ -86,7 +86,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _through_base(base: nn.Module, grad: Tensor) -> Tensor:
-    """dy W, [N, D], a tensor of its own."""
+    """dy W, [N, D], as a new tensor."""
     if type(base) is nn.Linear:
         return grad @ base.weight.to(grad.dtype)
     from bitsandbytes.functional import dequantize_4bit

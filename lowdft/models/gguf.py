@@ -1,4 +1,4 @@
-"""Bases in GGUF files: found in installed packages, dequantized once into the cache."""
+"""Bases in GGUF files: finds them in installed packages, and dequantizes them once into the cache."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MADE = "lowdft.json"  # the sizes of a cached folder's files, written last
 
 
 def package_file(name: str) -> Path:
-    """The file that package:NAME/FILE names; UserError when the package or the file is not there.
+    """The file of package:NAME/FILE; raises UserError if the package or the file does not exist.
 
-    The package is found among the installed ones without importing it or its parents, and never in the current folder.
+    Only installed packages are searched, never the current folder, and neither the package nor a parent is imported.
     """
     package, _, file = name.removeprefix("package:").partition("/")
     here = {"", ".", os.getcwd()}
@@ -43,7 +43,7 @@ def package_file(name: str) -> Path:
 
 
 def unpack_gguf(path: Path) -> Path:
-    """A transformers folder with the weights of a GGUF file, dequantized to bfloat16; made once, kept in the cache."""
+    """A transformers folder with a GGUF file's weights, dequantized to bfloat16; made once and kept in the cache."""
     if not path.is_file():
         raise UserError(f"model.name_or_path is {str(path)!r}: there is no such file")
     digest = hashlib.sha256()
@@ -67,7 +67,7 @@ def _unpack(path: Path, folder: Path) -> None:
             path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: is not a GGUF file that transformers can read ({str(error)[:160]})") from error
+        raise UserError(f"{path}: transformers cannot read this GGUF file ({str(error)[:160]})") from error
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -75,7 +75,7 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Was this folder finished, and does it still have its files at their sizes?"""
+    """Whether this folder was finished and its files still have their sizes."""
     if not (folder / MADE).is_file():
         return False
     try:

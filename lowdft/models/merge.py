@@ -1,6 +1,6 @@
-"""An adapter merged into its base: into the base's own weights, or into what its 4-bit form stands for.
+"""Merges an adapter into its base: into the original weights, or into the dequantized weights of the 4-bit base.
 
-Never into live 4-bit layers, which would round the adapter away.
+It never merges into 4-bit layers themselves, because rounding would erase the adapter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def merged(source: Source, section: ModelSection, adapter: Path, way: str):
     """The merged model in bfloat16.
 
     Args:
-        way: "bf16": into the base's own weights, as its publisher gives them; "dequantized": into the weights that its
-            NF4 form stands for, which are those that the adapter was trained on.
+        way: "bf16" merges into the base's original weights, as published; "dequantized" merges into the dequantized NF4
+            weights, which the adapter was trained on.
 
     Raises:
         UserError: a merged weight is not finite.

@@ -1,4 +1,4 @@
-"""Reference log-probabilities: P_g0 of completions, by the base with its adapter off or by the initial weights."""
+"""Reference log-probabilities (P_g0 in the paper), from the base with its adapter off or from the initial weights."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from lowdft.models.adapters import REFERENCE
 from lowdft.objectives import Objective
 from lowdft.training.token_budget import Passes
 
-FIELDS = {  # of encoded rows, by need
+FIELDS = {  # fields of encoded rows, by the objective's need
     "reference": "ref_negative_logps",
     "completion_reference": "ref_logps",
     "mismatched": "ref_mismatched_logps",
 }
 REFERENCE_NEEDS = frozenset(FIELDS)
 NOT_FINITE = (
-    "The weights of the base (or of the reference's adapter) hold NaN or infinity, or its dtype overflows: check them, "
-    "or set model.dtype=bfloat16 or float32."
+    "The weights of the base (or of the reference's adapter) contain NaN or infinity, or its dtype overflows. Check "
+    "them, or set model.dtype=bfloat16 or float32."
 )
 REFERENCE_FILE = "reference.safetensors"
 
 
 @contextlib.contextmanager
 def reference_on(model: nn.Module) -> Iterator[nn.Module]:
-    """A peft model as its reference: with its frozen reference adapter, else with no adapter.
+    """A context in which a peft model is its reference: with its frozen reference adapter, or else with no adapter.
 
     A model without an adapter is its own reference.
     """
@@ -57,17 +57,17 @@ def reference_on(model: nn.Module) -> Iterator[nn.Module]:
             with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
                 yield model
     finally:
-        for parameter, flag in flags:  # peft makes every weight of an adapter trainable that it switches on
+        for parameter, flag in flags:  # peft makes all weights of an adapter trainable when it switches it on
             parameter.requires_grad_(flag)
 
 
 def has_reference(row: dict, objective: Objective) -> bool:
-    """Does an encoded row bring the reference log-probabilities that this objective needs?"""
+    """Whether an encoded row has the reference log-probabilities that this objective needs."""
     return all(FIELDS[need] in row for need in objective.needs & REFERENCE_NEEDS)
 
 
 def rows_with_reference(rows: EncodedRows, objective: Objective) -> np.ndarray:
-    """bool [rows]: which rows bring the reference log-probabilities that this objective needs."""
+    """bool [rows]: which rows have the reference log-probabilities that this objective needs."""
     found = np.ones(len(rows), bool)
     for need in objective.needs & REFERENCE_NEEDS:
         found &= rows.has(FIELDS[need])
@@ -75,7 +75,7 @@ def rows_with_reference(rows: EncodedRows, objective: Objective) -> np.ndarray:
 
 
 def reference_group(row: dict, objective: Objective, args: DFTConfig) -> Group:
-    """What of a row the reference scores for this objective: negatives, then another row's completion, then its own."""
+    """What the reference scores of a row for this objective: negatives, then another row's completion, then its own."""
     prompt = "prompt_ids" if args.reference_prompt == "training" else "sampling_prompt_ids"
     wrong = row["negative_ids"] if objective.uses_reference else []
     wrong = [*wrong, row["mismatched_ids"]] if objective.uses_mismatched else wrong
@@ -92,11 +92,11 @@ def reference_fields(logps: list[float], objective: Objective) -> dict:
 
 
 def reference_logps(model: nn.Module, groups: Sequence[Group], passes: Passes) -> Tensor:
-    """Summed log-probabilities [M, K] of completions under `model` as it stands, in eval mode and without gradient.
+    """Summed log-probabilities [M, K] of completions under the current `model`, in eval mode and without gradient.
 
     Args:
         groups: prompts with K completions each.
-        passes: how they are scored; training's own, so that rounding is the same.
+        passes: the same as in training, so that rounding is the same.
     """
     training = model.training
     model.eval()
@@ -114,9 +114,9 @@ def check_reference(
     resuming: bool,
     at_hand: bool,
 ) -> None:
-    """Raises UserError when rows lack reference log-probabilities that this model cannot give.
+    """Raises UserError if rows lack reference log-probabilities that this model cannot compute.
 
-    That is, `reference: online` under an adapter that is already trained, or a resumed run without its file.
+    This happens with `reference: online` and an already trained adapter, or in a resumed run whose file is missing.
 
     Args:
         at_hand: the reference is the model with its adapter off, which training does not change.
@@ -126,7 +126,10 @@ def check_reference(
     if args.reference == "online":
         _check_online(model, resuming)
     elif resuming and not at_hand and not (path := Path(args.output_dir) / REFERENCE_FILE).is_file():
-        raise UserError(f"{path}: is missing; a resumed training needs the scores of its initial weights")
+        raise UserError(
+            f"{path} is missing; a resumed run needs the scores of its initial weights. Restore it, or train from the "
+            "start."
+        )
 
 
 def attach_reference(
@@ -138,14 +141,14 @@ def attach_reference(
     resuming: bool,
     at_hand: bool,
 ) -> None:
-    """Gives every row the reference log-probabilities it lacks (`FIELDS`) where they are "precomputed", in place.
+    """Adds missing reference log-probabilities (`FIELDS`) to every row, in place, if the reference is "precomputed".
 
-    They come from the initial weights, before the first step: for full parameters that is the only moment at which
-    they exist. Each rank scores its share of the rows. A resumed training finds them in its output folder by the ids
-    that were scored, and scores rows that are new to it, where the reference is still at hand (see `check_reference`).
+    They are computed with the initial weights before the first step; when all parameters are trained, the reference
+    exists only then. Each rank scores its share of the rows. A resumed run finds them in its output folder by the ids
+    that were scored. It scores new rows if the reference still exists (see `check_reference`).
 
     Raises:
-        UserError: rows that are new to a resumed training, whose reference cannot be scored any more.
+        UserError: a resumed run has new rows, and the reference no longer exists to score them.
     """
     datasets = list({id(rows): rows for rows in datasets}.values())
     lacking = [(rows, int(i)) for rows in datasets for i in np.flatnonzero(~rows_with_reference(rows, objective))]
@@ -160,9 +163,9 @@ def attach_reference(
         if resuming and not at_hand:
             names = ", ".join(rows.example_ids([i])[0] for rows, i in (lacking[n] for n in new[:5]))
             raise UserError(
-                f"{len(new)} rows (example_id {names}{', …' if len(new) > 5 else ''}) are new to this training: {path} "
-                "has no reference for them, and the weights that training began with, which are the reference, are no "
-                "longer there to score them. Resume with the rows that it began with, or begin anew."
+                f"{len(new)} rows (example_id {names}{', …' if len(new) > 5 else ''}) are new to this run: {path} has "
+                "no reference scores for them, and the reference (the initial weights) is no longer there to score "
+                "them. Resume with the rows that the run began with, or train from the start."
             )
         with reference_on(model) if resuming else contextlib.nullcontext():
             scored = _score_all(model, [groups[n] for n in new], passes, args.disable_tqdm)
@@ -176,13 +179,13 @@ def attach_reference(
 
 
 def _key(group: Group) -> int:
-    """Names the ids of a prompt and of its completions."""
+    """A hash of the ids of a prompt and of its completions."""
     parts = [group.prompt_ids, *group.completions]
     return xxhash.xxh3_64_intdigest(np.concatenate([[len(ids), *ids] for ids in parts]).astype(np.int32)) >> 1
 
 
 def _save_scores(path: Path, known: dict[int, Tensor]) -> None:
-    """Log-probabilities by the key of what was scored, one after another."""
+    """Reads log-probabilities, with the key of what was scored, one after another."""
     counts = torch.tensor([len(logps) for logps in known.values()])
     tensors = {"key": torch.tensor([*known]), "count": counts, "logps": torch.cat([*known.values()])}
     with replacing(path) as temporary:
@@ -192,12 +195,12 @@ def _save_scores(path: Path, known: dict[int, Tensor]) -> None:
 def _load_scores(path: Path) -> dict[int, Tensor]:
     found = load_file(path)
     if not {"key", "count", "logps"} <= found.keys():
-        raise UserError(f"{path}: was written by another version of lowdft. Begin the training anew.")
+        raise UserError(f"{path} was written by another version of lowdft. Train from the start.")
     return dict(zip(found["key"].tolist(), found["logps"].split(found["count"].tolist()), strict=True))
 
 
 def _score_all(model: nn.Module, groups: Sequence[Group], passes: Passes, quiet: bool) -> list[Tensor]:
-    """The log-probabilities of every group; every rank scores its share and returns them all."""
+    """The log-probabilities of all groups; every rank scores its share and returns all."""
     rank, size = collectives.rank(), collectives.world_size()
     mine, scored = groups[rank::size], []
     for k in tqdm(range(-(-len(groups) // size)), "scoring the reference", disable=quiet):
@@ -216,17 +219,17 @@ def _store(rows: EncodedRows, scored: Sequence[Tensor], objective: Objective) ->
     columns = {name: rows.table[name].to_pylist() if rows.has(name).any() else [None] * len(rows) for name in names}
     for i, logps in zip(np.flatnonzero(~there), scored, strict=True):
         for name, value in reference_fields(logps.tolist(), objective).items():
-            if columns[name][i] is None:  # what a row brings of them stays
+            if columns[name][i] is None:  # values that the row already has are kept
                 columns[name][i] = value
     rows.table = rows.with_columns(**columns).table
 
 
 def is_trained(model: nn.Module) -> bool:
-    """Does an adapter change the base? Of LoRA its weights say so, of others a small forward pass."""
+    """Whether an adapter changes the base's output: from LoRA's weights, or with a small forward pass for others."""
     if not hasattr(model, "disable_adapter"):
         return False
     ups = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
-    if ups or next(model.parameters()).numel() == 0:  # ZeRO-3 keeps parameters in parts
+    if ups or next(model.parameters()).numel() == 0:  # empty under ZeRO-3, which shards parameters
         return any(bool(p.detach().any()) for p in ups)
     groups, sequences = small_group(model.config.get_text_config().vocab_size)
     training = model.training
@@ -245,6 +248,6 @@ def _check_online(model: nn.Module, resuming: bool) -> None:
         return
     if is_trained(model) and not resuming:
         raise UserError(
-            "reference: online would take the bare base, but this adapter is already trained, so the policy "
-            "starts elsewhere. Name it as reference_model: adapter:PATH, or use reference: precomputed."
+            "reference: online would use the base as the reference, but this adapter is already trained, so the policy "
+            "does not start as the base. Set reference_model: adapter:PATH, or use reference: precomputed."
         )

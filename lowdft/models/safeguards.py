@@ -1,4 +1,4 @@
-"""What is set right on a model before it trains: dropout, 4-bit layers, and weights that an optimizer can move."""
+"""Prepares a model for correct training: dropout, 4-bit layers, and trained weights in float32."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lowdft.errors import UserError
 
 
 def switch_off_dropout(model: nn.Module) -> float:
-    """Switches off the base's own dropout, as TRL's DPO does; an adapter's stays. Returns the largest that was on.
+    """Switches off the base's dropout, as TRL's DPO does, but not the adapter's. Returns the largest rate that was on.
 
-    With it, policy and reference would differ at the first step, and the two passes of a long micro-batch from each
-    other. Many models keep the probability as a number beside their layers rather than in a Dropout module.
+    With dropout, policy and reference would differ at the first step, and so would the two passes of a long
+    micro-batch. Many models store the probability as a number in their layers and not in a Dropout module.
     """
     of_adapters = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in _own(layer)}
     largest = 0.0
@@ -30,15 +30,15 @@ def switch_off_dropout(model: nn.Module) -> float:
 
 
 def _own(layer: BaseTunerLayer) -> list[nn.Module]:
-    """The adapter's modules in a layer, without the base's layer that it wraps."""
+    """The adapter's modules in a layer, without the base's layer."""
     base = {id(module) for module in layer.get_base_layer().modules()}
     return [module for module in layer.modules() if id(module) not in base]
 
 
 def train_in_float32(model: nn.Module) -> int:
-    """Makes float32 weights of trained ones in bfloat16, where an update below a 256th of a weight is lost.
+    """Converts trained bfloat16 weights to float32, because bfloat16 loses updates below 1/256 of a weight.
 
-    Returns how many numbers that are. Their layers should compute in bfloat16 as before (`logprobs.layers_in`).
+    Returns how many numbers were converted. Their layers should still compute in bfloat16 (`logprobs.layers_in`).
     """
     lifted = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
     for parameter in lifted:
@@ -49,11 +49,11 @@ def train_in_float32(model: nn.Module) -> int:
 def guard_four_bit(model: nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit layers for inference, undoes it, and checks a gradient through one.
 
-    On CPUs with AVX512-BF16 one forward pass without gradient in eval mode repacks a layer, and from then on gradients
+    On CPUs with AVX512-BF16, a forward pass without gradient in eval mode repacks a layer, and from then on gradients
     through it are silently wrong.
 
     Raises:
-        UserError: a layer's gradient is not that of its dequantized weight.
+        UserError: a layer's gradient differs from that of its dequantized weight.
     """
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:
@@ -64,7 +64,7 @@ def guard_four_bit(model: nn.Module) -> None:
 
 
 def _unpack(layer: nn.Module) -> None:
-    """A layer that was repacked for inference, as it was before."""
+    """Undoes the repacking of a layer for inference."""
     state = getattr(layer.weight, "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         layer.weight.data, layer.weight.quant_state = compat.unpacked_four_bit(layer.weight.data, state)
@@ -75,8 +75,8 @@ def _check_gradient(layer: nn.Module) -> None:
 
     state = getattr(layer.weight, "quant_state", None)
     if state is None or layer.weight.device.type == "meta" or layer.weight.data.is_floating_point():
-        return  # not quantized yet, or in parts on several ranks
-    advice = "Load the model again, and hand it over before it runs."
+        return  # not quantized yet, or sharded
+    advice = "Load the model again, and pass it to the trainer before you run it."
     dtype = layer.compute_dtype or torch.float32
     generator = torch.Generator().manual_seed(0)
     draw = lambda size: torch.randn(4, size, generator=generator).to(layer.weight.device, dtype)  # noqa: E731
@@ -88,7 +88,7 @@ def _check_gradient(layer: nn.Module) -> None:
     error = ((found.float() - wanted).norm() / wanted.norm()).item()
     if not error < 0.02:
         raise UserError(
-            f"a gradient through a 4-bit layer is wrong: it differs by {error:.0%} from that of the layer's "
-            f"dequantized weight. {advice} If it happens again, use another version of bitsandbytes, or "
+            f"a gradient through a 4-bit layer is wrong: it differs by {error:.0%} from that of the dequantized "
+            f"weight. {advice} If this happens again, use another version of bitsandbytes, or "
             "load_in_4bit: false."
         )

@@ -1,8 +1,8 @@
-"""Memory of forward and backward passes, counted on fake tensors: shapes without numbers, on any machine.
+"""Counts the memory of forward and backward passes with fake tensors (shapes without data), on any machine.
 
-The model's own code runs, with lowdft's rows, attention and head, peft's or the fused LoRA layers and bitsandbytes'
-4-bit functions; every storage counts from its creation to its end. What kernels allocate inside is added where it is
-large.
+It runs the model's own code with lowdft's rows, attention and head, peft's or the fused LoRA layers, and bitsandbytes'
+4-bit functions. The storage of every tensor counts for as long as it is alive. Memory that kernels allocate internally
+is added if it is large.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PassMemory:
     offloaded: float = 0.0
 
     def plus(self, other: PassMemory, times: float) -> PassMemory:
-        """self + times (self - other): what as many more layers take as self has more than other."""
+        """self + times * (self - other): extrapolates to more layers, from two models that differ in their layers."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return PassMemory(*(a + times * (a - b) for a, b in pairs))
 
@@ -60,7 +60,7 @@ def pass_memory(
     on_gpu: bool = False,
     lift: bool = True,
 ) -> PassMemory:
-    """Memory of one pass over all groups; of few layers, and every further one takes what the last of them takes.
+    """Memory of one pass over all groups, measured with few layers; each further layer takes as much as the last one.
 
     Args:
         backward: with gradients; else as an evaluation scores.

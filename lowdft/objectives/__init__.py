@@ -1,4 +1,4 @@
-"""The objectives: pure functions from log-probabilities to one loss a prompt. `get(name)`, `names()`."""
+"""The objectives: pure functions from log-probabilities to one loss per prompt. See `get(name)` and `names()`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Objective:
-    """The objective of that name; ValueError with the nearest known name when there is none."""
+    """The objective of that name; raises ValueError with the nearest known name if there is none."""
     if name not in _OBJECTIVES:
         near = get_close_matches(name, _OBJECTIVES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"objective {name!r} is not known; known are {', '.join(_OBJECTIVES)}.{hint}")
+        raise ValueError(f"objective {name!r} is unknown; known are {', '.join(_OBJECTIVES)}.{hint}")
     return _OBJECTIVES[name]

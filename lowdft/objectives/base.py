@@ -1,4 +1,4 @@
-"""What every objective takes and gives.
+"""The interface of every objective: `Scores` in, `Losses` out.
 
 Shape suffixes: M prompts of a micro-batch, B negatives of one prompt.
 """
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 NEEDS = {
-    "negatives": "B negatives a prompt and visit",
+    "negatives": "B negatives per prompt and visit",
     "reference": "the reference's log-probabilities of the negatives",
     "completion_reference": "the reference's log-probability of the completion",
-    "log_u": "a moving average of every example",
-    "mismatched": "completions scored under other rows' prompts (two prompts a micro-batch at least)",
-    "predictions": "embeddings mixed with those of the model's own predictions, by `predicted_share`",
-    "aligned": "`aligned_logps` of every row, scored beforehand by aligned models",
+    "log_u": "a moving average per example",
+    "mismatched": "completions scored under other rows' prompts (at least two prompts per micro-batch)",
+    "predictions": "input embeddings mixed with those of the model's predictions, by `predicted_share`",
+    "aligned": "`aligned_logps` of every row, computed beforehand with aligned models",
 }
 
 
 @dataclass
 class Scores:
-    """Summed log-probabilities (nats) of a micro-batch and what else an objective may need.
+    """Summed log-probabilities (nats) of a micro-batch, and other inputs that an objective may need.
 
-    Policy tensors carry gradients, reference tensors never do. What an objective did not declare in `needs` is None.
+    Policy tensors have gradients, reference tensors never do. Inputs that are not declared in `needs` are None.
     """
 
     policy_logps_M: Tensor
@@ -38,15 +38,15 @@ class Scores:
     tokens_per_prompt: float | Tensor = 1.0  # completion tokens of the whole optimizer step over its prompts
     ref_logps_M: Tensor | None = None
     mismatched_gain_M: Tensor | None = None  # mean log policy - log reference under other prompts, over the step
-    aligned_logps_M: Tensor | None = None  # mean log-probability a token of the completion under aligned models
+    aligned_logps_M: Tensor | None = None  # mean log-probability per token of the completion under aligned models
 
 
 @dataclass
 class Losses:
-    """One loss a prompt; the loss of a step is their mean over the step's prompts.
+    """One loss per prompt; the loss of a step is the mean over its prompts.
 
-    `surrogate_M` has the objective's gradient, `value_M` (detached) is the number to show people. `log_u_M` holds the
-    new moving averages; `weights_MB` (detached) how hard each negative is pushed.
+    `surrogate_M` has the objective's gradient; `value_M` (detached) is the number that is logged. `log_u_M` holds the
+    new moving averages, `weights_MB` (detached) how hard each negative is pushed down.
     """
 
     surrogate_M: Tensor
@@ -59,11 +59,11 @@ class Losses:
 class Objective:
     """A named loss: `compute(scores, **hyperparameters) -> Losses`.
 
-    `needs` is a subset of `NEEDS`: what the trainer has to prepare. `per_token` says that the objective compares
-    completions by mean rather than summed log-probability. `linear` says that the surrogate is linear in the
-    completion's score, so that its derivative is known before the completion is scored. `token_weight` turns the
-    log-probabilities [S] of tokens, and the completion [S] that each belongs to (ascending), into their weights in the
-    sums that the objective sees (1 unless given); it takes the hyper-parameters too.
+    `needs` is a subset of `NEEDS`: what the trainer has to prepare. `per_token`: the objective compares completions by
+    mean instead of summed log-probability. `linear`: the surrogate is linear in the completion's score, so its
+    derivative is known before the completion is scored. `token_weight` maps the log-probabilities [S] of tokens, and
+    the index [S] of the completion that each belongs to (ascending), to their weights in the sums that the objective
+    sees (default 1); it is also passed the hyper-parameters.
     """
 
     name: str
@@ -80,49 +80,49 @@ class Objective:
 
     @property
     def uses_negatives(self) -> bool:
-        """Does it compare the completion with negatives?"""
+        """Whether it compares the completion with negatives."""
         return "negatives" in self.needs
 
     @property
     def uses_reference(self) -> bool:
-        """Does it need the reference's log-probabilities of the negatives?"""
+        """Whether it needs the reference's log-probabilities of the negatives."""
         return "reference" in self.needs
 
     @property
     def uses_completion_reference(self) -> bool:
-        """Does it need the reference's log-probability of the completion?"""
+        """Whether it needs the reference's log-probability of the completion."""
         return "completion_reference" in self.needs
 
     @property
     def uses_any_reference(self) -> bool:
-        """Does it need the reference at all?"""
+        """Whether it needs the reference at all."""
         return self.uses_reference or self.uses_completion_reference
 
     @property
     def uses_log_u(self) -> bool:
-        """Does it keep a moving average per example?"""
+        """Whether it keeps a moving average per example."""
         return "log_u" in self.needs
 
     @property
     def uses_mismatched(self) -> bool:
-        """Does it need completions scored under other prompts?"""
+        """Whether it needs completions scored under other prompts."""
         return "mismatched" in self.needs
 
     @property
     def uses_predictions(self) -> bool:
-        """Does it mix the model's own predictions into the input?"""
+        """Whether it mixes the model's own predictions into the input."""
         return "predictions" in self.needs
 
     @property
     def uses_aligned(self) -> bool:
-        """Does it need `aligned_logps` of every row?"""
+        """Whether it needs `aligned_logps` of every row."""
         return "aligned" in self.needs
 
     def try_out(self, hyperparameters: Mapping[str, object]) -> None:
-        """Computes a loss of two made-up prompts, so that a bad value is known before anything is loaded.
+        """Computes the loss of two made-up prompts, to find bad hyper-parameters before anything is loaded.
 
         Raises:
-            ValueError: this objective cannot be computed with these hyper-parameters, or is not finite.
+            ValueError: the loss cannot be computed with these hyper-parameters, or is not finite.
         """
         some_M, some_MB = torch.tensor([-3.0, -5.0]), torch.tensor([[-4.0, -2.0], [-6.0, -9.0]])
         tokens_M, tokens_MB = torch.tensor([2, 3]), torch.tensor([[2, 1], [3, 4]])
@@ -139,5 +139,5 @@ class Objective:
 
 
 def plain(loss_M: Tensor) -> Losses:
-    """Losses that are their own surrogate."""
+    """Losses whose surrogate is the loss itself."""
     return Losses(surrogate_M=loss_M, value_M=loss_M.detach())

@@ -1,16 +1,16 @@
-"""Listwise: the completion against all of its negatives at once, with an NLL beside it.
+"""Listwise: one softmax of the completion against all of its negatives, plus an NLL.
 
-The discriminative likelihood of arXiv 2502.18679 (Eq. 2) on the closed set of the completion y and its negatives y'_j,
-with the completion inside the sum. For one prompt, s a score of a completion:
+This is the discriminative likelihood of arXiv 2502.18679 (Eq. 2) with the completion y and its negatives y'_j as the
+only candidates. For one prompt, with s the score of a completion:
 
     h_j      = beta (s(y'_j) - s(y))
     contrast = (1 / beta) log(1 + sum_j exp(h_j))
     loss     = nll_weight * NLL(y) + contrast          NLL: the completion's share of the step's token mean
     omega_j  = exp(h_j) / (1 + sum_k exp(h_k))         d contrast / d s(y'_j); their sum is below 1
 
-It keeps no moving average. Its gradient vanishes when the completion is ahead of every negative by a wide margin, and
-tokens that the completion shares with its negatives keep exactly the NLL's pull when scores are sums. At beta 1 with
-scores per token and nll_weight 1 it is T-Few's L_LM + L_LN (arXiv 2205.05638, Eq. 2 and 3).
+There is no moving average. The gradient of the contrast vanishes when the completion is far ahead of every negative. If
+scores are sums, tokens that the completion shares with all its negatives get exactly the gradient of the NLL. With beta
+1, scores per token and nll_weight 1 it is T-Few's L_LM + L_LN (arXiv 2205.05638, Eq. 2 and 3).
 
 Shape suffixes: M prompts of a micro-batch, B negatives of one prompt.
 """
@@ -25,12 +25,12 @@ from lowdft.objectives.sft import token_mean_nll
 
 
 def listwise(scores: Scores, beta: float, nll_weight: float, per_token: bool) -> Losses:
-    """The contrast on log-probabilities, per token (their mean) or summed; no reference."""
+    """The contrast of log-probabilities, per token (mean) or summed; no reference."""
     return _contrast(scores, scores.policy_logps_M, scores.policy_negative_logps_MB, beta, nll_weight, per_token)
 
 
 def listwise_ref(scores: Scores, beta: float, nll_weight: float, per_token: bool) -> Losses:
-    """The contrast on log-probabilities less the reference's: noise-contrastive estimation at beta 1 on sums."""
+    """The contrast of log-probabilities minus the reference's; with beta 1 and sums, noise-contrastive estimation."""
     gain_M = scores.policy_logps_M - scores.ref_logps_M
     gain_MB = scores.policy_negative_logps_MB - scores.ref_negative_logps_MB
     return _contrast(scores, gain_M, gain_MB, beta, nll_weight, per_token)

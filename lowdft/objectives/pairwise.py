@@ -1,8 +1,8 @@
-"""Preference objectives on one completion and its B negatives: each compares them pair by pair, and averages the pairs.
+"""Preference objectives on one completion and its B negatives: each compares them in pairs and averages over the pairs.
 
-With P, N the summed log-probabilities of completion and negative, RP, RN the reference's, T, T' their token counts, and
-H = (P - RP) - (N - RN). "Pairs" may be a user's preference data or a completion with negatives written by the base.
-Averaging over a prompt's negatives, then over prompts, is arXiv 2502.18679, Eq. 14.
+P and N are the summed log-probabilities of completion and negative, RP and RN those of the reference, T and T' the
+numbers of tokens, and H = (P - RP) - (N - RN). The pairs can be preference data, or a completion with negatives sampled
+from the base. Averaging over a prompt's negatives, then over prompts, is arXiv 2502.18679, Eq. 14.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def robust_dpo(scores: Scores, beta: float, label_smoothing: float) -> Losses:
 
 
 def dpop(scores: Scores, beta: float, penalty: float) -> Losses:
-    """-log sigmoid(beta (H - penalty max(0, RP - P))): the completion may not fall under the reference."""
+    """-log sigmoid(beta (H - penalty max(0, RP - P))): penalizes a completion less likely than under the reference."""
     fall_M = relu(scores.ref_logps_M - scores.policy_logps_M)
     return plain(_mean(-logsigmoid(beta * (_h(scores) - penalty * fall_M[:, None]))))
 
 
 def ipo(scores: Scores, beta: float, length_normalized: bool) -> Losses:
-    """(H - 1 / (2 beta))^2, on summed log-probabilities (the paper) or on means a token (TRL's form)."""
+    """(H - 1 / (2 beta))^2, with summed log-probabilities (the paper) or means per token (as in TRL)."""
     h_MB = _h(scores)
     if length_normalized:
         gain_M = (scores.policy_logps_M - scores.ref_logps_M) / scores.completion_tokens_M
@@ -54,20 +54,20 @@ def rdpo(scores: Scores, beta: float, alpha: float) -> Losses:
 
 
 def simpo(scores: Scores, beta: float, rho: float, nll_weight: float) -> Losses:
-    """-log sigmoid(beta (P/T - N/T' - rho)), and optionally the completion's token-mean NLL."""
+    """-log sigmoid(beta (P/T - N/T' - rho)), plus optionally the completion's token-mean NLL."""
     mean_M, mean_MB = _means(scores)
     loss_M = _mean(-logsigmoid(beta * (mean_M[:, None] - mean_MB - rho)))
     return plain(loss_M + nll_weight * token_mean_nll(scores))
 
 
 def cpo(scores: Scores, beta: float, nll_weight: float, summed_nll: bool) -> Losses:
-    """-log sigmoid(beta (P - N)) and the NLL, token mean (TRL's form) or summed (the paper's)."""
+    """-log sigmoid(beta (P - N)) plus the NLL, token mean (as in TRL) or summed (as in the paper)."""
     loss_M = _mean(-logsigmoid(beta * (scores.policy_logps_M[:, None] - scores.policy_negative_logps_MB)))
     return plain(loss_M + nll_weight * (-scores.policy_logps_M if summed_nll else token_mean_nll(scores)))
 
 
 def orpo(scores: Scores, beta: float, nll_weight: float) -> Losses:
-    """Token-mean NLL - beta log sigmoid(log odds(y) - log odds(y')), odds of the mean probability a token."""
+    """Token-mean NLL - beta log sigmoid(log odds(y) - log odds(y')), with the odds of exp(mean log-probability)."""
     mean_M, mean_MB = _means(scores)
     return plain(
         nll_weight * token_mean_nll(scores) - beta * _mean(logsigmoid(_log_odds(mean_M)[:, None] - _log_odds(mean_MB)))
@@ -75,7 +75,7 @@ def orpo(scores: Scores, beta: float, nll_weight: float) -> Losses:
 
 
 def rrhf(scores: Scores, nll_weight: float, summed_nll: bool) -> Losses:
-    """mean max(0, N/T' - P/T) and the completion's NLL, over its own tokens or summed."""
+    """mean max(0, N/T' - P/T) plus the completion's NLL, averaged over its tokens or summed."""
     mean_M, mean_MB = _means(scores)
     nll_M = -scores.policy_logps_M if summed_nll else -mean_M
     return plain(_mean(relu(mean_MB - mean_M[:, None])) + nll_weight * nll_M)
@@ -85,7 +85,7 @@ def kto(scores: Scores, beta: float, weight_wanted: float | None, weight_unwante
     """Wanted w (1 - sigmoid(beta (P - RP - z))), unwanted w' (1 - sigmoid(beta (z - (N - RN)))), mean over 1 + B.
 
     z = max(0, mean over the step's mismatched prompts and completions of log policy - log reference), a constant. The
-    weight of wanted completions is B unless given, so that both kinds count alike.
+    completion is wanted, the negatives are unwanted. The default weight w is B, so that both count equally.
     """
     count = scores.policy_negative_logps_MB.shape[1]
     z_M = scores.mismatched_gain_M.clamp_min(0)
@@ -111,7 +111,7 @@ def _mean(loss_MB: Tensor) -> Tensor:
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean), kept finite as p nears 1."""
+    """log(p / (1 - p)) for p = exp(mean), kept finite as p approaches 1."""
     mean = mean.clamp_max(-torch.finfo(mean.dtype).eps)
     return mean - torch.log(-torch.expm1(mean))
 

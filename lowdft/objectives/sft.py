@@ -1,6 +1,7 @@
-"""Supervised fine-tuning and its relatives: objectives on the completion alone.
+"""Supervised fine-tuning and its variants: objectives on the completion alone.
 
-With P the summed log-probability of the completion, T its tokens, RP the reference's, p_t the probability of token t.
+P is the summed log-probability of the completion, T its number of tokens, RP its log-probability under the reference,
+and p_t the probability of token t.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from lowdft.objectives.base import Losses, Objective, Scores, plain
 
 
 def sft(scores: Scores) -> Losses:
-    """Token-mean NLL. The step's mean over prompts of these [M] values is its summed NLL over its token count."""
+    """Token-mean NLL [M], scaled so that the mean over a step's prompts is its summed NLL divided by its tokens."""
     return plain(token_mean_nll(scores))
 
 
 def token_mean_nll(scores: Scores) -> Tensor:
-    """[M]: each prompt's part of the step's token-mean negative log-likelihood."""
+    """[M]: each prompt's share of the step's token-mean negative log-likelihood."""
     return -scores.policy_logps_M / scores.tokens_per_prompt
 
 
 def own_probability(per_token_logps_S: Tensor, completion_S: Tensor) -> Tensor:
-    """The weight of a token in `dynamic_ft`: its own probability, as a constant."""
+    """The weight of a token in `dynamic_ft`: its probability, as a constant."""
     return per_token_logps_S.detach().exp()
 
 
 def f_sft(scores: Scores, divergence: str, beta: float) -> Losses:
     """-phi(D) / beta with D = beta (P - RP), mean over completions.
 
-    Derived here from "Implicit Reward as the Bridge" (arXiv 2507.00018), not read in it: its exact equations were not
-    at hand. `divergence` chooses phi; total variation is SFT with summed log-probabilities.
+    Derived for this project from the ideas of "Implicit Reward as the Bridge" (arXiv 2507.00018); the paper's exact
+    equations were not available. `divergence` chooses phi; total variation is SFT with summed log-probabilities.
 
     Raises:
         ValueError: an unknown divergence.
@@ -45,23 +46,23 @@ def f_sft(scores: Scores, divergence: str, beta: float) -> Losses:
 
 
 def poft(scores: Scores, beta: float, shift: float) -> Losses:
-    """-log sigmoid(beta (P/T - c) + shift), c the mean log-probability a token of y under aligned models."""
+    """-log sigmoid(beta (P/T - c) + shift), with c the mean log-probability per token of y under aligned models."""
     mean_M = scores.policy_logps_M / scores.completion_tokens_M
     return plain(-logsigmoid(beta * (mean_M - scores.aligned_logps_M) + shift))
 
 
 def ift(scores: Scores, **_: object) -> Losses:
-    """mean_t W_t l_t of l_t = -log p_t; the weights W are in the summed log-probabilities (`later_loss`)."""
+    """mean_t W_t l_t with l_t = -log p_t; the weights W are already in the summed log-probabilities (`later_loss`)."""
     return plain(-scores.policy_logps_M / scores.completion_tokens_M)
 
 
 def later_loss(
     per_token_logps_S: Tensor, completion_S: Tensor, decay: float, detached: bool, predicted_share: float
 ) -> Tensor:
-    """The weight of a token in `ift`: W_t = sum_{k >= t} decay^(k - t) l_k, scaled to sum T over its completion.
+    """The weight of a token in `ift`: W_t = sum_{k >= t} decay^(k - t) l_k, scaled so that a completion's sum is T.
 
-    The engine has mixed `predicted_share` of the predicted embeddings in before. In the authors' code W has a gradient
-    of its own; `detached` makes it a constant.
+    Before that, the engine has mixed `predicted_share` of the predicted embeddings into the input. In the authors' code
+    W has a gradient, too; `detached` makes it a constant.
     """
     loss_S = -(per_token_logps_S.detach() if detached else per_token_logps_S)
     ahead_S, step = loss_S, 1
@@ -75,7 +76,7 @@ def later_loss(
 
 
 def _linear_below(point: float, phi, slope: float):
-    """phi, continued in a straight line below `point`."""
+    """phi, continued as a straight line below `point`."""
 
     def continued(d_M: Tensor) -> Tensor:
         inside = d_M.clamp_min(point)

@@ -1,1 +1,1 @@
-"""A recipe at work: its run folder, what each artifact is made from, and the stages."""
+"""Runs a recipe: the run folder, what each artifact depends on, and the stages."""

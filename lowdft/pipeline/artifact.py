@@ -1,7 +1,7 @@
-"""The run folder: every stage's product stands in it beside a manifest of what it was made from and what it holds.
+"""The artifacts in a run folder: each stage's product has a manifest of what it was made from and what it contains.
 
-A stage is skipped when its product matches, resumes where it was interrupted, and stops with the differences when it
-was made with other settings or its content is no longer what was written.
+A stage is skipped if its product matches, and resumes if it was interrupted. It stops and lists the differences if the
+product was made with other settings, or if its content is no longer what was written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lowdft import __version__
 from lowdft.errors import UserError
 from lowdft.files import as_written, checksum_of, contents_of, damage_in, read_json, write_json
 
-VERSION = "version."  # begins the keys of `made_from` that may differ
+VERSION = "version."  # prefix of the keys of `made_from` that may differ
 
 
 @dataclass
@@ -30,16 +30,15 @@ class Product:
         return self.path.with_name(self.path.name + ".manifest.json")
 
     def is_done(self) -> bool:
-        """True when the finished product is there, matches and is whole; False when it is absent or unfinished.
+        """True if the product is finished, matches and is undamaged; False if it is missing or unfinished.
 
         Raises:
-            UserError: it was made from something else (every difference is named), or its content is not what was
-                written.
+            UserError: it was made from something else (lists every difference), or its content is not what was written.
         """
         if not self.manifest.is_file():
             if self.path.exists():
                 raise UserError(
-                    f"{self.path}: has no manifest, so nobody knows what it was made from. Restore "
+                    f"{self.path} has no manifest, so it is unknown what it was made from. Restore "
                     f"{self.manifest.name}, move {self.path.name} away, or choose another output_dir."
                 )
             return False
@@ -51,8 +50,8 @@ class Product:
         if differing := [k for k in differing if k not in versions]:
             told = "; ".join(f"{k} was {old.get(k)!r}, is now {new.get(k)!r}" for k in differing)
             raise UserError(
-                f"{self.path}: was made with other settings ({told}). Use them again, choose another output_dir, or "
-                f"delete {self.path.name} and {self.manifest.name} to make it anew."
+                f"{self.path} was made with other settings ({told}). Use the old settings, choose another output_dir, "
+                f"or delete {self.path.name} and {self.manifest.name} to make it again."
             )
         if not (found["done"] and self.path.exists()):
             return False
@@ -60,23 +59,23 @@ class Product:
         return True
 
     def require_whole(self) -> None:
-        """Raises UserError when the content is not what was written, whatever it was made from."""
+        """Raises UserError if the content is not what was written, whatever it was made from."""
         if damage := damage_in(self.path, self._read().get("contents", {})):
             raise UserError(
                 f"{damage}: it was changed, cut or damaged after it was made. Restore it, or delete {self.path} and "
-                f"{self.manifest.name} to make it anew."
+                f"{self.manifest.name} to make it again."
             )
 
     def begin(self) -> None:
-        """Notes what is being made, so that an interrupted stage can resume or stop."""
+        """Records what is being made, so that an interrupted stage can resume or stop."""
         self._write({"done": False})
 
     def finish(self, **facts) -> None:
-        """Notes that the product is whole, what it holds, and facts worth keeping (counts, seconds)."""
+        """Records that the product is complete, its contents, and facts about it (counts, seconds)."""
         self._write({"done": True, "facts": facts, "contents": contents_of(self.path)})
 
     def facts(self) -> dict:
-        """What `finish` noted."""
+        """The facts that `finish` recorded."""
         return self._read().get("facts", {})
 
     def base(self) -> str | None:
@@ -84,7 +83,7 @@ class Product:
         return self._read()["made_from"].get("base")
 
     def content(self) -> str | None:
-        """A hash of all that the finished product holds; None when it is not finished."""
+        """A hash of everything in the finished product; None if it is not finished."""
         contents = self._read().get("contents") if self.manifest.is_file() else None
         return contents and checksum_of(contents)
 
@@ -97,14 +96,14 @@ class Product:
         checksum = found.pop("checksum", None)
         if checksum not in (None, checksum_of(found)) or not {"done", "made_from"} <= found.keys():
             raise UserError(
-                f"{self.manifest}: was changed or damaged, so nobody knows what {self.path.name} was made from. "
-                f"Restore it, or delete it and {self.path.name} to make both anew."
+                f"{self.manifest} was changed or damaged, so it is unknown what {self.path.name} was made from. "
+                f"Restore the manifest, or delete it and {self.path.name} to make both again."
             )
         return found
 
 
 @functools.lru_cache
 def _warn(changed: str) -> None:
-    """Once per process and change."""
-    text = "warning: packages changed since this run folder was begun (%s): numbers may differ by rounding"
+    """Warns once per process and change."""
+    text = "warning: packages changed since this run folder was started (%s): numbers may differ by rounding"
     logging.getLogger("lowdft").info(text, changed)

@@ -1,4 +1,4 @@
-"""Long work in parts: each part is written whole before the next begins, so an interruption loses one part at most."""
+"""Long jobs in parts: each part is written before the next one begins, so an interruption loses at most one part."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lowdft.files import remove, replacing
 from lowdft.pipeline.artifact import Product
 
 MOST_PARTS = 300
-ROWS_IN_MEMORY = 1000  # of the joined file, when it is written and read again
+ROWS_IN_MEMORY = 1000  # rows of the joined file in memory while it is written or read
 
 
 def part_size(items: int, at_once: int) -> int:
-    """Items per part: as many as the work takes `at_once`, or more where that would make over 300 files."""
+    """Items per part: as many as are processed `at_once`, or more if that would make over 300 files."""
     return max(1, at_once, -(-items // MOST_PARTS))
 
 
@@ -37,21 +37,21 @@ def make_in_parts(
     count: Callable[[pa.Table], dict] = lambda table: {},
     noted: dict | None = None,
 ) -> dict:
-    """Turns items into one row each and stores them as `product` (a parquet file); resumes from the parts at hand.
+    """Turns each item into one row and stores the rows as `product` (a parquet file); resumes from existing parts.
 
-    Of several ranks each makes its share of the parts, and the first puts them together.
+    With several ranks, each makes its share of the parts, and the first joins them.
 
     Args:
-        items: in an order that the same settings always give.
-        part_size: items of a part; it may be another one after an interruption.
-        work: rows of one part, in order.
-        what: for the progress bar, which shows the first rank's share, its rate and the time left.
-        count: numbers about a piece of the table; their sums over all pieces are noted in the manifest and returned.
+        items: in an order that is always the same for the same settings.
+        part_size: items per part; it may change after an interruption.
+        work: makes the rows of one part, in order.
+        what: title of the progress bar, which shows the first rank's share, its rate and the time left.
+        count: returns numbers about a piece of the table; their sums go into the manifest and are returned.
         noted: other facts for the manifest.
     """
     folder, began = product.path.with_suffix(".parts"), time.perf_counter()
     if collectives.rank() == 0:
-        if not product.manifest.is_file():  # nobody knows what older parts were made from
+        if not product.manifest.is_file():  # it is unknown what older parts were made from
             remove(folder)
         product.begin()
     missing = []
@@ -74,7 +74,7 @@ def make_in_parts(
 
 
 def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: Callable, what: str) -> None:
-    """Writes the missing parts. A file has one row an item, and is named by its first item and its own hash."""
+    """Writes the missing parts. A file has one row per item; its name has its first item and its hash."""
     total = sum(end - start for start, end in missing)
     with tqdm(total=total, desc=what, unit="row", file=sys.stderr, disable=collectives.rank() > 0) as bar:
         for start, end in missing:
@@ -87,7 +87,7 @@ def _make(folder: Path, items: Sequence, missing: list[tuple[int, int]], work: C
 
 
 def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
-    """(first item, one after the last) of every part to make: what lies between the parts at hand."""
+    """(first item, last item + 1) of every part to make: the gaps between existing parts."""
     missing, position = [], 0
     for path in [*_at_hand(folder), None]:
         start = int(path.stem.split("-")[1]) if path else count
@@ -98,19 +98,19 @@ def _missing(folder: Path, count: int, part_size: int) -> list[tuple[int, int]]:
 
 
 def _at_hand(folder: Path) -> list[Path]:
-    """The parts that are there, in order; a damaged one is removed, to be made again."""
+    """The existing parts in order; a damaged part is removed and will be made again."""
     whole = []
     for path in sorted(folder.glob("from-*.parquet")):
         if path.stem.rpartition("-")[2] == _hash(path.read_bytes()):
             whole.append(path)
         else:
-            warnings.warn(f"{path}: is damaged (cut or changed since it was written) and is made again", stacklevel=4)
+            warnings.warn(f"{path} is damaged (cut or changed since it was written) and is made again", stacklevel=4)
             remove(path)
     return whole
 
 
 def _join(parts: list[Path], path: Path) -> None:
-    """One file from the parts, one part in memory at a time. A column may be null in one part and typed in another."""
+    """Joins the parts into one file, with one part in memory. A column may be null in one part and typed in another."""
     schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as out:
         for part in parts:

@@ -1,6 +1,6 @@
-"""One run: a recipe at work in its folder. Everything is found when it is first asked for.
+"""`Run`: a recipe with its data, base and run folder. Everything is computed when it is first accessed.
 
-What needs no model is checked before one is loaded.
+All checks that need no model are made before one is loaded.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from lowdft.pipeline import identity
 from lowdft.pipeline.artifact import Product
 
 __all__ = ["SPLITS", "Run", "say"]
-say = logging.getLogger("lowdft").info  # one line for people; the command line prints it, on the first rank
+say = logging.getLogger("lowdft").info  # one line for people, which the command line prints on the first rank
 
 
 class Run:
     """A recipe with its data, its base and its folder. Attributes are cached.
 
-    `trust_checkpoint` (from the command line alone): resume also from checkpoints that may run code; `push_negatives`:
-    upload the negatives where the recipe names a place for them.
+    Two attributes are set by the command line only. `trust_checkpoint`: resume even from checkpoints that may run code.
+    `push_negatives`: upload the negatives to the recipe's `negatives.push`.
 
     Raises:
-        UserError: when the recipe, the data or the run folder do not fit together, before any model is loaded.
+        UserError: the recipe, the data and the run folder do not fit together; before any model is loaded.
     """
 
     trust_checkpoint = push_negatives = False
@@ -58,7 +58,7 @@ class Run:
         self.objective = objectives.get(self.args.objective)
 
     def check(self) -> None:
-        """Every check that needs no model, also of what the run folder holds; then writes the resolved recipe there."""
+        """Makes all checks that need no model, also of the run folder, and writes the resolved recipe into it."""
         for note in self._requirements():
             warnings.warn(note, stacklevel=2)
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
@@ -71,13 +71,14 @@ class Run:
         args, has_adapter = self.args, self.recipe.adapter is not None
         try:
             rows = self.examples("train")
-        except InvalidRows as error:  # what is wrong with the others is reported in the same go
+        except InvalidRows as error:  # problems of the other rows are reported together with these
             raise UserError("\n".join([str(error), *self._faults(error.valid)])) from error
         notes = requirements.check_steps(args, len(rows))
         requirements.check_evaluations(args, len(self.examples("heldout")))
         if args.reference_adapter and not has_adapter:
             raise UserError(
-                "training.reference_model: adapter:… trains a copy of it; with `adapter: null` there is none"
+                "training.reference_model: adapter:… trains a copy of that adapter, but `adapter: null` trains all "
+                "parameters; change one of them"
             )
         requirements.check_adapter(args, self.objective, has_adapter)
         ready = self.ready_negatives()
@@ -85,17 +86,17 @@ class Run:
         notes += requirements.check_rows(RowFacts.of_examples(rows, ready), self.objective, args)
         if self.objective.uses_negatives and not ready and (some := int((rows.negatives_N > 0).sum())):
             notes.append(
-                f"{some} of {len(rows)} rows bring negatives, which are not used: the base writes those of all rows "
+                f"{some} of {len(rows)} rows have negatives, which are not used: the base writes them for all rows "
                 f"(negatives.source: {self.recipe.negatives.source})"
             )
         if self.objective.uses_negatives and not ready:
             if self.recipe.negatives.keep == "wrong":
-                _ = self.right_answer  # raises where answers cannot be checked
+                _ = self.right_answer  # raises if answers cannot be checked
             notes += requirements.check_generated(self.recipe.negatives.per_prompt, args, len(rows))
         return notes
 
     def _faults(self, valid: Examples) -> list[str]:
-        """What the objective requires and the valid rows do not have."""
+        """The objective's requirements that the valid rows do not meet."""
         section = self.recipe.negatives
         ready = section.source == "data" or (section.source == "auto" and bool(valid.negatives_N.all()))
         try:
@@ -118,18 +119,18 @@ class Run:
 
     @property
     def layout(self) -> str:
-        """How the rows of the training data are laid out."""
+        """The layout of the training rows."""
         return self.splits.layout
 
     def ready_negatives(self, split: str = "train") -> bool:
-        """Do the rows bring their own negatives, or does the base write them? Held-out rows may do so alone."""
+        """Whether the rows have their own negatives, instead of the base writing them; perhaps only held-out rows."""
         source = self.recipe.negatives.source
         if source == "auto":
             return any(bool(self.examples(name).negatives_N.all()) for name in {"train", split})
         return source == "data"
 
     def negatives_wanted(self, split: str) -> int:
-        """Negatives of one prompt: for training those of all its visits, for held-out rows those of one."""
+        """Negatives per prompt: for training enough for all visits, for held-out rows enough for one."""
         section = self.recipe.negatives
         if split == "heldout":
             return section.eval_per_prompt or self.args.negatives_per_step
@@ -139,7 +140,7 @@ class Run:
 
     @cached_property
     def right_answer(self) -> Callable[[str, str], bool]:
-        """How an answer is checked, `check(answer, truth)`, as `evaluation.answer` says, for `negatives.keep: wrong`.
+        """The check of an answer, `check(answer, truth)`, from `evaluation.answer`, for `negatives.keep: wrong`.
 
         Raises:
             UserError: the training rows' answers cannot be checked.
@@ -152,7 +153,7 @@ class Run:
             raise UserError(
                 f"negatives.keep is wrong, but evaluation.answer is {section.answer}"
                 + (", and not every row's answer is a number" if section.answer == "auto" else "")
-                + "; wanted one of number, choice, regex, math, which tells right answers from wrong ones"
+                + "; wanted one of number, choice, regex, math, to tell right answers from wrong ones"
             )
         return answers.checker(kind, section.pattern)
 
@@ -160,7 +161,7 @@ class Run:
 
     @cached_property
     def source(self) -> models.Source:
-        """Where the base is."""
+        """Where the base is loaded from."""
         return models.locate(self.recipe.model)
 
     @cached_property
@@ -169,7 +170,7 @@ class Run:
         return models.load_tokenizer(self.source, self.recipe.model)
 
     def base(self):
-        """A fresh copy of the base on its device."""
+        """A new copy of the base on its device."""
         say(
             f"loading {models.public_name(self.source, self.recipe.model)}"
             + (" in 4 bit (NF4)" if self.recipe.model.load_in_4bit else "")
@@ -180,17 +181,17 @@ class Run:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Rows to ids with this run's template, end tokens and lengths, never longer than the model's context."""
+        """The encoder with this run's template, end tokens and lengths, limited to the model's context."""
         args, context = self.args, models.context_length(self.source, self.recipe.model)
         ends = models.generation_end_ids(self.source)
         return Encoder(self.tokenizer, args.max_length, args.max_prompt_length, context, ends)
 
     def sampling_ids(self, example: Example) -> list[int]:
-        """Ids of the prompt that this example's negatives are sampled from."""
+        """Ids of the prompt from which this example's negatives are sampled."""
         return sampling_ids(self.recipe.negatives, self.examples("train"), self.encoder, example)
 
     def encoded(self, split: str, with_negatives: bool = True) -> EncodedRows:
-        """The rows of a split as training and evaluation take them, with their negatives, joined by example_id."""
+        """The encoded rows of a split, with their negatives joined by example_id."""
         ready = self.ready_negatives(split)
         generated = None
         if with_negatives and not ready and self.negatives_wanted(split):
@@ -209,19 +210,19 @@ class Run:
 
     @property
     def reference_from_file(self) -> bool:
-        """Does training take its reference from the run folder?"""
+        """Whether training takes its reference scores from the run folder."""
         return self.objective.uses_any_reference and self.args.reference == "precomputed"
 
     def with_reference(self, rows: EncodedRows) -> EncodedRows:
-        """Training rows with the precomputed reference log-probabilities of the run folder.
+        """Training rows with the precomputed reference log-probabilities from the run folder.
 
         Raises:
-            UserError: they are missing, or were scored on other negatives than those of the run folder.
+            UserError: they are missing, or were scored on other negatives than those in the run folder.
         """
         product = _made(self.reference, "score")
         if product.facts().get("negatives") != self.negatives_content:
             raise UserError(
-                f"{product.path}: was scored on other negatives than {self.negatives('train').path} holds. Delete "
+                f"{product.path} was scored on other negatives than those in {self.negatives('train').path}. Delete "
                 f"{product.path} and {product.manifest} to score again."
             )
         names = [FIELDS[need] for need in sorted(self.objective.needs & REFERENCE_NEEDS)]
@@ -229,7 +230,7 @@ class Run:
         index = pc.index_in(rows.table["example_id"], value_set=scored["example_id"])
         return rows.with_columns(**{name: scored[name].take(index) for name in names})
 
-    # ---- products: what each is made from ---------------------------------------------------------------------------
+    # ---- products ---------------------------------------------------------------------------------------------------
 
     def negatives(self, split: str) -> Product:
         """The negatives that the base writes for a split."""
@@ -243,7 +244,7 @@ class Run:
 
     @property
     def negatives_content(self) -> str | None:
-        """A hash of the training negatives that the base wrote; None when the rows bring their own."""
+        """A hash of the training negatives that the base wrote; None if the rows have their own."""
         return None if self.ready_negatives() else self.negatives("train").content()
 
     @property
@@ -253,25 +254,27 @@ class Run:
 
     @property
     def evaluation(self) -> Product:
-        """What was measured on the held-out rows."""
+        """The evaluation on the held-out rows."""
         return Product(self.folder / "evaluation.json", identity.evaluation(self))
 
     @property
     def base_evaluation(self) -> Product:
-        """What was measured of the base alone: the same for every training on the same held-out rows."""
+        """The base's part of the evaluation, which is the same for all runs with the same held-out rows."""
         return Product(self.folder / "base_evaluation.json", identity.base_evaluation(self))
 
 
 def truth_of(example: Example) -> str:
-    """What an answer is checked against: the row's bare answer where it has one, else its completion."""
+    """What an answer is compared with: the row's bare answer if it has one, else its completion."""
     return example.answer or plain_text(example.completion)
 
 
 def sampling_ids(section: NegativesSection, rows: Sequence[Example], encoder: Encoder, example: Example) -> list[int]:
-    """Ids of the prompt that an example's negatives are sampled from; folds a system message that is refused.
+    """Ids of the prompt that an example's negatives are sampled from.
+
+    If the template has no system role, the system message goes into the first user turn.
 
     Args:
-        rows: the training rows, which strategy few_shot takes its shots from.
+        rows: the training rows, from which strategy few_shot takes its shots.
     """
     shots = choose_shots(example, rows, section.shots, section.seed) if section.strategy == "few_shot" else []
     prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template, shots)
@@ -286,5 +289,5 @@ def sampling_ids(section: NegativesSection, rows: Sequence[Example], encoder: En
 
 def _made(product: Product, verb: str) -> Product:
     if not product.path.is_file():
-        raise UserError(f"{product.path}: is missing; run `lowdft {verb} RECIPE` first, or `lowdft run RECIPE`")
+        raise UserError(f"{product.path} is missing; run `lowdft {verb} RECIPE` first, or `lowdft run RECIPE`")
     return product

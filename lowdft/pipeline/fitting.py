@@ -1,4 +1,4 @@
-"""The fastest setting of a training that fits a GPU: what is checkpointed, and how many tokens a pass takes."""
+"""Finds the fastest settings that fit a GPU: which layers are checkpointed, and how many tokens a pass has."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lowdft.logprobs import Group
 from lowdft.models.memory import estimate
 from lowdft.training.token_budget import Passes, num_tokens
 
-DEQUANTIZING = 200  # tokens whose product takes as long as dequantizing the weight: 100 to 370 on a 3090 to an H100
-BATCHES = 50  # micro-batches that stand for all
+DEQUANTIZING = 200  # dequantizing a weight takes as long as its product with this many tokens (3090: 100, H100: 370)
+BATCHES = 50  # micro-batches that represent all
 PLAIN = {"use_reentrant": False}
-# what is checkpointed, and products with every weight per token that goes backward: forward, again, and back
+# settings of checkpointing, and products with every weight per token: forward, recomputed, backward
 SETTINGS = (
     (dict(gradient_checkpointing=False), 2.0),
     (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=PLAIN | {"every_n_layers": 2}), 2.5),
     (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=PLAIN), 3.0),
-    (dict(gradient_checkpointing=True, offload_checkpoints=True), 3.3),  # its copies wait: not measured
+    (dict(gradient_checkpointing=True, offload_checkpoints=True), 3.3),  # a guess: waiting for copies was not measured
 )
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A setting that fits: fields of `DFTConfig`, the tokens of a pass, bytes of memory.
+    """A setting that fits: fields of `DFTConfig`, tokens per pass, bytes of memory.
 
-    `work` is its time in products of one weight with one token, for comparison with other settings.
+    `work` is its time as a number of products of a weight with a token, to compare settings.
     """
 
     settings: dict
@@ -42,7 +42,7 @@ class Fit:
 def fits(
     recipe: Recipe, args: DFTConfig, config: PreTrainedConfig, groups: Sequence[Group], room: float, gpus: int = 1
 ) -> list[Fit]:
-    """Of every setting the largest passes that fit `room` bytes, fastest first."""
+    """Every setting with the largest passes that fit into `room` bytes, fastest first."""
     found = []
     for settings, products in SETTINGS:
         changed = with_settings(args, settings)
@@ -54,7 +54,7 @@ def fits(
 
 
 def with_settings(args: DFTConfig, settings: dict) -> DFTConfig:
-    """The same arguments with other checkpointing."""
+    """The same arguments with different checkpointing."""
     changed = copy.copy(args)
     for name, value in (dict(offload_checkpoints=False, gradient_checkpointing_kwargs=None) | settings).items():
         setattr(changed, name, value)
@@ -67,14 +67,14 @@ def passes_of(args: DFTConfig, tokens: int) -> Passes:
 
 
 def largest_pass(args: DFTConfig, groups: Sequence[Group], tokens: int) -> list[Group]:
-    """The largest pass that a micro-batch of the longest groups takes."""
+    """The largest pass of a micro-batch with the longest groups."""
     batch = sorted(groups, key=lambda group: -num_tokens(group, "packed"))[: args.per_device_train_batch_size]
     passes = passes_of(args, tokens).expected(batch)[1]
     return max(passes, key=lambda some: sum(num_tokens(group, "packed") for group in some))
 
 
 def _largest(recipe, args, config, groups, room, gpus) -> tuple[int, float] | None:
-    """(tokens of a pass, bytes) of the largest pass that fits; None where one completion does not."""
+    """(tokens per pass, bytes) of the largest pass that fits; None if a single completion does not fit."""
 
     def needed(tokens: int) -> float:
         some = largest_pass(args, groups, tokens)
@@ -87,7 +87,7 @@ def _largest(recipe, args, config, groups, room, gpus) -> tuple[int, float] | No
     low, high = (least, needed(least)), (most, bytes_)
     if low[1] > room:
         return None
-    for _ in range(4):  # memory grows in proportion but for the padding of passes
+    for _ in range(4):  # memory grows in proportion, except for the padding of passes
         share = (room - low[1]) / (high[1] - low[1])
         tokens = int(low[0] + min(0.95, share) * (high[0] - low[0]))
         if tokens <= low[0] or tokens >= high[0]:
@@ -100,7 +100,7 @@ def _largest(recipe, args, config, groups, room, gpus) -> tuple[int, float] | No
 
 
 def _work(args: DFTConfig, groups: Sequence[Group], tokens: int, products: float, recipe: Recipe) -> float:
-    """Products of a weight with a token, of some micro-batches; dequantizing a weight counts as `DEQUANTIZING`."""
+    """Products of a weight with a token in some micro-batches; dequantizing a weight counts as `DEQUANTIZING`."""
     size = args.per_device_train_batch_size
     each = DEQUANTIZING if recipe.model.load_in_4bit else 0
     batches = [groups[i : i + size] for i in range(0, len(groups), size)]

@@ -1,4 +1,4 @@
-"""Uploads to the Hub: only what an allow-list names, shown first, checked for leaks, and compared after it arrived."""
+"""Uploads to the Hub: only files on an allow-list, shown first, checked for leaks, and compared afterwards."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ ALLOWED = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "README.md", ".eval_results/*.yaml",
 )  # fmt: skip
-TAG = "lowdft"  # on every card: by it a repository is known as made here
+TAG = "lowdft"  # on every card; it marks repositories that were made by lowdft
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One file of an upload: its name in the repository, and the file or the bytes."""
+    """One file of an upload: its name in the repository, and its path or content."""
 
     name: str
     source: Path | bytes
@@ -48,7 +48,7 @@ class Upload:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
     def leaks(self) -> list[str]:
-        """What the file would give away, a line each."""
+        """What the file would leak, one line each."""
         if isinstance(self.source, Path):
             return list(leaks.in_file(self.source, self.name))
         with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ class Upload:
 
 
 def select(folder: Path) -> tuple[list[Upload], list[str]]:
-    """The files of a folder that may be uploaded, and the names of those that stay (links never leave)."""
+    """The files of a folder that may be uploaded, and the names of those that may not (never symbolic links)."""
     chosen, left = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -73,13 +73,13 @@ def select(folder: Path) -> tuple[list[Upload], list[str]]:
 
 
 def listing(files: Sequence[Upload]) -> str:
-    """Names and sizes, a line each, and their sum."""
+    """Names and sizes, one line each, and the total size."""
     lines = [f"  {size(file.size):>9}  {file.name}" for file in files]
     return "\n".join([*lines, f"  {size(sum(file.size for file in files)):>9}  in {len(files)} files"])
 
 
 def size(count: float) -> str:
-    """Bytes as people read them (powers of 1000)."""
+    """A number of bytes in readable form (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -90,11 +90,11 @@ def size(count: float) -> str:
 def push(files: Sequence[Upload], name: str, private: bool, kind: str = "model") -> str:
     """Uploads the files in one commit, downloads them again to compare, and returns the repository's address.
 
-    The repository is created where it is missing; one that exists is written only if it is empty or was made by lowdft.
-    Interrupted, the same call sends what has not arrived.
+    The repository is created if it does not exist; an existing one is written only if it is empty or was made by
+    lowdft. After an interruption, the same call sends the remaining files.
 
     Raises:
-        UserError: a file gives something away, the name is taken, or the upload failed.
+        UserError: a file would leak something, the name is taken, or the upload failed.
     """
     found = [line for file in files for line in file.leaks()]
     if found:
@@ -114,17 +114,17 @@ def push(files: Sequence[Upload], name: str, private: bool, kind: str = "model")
     except UserError:
         raise
     except Exception as error:  # every network library has its own kinds
-        raise UserError(f"{name}: could not be pushed: {_why(error)}. Nothing is lost here; run the same command "
-                        "again: files that have arrived are not sent twice.") from error  # fmt: skip
+        raise UserError(f"{name}: could not be pushed: {_why(error)}. Nothing is lost; run the same command again: "
+                        "files that have arrived are not sent twice.") from error  # fmt: skip
     if differing:
-        raise UserError(f"{name}: what the Hub gives back differs in {', '.join(differing)}; push again")
+        raise UserError(f"{name}: the files on the Hub differ in {', '.join(differing)}; push again")
     return address
 
 
 def _repository(api: HfApi, name: str, private: bool, kind: str) -> str:
     try:
         return str(api.create_repo(name, private=private, repo_type=kind))
-    except HfHubHTTPError as error:  # 409: it exists; 401 to 403: perhaps it does, and only creating is not allowed
+    except HfHubHTTPError as error:  # 409: it exists; 401 to 403: it may exist, and only creating is not allowed
         if error.response is None or error.response.status_code not in (401, 402, 403, 409):
             raise
         try:
@@ -134,14 +134,14 @@ def _repository(api: HfApi, name: str, private: bool, kind: str) -> str:
     others = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
     if others and TAG not in (info.tags or []):
         raise UserError(
-            f"{name}: this name is taken by a repository with {len(others)} files that lowdft did not make. Choose "
+            f"{name}: this repository already exists, with {len(others)} files that lowdft did not make. Choose "
             "another name, or delete that repository."
         )
     return f"{api.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
 
 
 def _differing(api: HfApi, files: Sequence[Upload], name: str, revision: str, kind: str) -> list[str]:
-    """The files whose uploaded copy is not, byte for byte, what stands here."""
+    """The files whose uploaded copy is not identical to the local file."""
     with tempfile.TemporaryDirectory() as folder:
         copies = {
             file: Path(api.hf_hub_download(name, file.name, repo_type=kind, revision=revision, local_dir=folder))
@@ -156,7 +156,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         return f"the token is missing or not valid ({told}); run `hf auth login`, or set HF_TOKEN"
     if status == 403:
-        return f"this token may not write there ({told}); use one with the right to write, or a name of your own"
+        return f"this token may not write there ({told}); use one with write access, or another name"
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return f"the network is switched off ({told}); unset HF_HUB_OFFLINE"
     if any(kind.__name__ in ("TransportError", "ConnectionError") for kind in type(error).__mro__):

@@ -1,13 +1,15 @@
 """What the numbers of every artifact depend on: one function per artifact, from the resolved recipe and from contents.
 
-An identity is a flat dictionary of plain values. It names weights, adapters and data by content, and holds settings as
-they are after defaults, so that spelling a default out, moving a folder or renaming a file changes nothing. It leaves
+An identity is a flat dictionary of plain values. It identifies weights, adapters and data by content, and holds
+settings as they are after defaults, so that spelling a default out, moving a folder or renaming a file changes nothing.
+It leaves
 out what moves only memory, speed, logging or the number of processes: such settings may change between interruption and
 resume. The batch enters as prompts per optimizer step, however it is split over devices and micro-batches. A base's
 `attn_implementation` is named: in bfloat16 another one moves sums by nats, and policy and reference must share it.
 
-Versions of packages are noted under `version.NAME`. Another version moves numbers by rounding, so `Product` warns of it
-and goes on: refusing would throw away hours of work at every upgrade.
+Versions of packages are recorded under `version.NAME`. A different version changes numbers by rounding, so `Product`
+only
+warns: an error would throw away hours of work at every upgrade.
 """
 
 from __future__ import annotations

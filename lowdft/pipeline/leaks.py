@@ -1,4 +1,4 @@
-"""What must not leave this machine: access tokens, private keys, values of secret variables, local paths, addresses."""
+"""Finds what must not be uploaded: access tokens, private keys, values of secret variables, local paths, addresses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECRETS = {
 LOCAL = r"(?<![\w./<)\]}])/[\w.@+-]+/[\w.@+-]|(?<![\w/])~/\w|\b[A-Za-z]:\\[\w .-]+\\\w|\bfile://"
 PRIVATE = {"a local path": LOCAL, "an e-mail address": r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b"}
 SECRET_NAME = re.compile(r"(?i)token|key|secret|passw|credential")
-SHORTEST = 8  # characters of a variable's value, before finding it elsewhere means something
+SHORTEST = 8  # characters; shorter values of variables would be found by chance
 VOCABULARY = {
     "tokenizer.json",
     "vocab.json",
@@ -41,9 +41,9 @@ TEXT = {".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".toml", ".
 
 
 def find(text: str, private: bool = True) -> Iterator[tuple[str, str]]:
-    """(what it is, what stands there) for everything in a text that must not leave; secrets are not repeated whole.
+    """(what it is, shortened text) for everything in a text that must not be uploaded.
 
-    `private` counts local paths and e-mail addresses too.
+    `private` also finds local paths and e-mail addresses.
     """
     for what, pattern in (SECRETS | PRIVATE if private else SECRETS).items():
         for match in re.finditer(pattern, text):
@@ -54,7 +54,7 @@ def find(text: str, private: bool = True) -> Iterator[tuple[str, str]]:
 
 
 def secret_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment variables whose names speak of a secret, with values long enough to be one."""
+    """The environment variables whose names suggest a secret, with values long enough to be one."""
     environment = os.environ if environment is None else environment
     return {
         name: value for name, value in environment.items()
@@ -63,7 +63,7 @@ def secret_variables(environment: Mapping[str, str] | None = None) -> dict[str, 
 
 
 def masked(text: str) -> str:
-    """A text with every secret in it, and the values of keys that hold tokens, replaced by "…"."""
+    """A text with all secrets, and the values of keys that hold tokens, replaced by "…"."""
     for value in secret_variables().values():
         text = text.replace(value, "…")
     for pattern in SECRETS.values():
@@ -72,7 +72,7 @@ def masked(text: str) -> str:
 
 
 def in_file(path: Path, name: str) -> Iterator[str]:
-    """What a file would give away, as lines that name the place. Weights are read for their metadata alone."""
+    """What a file would leak, as lines that name the place. Only the metadata of weight files is read."""
     private = path.name not in VOCABULARY
     for place, text in _texts(path):
         for what, shown in find(text, private):
@@ -80,7 +80,7 @@ def in_file(path: Path, name: str) -> Iterator[str]:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of everything in a file that is text."""
+    """(place, text) of all text in a file."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             yield from _strings(file.metadata() or {}, ": metadata")

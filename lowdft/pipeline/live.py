@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs: the bar, sample answers, warnings at trackers, and the live report."""
+"""What is shown during training: the progress bar, sample answers, warnings at trackers, and the live report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lowdft.reporting import run_page
 from lowdft.training.progress import NegligibleNegatives, Progress, SampleAnswers
 from lowdft.training.trainer import DFTTrainer
 
-WATCHED = 3  # prompts that are answered while training
+WATCHED = 3  # prompts that are answered during training
 
 
 def watch(run: Run, trainer: DFTTrainer, checkpoint: str | None) -> None:
-    """Adds what people and trackers see of a training that resumes from `checkpoint`."""
+    """Adds the callbacks for people and trackers to a training run that resumes from `checkpoint`."""
     if not run.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
@@ -27,7 +27,7 @@ def watch(run: Run, trainer: DFTTrainer, checkpoint: str | None) -> None:
     if not section.samples_every:
         return
     if trainer.sharded:
-        say("warning: evaluation.samples_every does nothing where the model is sharded; use --launch ddp")
+        say("warning: evaluation.samples_every has no effect if the model is sharded; use --launch ddp")
         return
     split = "heldout" if run.examples("heldout") else "train"
     encoded = run.encoded(split, with_negatives=False)
@@ -41,13 +41,13 @@ def watch(run: Run, trainer: DFTTrainer, checkpoint: str | None) -> None:
 
 
 class LivePage(TrainerCallback):
-    """Keeps the run folder's report.html up to date while training runs; what fails there never stops the training."""
+    """Keeps the run folder's report.html up to date during training; a failure here never stops training."""
 
     def __init__(self, run: Run):
         self.run, self.written, self.failed = run, 0.0, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Writes the page, at most once in the time after which it reloads itself."""
+        """Writes the page, at most once per interval in which it reloads itself."""
         due = time.monotonic() - self.written >= run_page.REFRESH
         if not (state.is_world_process_zero and "loss" in (logs or {}) and due) or self.failed:
             return

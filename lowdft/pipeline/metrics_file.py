@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a log of the training, on the disk before the checkpoint that it belongs to."""
+"""metrics.jsonl: one line per log of training, flushed to disk before the checkpoint that it belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowdft.training.checkpoints import step_of
 class MetricsFile(TrainerCallback):
     """Appends every log line to metrics.jsonl; `mend` cuts it back to the checkpoint on resume.
 
-    `seconds` in a line counts from the beginning of its session.
+    `seconds` in a line counts from the start of its session.
 
     Raises:
         UserError: a line could not be written.
@@ -30,7 +30,7 @@ class MetricsFile(TrainerCallback):
         self.began = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """One JSON line a log."""
+        """Writes one JSON line per log."""
         if not (state.is_world_process_zero and "loss" in (logs or {})):
             return
         seconds = round(time.monotonic() - self.began, 3)
@@ -41,7 +41,7 @@ class MetricsFile(TrainerCallback):
             raise write_error(self.path, error) from error
 
     def flush(self) -> None:
-        """Puts the lines on the disk itself: called before a checkpoint gets its name, and at the end."""
+        """Flushes the lines to disk; called before a checkpoint gets its name, and at the end."""
         if self.path.is_file():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
@@ -49,7 +49,7 @@ class MetricsFile(TrainerCallback):
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The logged steps, in order; a line cut off by a kill or damaged is left out."""
+    """The logged steps in order, without lines that are cut off or damaged."""
     lines = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
@@ -62,12 +62,12 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def mend(path: Path, checkpoint: str | None, resuming: bool, log: bool = True) -> None:
-    """Drops lines that are cut off, and takes those from the checkpoint that the file lacks or has otherwise.
+    """Drops lines that are cut off, and restores missing or different lines from the checkpoint.
 
     Args:
-        checkpoint: a whole one, which keeps its last 200 log lines; None: there is none.
-        resuming: drop the lines of later steps too, which will be made again.
-        log: the file holds log lines, which the checkpoint has too.
+        checkpoint: an intact checkpoint, which has its last 200 log lines; None if there is none.
+        resuming: also drop the lines of later steps, which will be written again.
+        log: the file has log lines, which are also in the checkpoint.
     """
     step = step_of(checkpoint) if checkpoint else 0
     lines = {line["step"]: line for line in read_lines(path) if not resuming or line["step"] <= step}

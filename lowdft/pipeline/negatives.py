@@ -1,4 +1,4 @@
-"""Negatives that a sampler writes for some rows: what is drawn again, and what replaces right answers."""
+"""Samples negatives for rows, samples some of them again, and replaces right answers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lowdft.sampling import Request, Sample, Sampler, SamplingSettings, get_samp
 
 
 def negatives_sampler(run: Run, model, backend: str) -> Sampler:
-    """A sampler with the recipe's settings of negatives.
+    """A sampler with the recipe's settings for negatives.
 
     Args:
-        model: the base, with an adapter or without; for the backend vllm a `VllmModel`.
+        model: the base, with or without an adapter; for the backend vllm a `VllmModel`.
     """
     section = run.recipe.negatives
     settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
@@ -27,11 +27,11 @@ def negatives_sampler(run: Run, model, backend: str) -> Sampler:
 
 
 def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:
-    """One row an example: its id, text and `per_prompt` negatives with ids, finish reasons and seeds.
+    """One row per example: its id, text and `per_prompt` negatives with ids, finish reasons and seeds.
 
-    A sample's seed depends on the recipe's seed, the example's id and the sample's number alone. Up to
-    `negatives.resample` times, a negative that is empty, equals the completion or, with `negatives.keep: wrong`, is a
-    right answer is replaced under a new seed. Right ones that are left are then not negatives: see `only_wrong`.
+    A sample's seed depends only on the recipe's seed, the example's id and the number of the sample. A negative that is
+    empty, equals the completion or, with `negatives.keep: wrong`, is a right answer is sampled again with a new seed,
+    up to `negatives.resample` times. Right answers that are left are replaced by `only_wrong`.
     """
     section, is_right = run.recipe.negatives, _judge(run)
     stop = [*section.stop, *(_shot_stop(run) if section.strategy == "few_shot" else [])]
@@ -72,7 +72,7 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
 
 
 def _drawn(sampler: Sampler, requests: Sequence[Request], names: Sequence[str]) -> list[Sample]:
-    """Samples; an error names the examples."""
+    """Samples answers; an error names the examples."""
     try:
         return sampler.sample(requests)
     except InvalidRequests as error:
@@ -82,10 +82,10 @@ def _drawn(sampler: Sampler, requests: Sequence[Request], names: Sequence[str]) 
 
 
 def only_wrong(run: Run, example: Example, row: dict, is_right: Callable[[str, Example], bool]) -> None:
-    """Puts wrong answers in the place of right ones, and counts them in `replaced`.
+    """Replaces right answers by wrong ones, and counts them in `replaced`.
 
-    The row's own wrong answers are used again, in turn. Where it has none, a completion of another training row that
-    is no right answer here stands in: it has the right form, and an objective loses nothing of the row's completion.
+    The row's wrong answers are used again, in turn. If it has none, the completion of another training row that is not
+    a right answer here is used: it has the right form and does not contradict the row's completion.
     """
     wrong = [k for k, text in enumerate(row["negatives"]) if not is_right(text, example)]
     row["replaced"] = len(row["negatives"]) - len(wrong)
@@ -99,8 +99,8 @@ def only_wrong(run: Run, example: Example, row: dict, is_right: Callable[[str, E
     other = next((e for e in _others(run, example) if not is_right(plain_text(e.completion), example)), None)
     if other is None:
         raise UserError(
-            f"{example.source}: all answers that the base wrote are right, and so is every other row's completion; "
-            "negatives.keep: wrong needs a wrong one. Use negatives.keep: all, or leave this row out."
+            f"{example.source}: all answers that the base wrote are right, and so are the completions of all other "
+            "rows, but negatives.keep: wrong needs a wrong one. Use negatives.keep: all, or remove this row."
         )
     ids = run.encoder.completion(example.prompt, other.completion, example.tools)
     text = plain_text(other.completion).strip()
@@ -109,14 +109,14 @@ def only_wrong(run: Run, example: Example, row: dict, is_right: Callable[[str, E
 
 
 def _others(run: Run, example: Example) -> list[Example]:
-    """The training rows of the example's form in an order drawn by its id."""
+    """The training rows of the example's form, in a random order determined by its id."""
     rows = [e for e in run.examples("train") if isinstance(e.completion, str) == isinstance(example.completion, str)]
     random.Random(seed_of(run.recipe.negatives.seed, example.example_id, 0, 0)).shuffle(rows)
     return rows
 
 
 def _judge(run: Run) -> Callable[[str, Example], bool]:
-    """Is an answer right for an example? Never, with `negatives.keep: all`."""
+    """Whether an answer is right for an example; always False with `negatives.keep: all`."""
     if run.recipe.negatives.keep == "all":
         return lambda text, example: False
     check = run.right_answer
@@ -128,7 +128,7 @@ def _shot_stop(run: Run) -> list[str]:
 
 
 def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:
-    """The sample as an answer that ends, with token `end`, before the first token that completes one of the texts."""
+    """The sample, ended with token `end` before the first token that completes one of the texts."""
 
     def contains(n: int) -> bool:
         text = tokenizer.decode(sample.token_ids[:n], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What a trained folder holds: nothing that speaks of this machine alone."""
+"""Removes from a trained folder what only concerns this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ MACHINE_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path")
 
 
 def clean(folder: Path, name: str, revision: str | None) -> None:
-    """Calls the base by its public name in every configuration file, and drops what speaks of this machine alone.
+    """Writes the base's public name into every configuration file, and removes what only concerns this machine.
 
-    Done while the folder is made, so that its manifest lists what will be published; done again it changes nothing.
+    This happens while the folder is made, so that its manifest lists what will be published. Repeating it changes
+    nothing.
     """
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths inside
     for path in folder.glob("*config.json"):

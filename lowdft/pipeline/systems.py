@@ -1,4 +1,4 @@
-"""The models of a run that are measured, compared or talked to: base, trained, and others beside them."""
+"""The models of a run for evaluation, benchmarks and chat: the base, the trained model, and compared ones."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ def trained_folder(run: Run) -> Path:
     """The trained adapter or model of the run.
 
     Raises:
-        UserError: nothing is trained yet, it was trained on another base than the recipe's, or it was damaged since.
+        UserError: nothing is trained yet, it was trained on another base than the recipe's, or it is damaged.
     """
-    folder = run.folder / ("adapter" if run.recipe.adapter else "model")  # found without reading any data
+    folder = run.folder / ("adapter" if run.recipe.adapter else "model")  # without reading any data
     if not folder.exists():
-        raise UserError(f"{folder}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
+        raise UserError(f"{folder} does not exist yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
     require_as_trained(run, folder)
     return folder
 
 
 def require_as_trained(run: Run, trained: Path) -> None:
-    """Raises UserError when the manifest beside an adapter or model says otherwise than its content or this base."""
+    """Raises UserError if the manifest of an adapter or model does not match its content or this base."""
     product = Product(trained, {})
     if not product.manifest.is_file():
         return
     product.require_whole()
     if run.recipe.adapter and product.base() != run.source.identity:
         raise UserError(
-            f"{trained}: was trained on another base ({product.base()}) than this recipe's ({run.source.identity}). "
+            f"{trained} was trained on another base ({product.base()}) than this recipe's ({run.source.identity}). "
             "Set model.name_or_path and model.revision to that base."
         )
 
 
 def compared_adapters(run: Run) -> dict[str, Path]:
-    """The adapters of `evaluation.compare` by name."""
+    """The adapters of `evaluation.compare`, by name."""
     found = {}
     for name, given in run.recipe.evaluation.compare.items():
         found[name] = adapter_folder(given)
@@ -56,7 +56,7 @@ def compared_adapters(run: Run) -> dict[str, Path]:
 
 
 def identities(run: Run) -> dict[str, str]:
-    """Every system of the run ("base", "after", those compared) and what its weights on top of the base are called."""
+    """Every system of the run ("base", "after", compared ones), and what identifies its weights on top of the base."""
     trained = trained_folder(run)
     if run.recipe.adapter:
         after = adapter_digest(trained, "adapter")
@@ -69,9 +69,9 @@ def identities(run: Run) -> dict[str, str]:
 
 
 def systems(run: Run, wanted: set[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """(name, model) of base, after and every compared adapter, one in memory at a time; None: all of them.
+    """(name, model) of base, after and every compared adapter, one in memory at a time; None means all of them.
 
-    Base and after are one model under an adapter that is off and on, unless all parameters were trained.
+    Base and after are one model with its adapter off and on, unless all parameters were trained.
     """
     trained = trained_folder(run)
     compared = compared_adapters(run)
@@ -95,7 +95,7 @@ def systems(run: Run, wanted: set[str] | None = None) -> Iterator[tuple[str, nn.
 
 @contextlib.contextmanager
 def loaded(run: Run, adapter: Path | None) -> Iterator[nn.Module]:
-    """The run's base, under an adapter if one is given, once the memory of what was loaded before is free."""
+    """The run's base, with an adapter if one is given, after freeing the memory of earlier models."""
     models.release_memory()
     model = run.base()
     if adapter:
@@ -104,7 +104,7 @@ def loaded(run: Run, adapter: Path | None) -> Iterator[nn.Module]:
 
 
 def greedy_answers(run: Run, model: nn.Module, prompts: list[list[int]], name: str) -> list[str]:
-    """The greedy answer to every prompt (token ids), as text, under a progress bar called `name`."""
+    """The greedy answer to every prompt (token ids) as text, with a progress bar called `name`."""
     section = run.recipe.evaluation
     settings = SamplingSettings(temperature=0.0, max_new_tokens=section.max_new_tokens)
     sampler = get_sampler("padded", model, run.encoder.end_ids, settings, section.batch_size)

@@ -1,4 +1,4 @@
-"""Drawing answers from a model: one sample per request, with a seed of its own, by a choice of backends."""
+"""Samples answers from a model: one sample per request, each with its own seed, with a choice of backends."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def get_sampler(
 
     Args:
         backend: "padded" or "continuous" (transformers), or "vllm".
-        model: a transformers model, under an adapter or not, left as it was found; for vllm a `VllmModel`.
-        end_ids: every token that ends an answer, one or more.
-        batch_size: samples at work at once; None: as many as fit (`draw.fitting`).
+        model: a transformers model with or without an adapter, which is not changed; for vllm a `VllmModel`.
+        end_ids: all tokens that end an answer, at least one.
+        batch_size: samples generated at the same time; None means as many as fit (`draw.fitting`).
 
     Raises:
-        UserError: vLLM is asked for and not installed.
+        UserError: the backend is vllm, which is not installed.
     """
     samplers = {"padded": PaddedSampler, "continuous": ContinuousSampler, "vllm": VllmSampler}
     return samplers[backend](model, list(end_ids), settings, batch_size)

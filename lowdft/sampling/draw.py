@@ -1,10 +1,10 @@
 """Samples from a causal language model, each from its own seed: padded batches, continuous batching or vLLM.
 
 With the transformers backends, token t of a sample is the inverse-CDF draw with the t-th uniform number of its seed.
-A sample depends on the model, its prompt, the settings and its seed alone, not on its neighbours in a batch or on the
-order of requests, up to floating-point noise between batches: none to be seen in float32, but in bfloat16 it moves
-draws (SmolLM2-135M: 21 of 64 samples differ between batches of 32 and of 64). Whoever wants the very same samples after
-an interruption keeps the composition of batches, as `generate` does.
+A sample depends only on the model, its prompt, the settings and its seed, not on the rest of its batch or on the order
+of requests, up to floating-point noise between batches. In float32 no difference was seen, but in bfloat16 noise
+changes samples (SmolLM2-135M: 21 of 64 samples differ between batches of 32 and of 64). To get the same samples after
+an interruption, keep the composition of batches, as `generate` does.
 
 Dimension suffixes: R requests, V vocabulary, T new tokens, P prompt tokens, C candidates.
 """
@@ -158,11 +158,11 @@ def fewer(batch_size: int, error: BaseException) -> int:
     if batch_size == 1:
         raise UserError(
             "out of memory while sampling a single answer: lower negatives.max_new_tokens (or "
-            "evaluation.max_new_tokens), load the base in 4 bit, or free the device"
+            "evaluation.max_new_tokens), load the base in 4 bit, or free memory on the device"
         ) from error
     warnings.warn(
         f"out of memory: from here {batch_size // 2} samples are drawn at once; set batch_size={batch_size // 2} to "
-        "save the attempt",
+        "avoid the failed attempt",
         stacklevel=3,
     )
     if torch.cuda.is_available():

@@ -102,8 +102,8 @@ class _PaddedDraw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not (finite_R := scores.amax(1).isfinite()).all():  # NaN is the largest of all
             raise InvalidRequests(
-                "the model's logits are not finite: its weights hold NaN or infinity, or its dtype overflows. Check "
-                "the checkpoint (and the adapter), or set model.dtype=bfloat16 or float32.",
+                "the model's logits are not finite: its weights contain NaN or infinity, or its dtype overflows. Check "
+                "the weights (and the adapter), or set model.dtype=bfloat16 or float32.",
                 (~finite_R).nonzero()[:, 0].tolist(),
             )
         return only(draw(scores, self.u_RT[:, input_ids.shape[1] - self.width], self.settings), scores)

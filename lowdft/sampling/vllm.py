@@ -1,6 +1,6 @@
-"""Sampling by vLLM, in a child process: its memory on the GPU is free again when the sampler is gone.
+"""Sampling with vLLM in a child process, so that its GPU memory is freed when the sampler ends.
 
-The base is quantized as it is loaded where the recipe has it in 4 bit (NF4, without the double quantization of ours).
+If the recipe has the base in 4 bit, vLLM quantizes it while loading (NF4, but without double quantization).
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ def served_rank(adapter: str | Path) -> int:
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
         raise UserError(f"{adapter}: vLLM serves plain LoRA; merge the adapter, or use another backend")
     if config.get("modules_to_save"):
-        raise UserError(f"{adapter}: vLLM loads no modules_to_save; merge the adapter, or use another backend")
+        raise UserError(f"{adapter}: vLLM does not load modules_to_save; merge the adapter, or use another backend")
     rank = next((rank for rank in RANKS if rank >= config["r"]), None)
     if rank is None:
-        raise UserError(f"{adapter}: its rank is {config['r']}, and vLLM takes {RANKS[-1]} at most")
+        raise UserError(f"{adapter}: its rank is {config['r']}, but vLLM allows {RANKS[-1]} at most; merge the adapter")
     return rank
 
 
 class VllmSampler:
-    """vLLM, offline. Its samples follow its own random numbers, seeded per request, and its own arithmetic: they
-    differ from those of the other backends.
+    """vLLM, offline. It uses its own random numbers, seeded per request, and its own arithmetic, so its samples differ
+    from those of the other backends.
 
     The child process starts with the first request and ends with this object.
     """
@@ -117,7 +117,7 @@ class VllmSampler:
             self.connection.send([(list(request.prompt_ids), request.seed) for request in requests])
             found = self.connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            found = "its process was killed: not enough memory?"
+            found = "its process was killed (perhaps there was not enough memory)"
         if isinstance(found, str):
             raise UserError(
                 f"vLLM failed: {found}. A smaller negatives.gpu_memory_utilization leaves more for other programs; "

@@ -1,1 +1,1 @@
-"""One optimizer step, and the trainer around it."""
+"""The engine that runs an optimizer step, and the trainer around it."""

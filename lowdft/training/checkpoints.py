@@ -1,7 +1,7 @@
-"""A transformers Trainer whose checkpoints are whole or not there, and can be told from damaged ones.
+"""A transformers Trainer whose checkpoints are always complete, and which detects damaged ones.
 
-A checkpoint lists its files with their sizes and hashes in `manifest.json`, which is written last. On resume the newest
-one that still holds what it lists is used.
+A checkpoint lists its files with their sizes and hashes in `manifest.json`, which is written last. A run resumes from
+the newest checkpoint whose files still match that list.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from lowdft.training.preemption import on_sigterm, stop
 
 MANIFEST = "manifest.json"
 LINES_KEPT = 200  # log lines in a checkpoint, so that its size is the same at every step
-UNNEEDED = "training_args.bin"  # a pickle that nothing here reads
+UNNEEDED = "training_args.bin"  # a pickle that nothing in lowdft reads
 
 
 class Notice(TrainerCallback):
-    """A notice to quit: once given, the next step is the last, and is saved; all ranks agree on which it is.
+    """A request to stop: after it, the next step is the last one and is saved; all ranks agree on which step that is.
 
-    (transformers' own `enable_jit_checkpoint` also saves inside a step, when `log_u` is ahead of the weights, marks the
-    folder before it is whole, and lets every rank decide for itself.)
+    (transformers' `enable_jit_checkpoint` does not fit: it also saves inside a step, when `log_u` is ahead of the
+    weights, it marks the folder before it is complete, and every rank decides for itself.)
     """
 
     def __init__(self):
@@ -50,7 +50,7 @@ class Notice(TrainerCallback):
         self.given = True
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """What the settings say of saving, logging and evaluation wins over what a checkpoint has stored."""
+        """Settings of saving, logging and evaluation take precedence over those stored in a checkpoint."""
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -61,7 +61,7 @@ class Notice(TrainerCallback):
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Every checkpoint comes with a log line, so that no line's means span it, and a resumed run has the same."""
+        """Writes a log line before every checkpoint, so that no mean spans it and a resumed run has the same lines."""
         control.should_log |= control.should_save
 
 
@@ -69,12 +69,12 @@ class Notice(TrainerCallback):
 
 
 def newest_whole(folder: str | Path) -> str | None:
-    """The newest undamaged checkpoint of `folder`, by the first rank's word for all; None when there is no checkpoint.
+    """The newest undamaged checkpoint of `folder`, as decided by the first rank; None if there is no checkpoint.
 
-    Damaged ones are named in a warning and set aside as `checkpoint-N.damaged`.
+    Damaged checkpoints are reported in a warning and renamed to `checkpoint-N.damaged`.
 
     Raises:
-        UserError: there are checkpoints, and every one is damaged.
+        UserError: there are checkpoints, but all are damaged.
     """
     found: tuple[str | None, str | None] = (None, None)
     if collectives.rank() == 0:
@@ -94,19 +94,19 @@ def _newest_whole(folder: Path) -> tuple[str | None, str | None]:
             for path in every[: len(damages)]:
                 _set_aside(path)
             for text in damages:
-                warnings.warn(f"{text}. {checkpoint.name} is whole and is used instead.", stacklevel=4)
+                warnings.warn(f"{text}. {checkpoint.name} is intact and is used instead.", stacklevel=4)
             return str(checkpoint), None
         damages.append(damage)
     if not damages:
         return None, None
-    return None, f"{'; '.join(damages)}. No whole checkpoint is left: delete {folder} to train from the start."
+    return None, f"{'; '.join(damages)}. No intact checkpoint is left: delete {folder} to train from the start."
 
 
 def damage_of(checkpoint: str | Path, file: str | None = None) -> str | None:
-    """Why training cannot resume from a checkpoint exactly, or what became of one `file` of it; None: as written."""
+    """Why training cannot resume exactly from a checkpoint, or how one `file` in it is damaged; None if intact."""
     path = Path(checkpoint) / MANIFEST
     if not path.is_file():
-        return f"{path} is missing (it was deleted, or the checkpoint is another program's)"
+        return f"{path} is missing (it was deleted, or another program wrote the checkpoint)"
     try:
         noted = read_json(path)
     except UserError:
@@ -143,16 +143,16 @@ def _set_aside(checkpoint: Path) -> None:
 
 
 class WholeCheckpoints(Trainer):
-    """Writes a checkpoint beside its place and renames it, so that no half one is ever resumed from."""
+    """Writes each checkpoint under a temporary name and renames it, so that no incomplete one is ever used."""
 
-    trust_checkpoint = False  # resume also from one whose pickles may run code
+    trust_checkpoint = False  # resume even from a checkpoint whose pickles may run code
     _writing_in: Path | None = None
 
     def train(self, *args, **kwargs):
-        """transformers' `train`; after SIGTERM it saves a checkpoint at the step's end, and raises.
+        """transformers' `train`; after SIGTERM it saves a checkpoint at the end of the step and raises.
 
         Raises:
-            Stopped: SIGTERM came (on any rank), and all that was done is saved.
+            Stopped: SIGTERM was received (on any rank), and everything up to that step is saved.
         """
         notice, heartbeat = Notice(), Heartbeat()
         self.add_callback(notice)
@@ -177,10 +177,10 @@ class WholeCheckpoints(Trainer):
         return out
 
     def before_saving(self) -> None:
-        """Raises, on every rank, where a subclass finds that the weights are not worth saving."""
+        """Hook for a subclass: raises, on every rank, if the weights must not be saved."""
 
     def save_beside(self, folder: Path) -> None:
-        """Adds what a subclass needs to resume exactly to the checkpoint in `folder`."""
+        """Hook for a subclass: adds what it needs for an exact resume to the checkpoint in `folder`."""
 
     def _save_checkpoint(self, model, trial) -> None:
         self.before_saving()
@@ -222,7 +222,7 @@ class WholeCheckpoints(Trainer):
         )
 
     def _name(self, written: Path, checkpoint: Path) -> None:
-        """Gives a checkpoint its place, once it and the log lines up to it are on the disk itself."""
+        """Gives a checkpoint its final name, once it and the log lines before it are flushed to disk."""
         remove(written / UNNEEDED)
         files = contents_of(written)
         write_json(written / MANIFEST, {"files": files, "checksum": checksum_of(files)})

@@ -1,4 +1,4 @@
-"""The data sets of a trainer: one to train on, and none, one or several by name to evaluate on."""
+"""The data sets of a trainer: one for training, and none, one or several (by name) for evaluation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from lowdft.objectives import Objective
 
 
 def encoded(dataset, encoder: Encoder, objective: Objective, name: str = "eval_dataset", faults: list | None = None):
-    """A data set, or several by name, as `EncodedRows`, with what the objective pairs rows with; None or a name stays.
+    """A data set, or a dictionary of several, as `EncodedRows` with the mismatched completions that KTO needs.
+
+    None, or the name of a data set, is returned unchanged.
 
     Args:
-        name: what error messages call it.
-        faults: takes the errors of invalid rows, which then are left out; None: they raise.
+        name: the name of the data set in error messages.
+        faults: a list for the errors of invalid rows, which are then left out; None raises them.
     """
     if isinstance(dataset, dict) and name == "eval_dataset":
         return {key: encoded(rows, encoder, objective, f"{name}[{key!r}]", faults) for key, rows in dataset.items()}
@@ -47,13 +49,13 @@ def encoded(dataset, encoder: Encoder, objective: Objective, name: str = "eval_d
 def read_datasets(
     train_dataset, eval_dataset, encoder: Encoder, objective: Objective, args: DFTConfig, has_adapter: bool
 ) -> tuple[EncodedRows, EncodedRows | dict[str, EncodedRows] | None]:
-    """Both data sets encoded, once they meet what the objective requires; warns of what is worth knowing.
+    """Encodes both data sets and checks what the objective requires; gives warnings.
 
     Args:
-        has_adapter: the model has an adapter, or gets a fresh one.
+        has_adapter: the model has an adapter, or gets a new one.
 
     Raises:
-        UserError: with everything that is wrong with any row of either.
+        UserError: with all errors in the rows of both data sets.
     """
     faults: list[str] = []
     train_rows = encoded(train_dataset, encoder, objective, "train_dataset", faults)
@@ -80,13 +82,13 @@ def check_ids(sets: Iterable[EncodedRows], model: nn.Module) -> None:
             if (largest := rows.largest_id(name)) >= size:
                 number = next(i for i, row in enumerate(rows) if largest in np.concatenate(row[name], axis=None))
                 raise UserError(
-                    f"row {rows.example_ids([number])[0]}: {name} has the token id {largest}, and the model has "
-                    f"embeddings for 0 to {size - 1}. Use the model's own tokenizer, or resize its embeddings."
+                    f"row {rows.example_ids([number])[0]}: {name} has the token id {largest}, but the model has "
+                    f"embeddings for 0 to {size - 1}. Use the model's tokenizer, or resize its embeddings."
                 )
 
 
 def as_list(dataset: EncodedRows | dict[str, EncodedRows] | None) -> list[EncodedRows]:
-    """None, one or several by name as a list."""
+    """None, one data set or several by name, as a list."""
     return [] if dataset is None else list(dataset.values()) if isinstance(dataset, dict) else [dataset]
 
 
@@ -108,13 +110,13 @@ def check_evaluation(sets: list[EncodedRows], objective: Objective, args: DFTCon
     """Raises UserError for rows that cannot be evaluated.
 
     Args:
-        at_hand: the model can still give the reference's log-probabilities.
+        at_hand: the model can still compute the reference's log-probabilities.
     """
     for facts in (RowFacts.of(rows, objective) for rows in sets):
         check_rows(facts, objective, args, training=False)
         if not (facts.has_reference_N.all() or at_hand):
             raise UserError(
-                "these rows have no reference log-probabilities, and the weights that training began with, which are "
-                "the reference, are no longer there to score them. Pass the rows as eval_dataset when the trainer is "
-                "made, and evaluate after train() has begun."
+                "these rows have no reference log-probabilities, and the reference (the initial weights) is no longer "
+                "there to score them. Pass the rows as eval_dataset when you create the trainer, and evaluate after "
+                "train() has begun."
             )

@@ -1,16 +1,16 @@
 """One optimizer step of any objective: from its micro-batches to a gradient and the new `log_u`.
 
-This is Algorithm 1 of arXiv 2502.18679 with everything that a large model needs around it; the bare algorithm is
-`examples/dft_in_one_file.py`. The engine knows no trainer: any loop may drive it,
+This is Algorithm 1 of arXiv 2502.18679 with everything that a large model needs; the algorithm alone is in
+`examples/dft_in_one_file.py`. The engine does not depend on a trainer; any training loop can use it:
 
     engine.begin(batches, step)
     for batch in batches:
         engine.accumulate(batch)
     optimizer.step(); optimizer.zero_grad()
 
-How a prompt becomes a gradient: the batch says which negatives this visit uses, `Passes` scores negatives and
-completion within a budget of tokens, the objective turns the summed log-probabilities into one loss per prompt and the
-new `log_u`.
+From a prompt to a gradient: the batch chooses the negatives of this visit, `Passes` scores negatives and completion
+within a token budget, and the objective turns the summed log-probabilities into one loss per prompt and the new
+`log_u`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from lowdft.training.token_budget import Backward, Passes
 
 
 class StepEngine:
-    """Gradients of an objective, accumulated micro-batch by micro-batch, and the table `log_u` that they need.
+    """Accumulates the gradient of an objective over micro-batches, and keeps the table `log_u`.
 
     Args:
-        model: a causal language model, with its adapter and wrappers; in train mode for `accumulate`, in eval
-            mode for `evaluate`.
-        objective: what is minimized; called with `hyperparameters`.
-        log_u: the table of the training examples; `Batch.index_M` are places in it.
-        passes: how a micro-batch is split.
-        negatives_per_step: B, the negatives of a prompt that one visit uses.
-        reference_prompt: "training" or "sampling", where the model is its own reference.
-        backward: backpropagates a pass's share of the loss; the default is `loss.backward()`.
+        model: a causal language model with its adapter and wrappers; in train mode for `accumulate`, in eval mode for
+            `evaluate`.
+        objective: the objective to minimize; called with `hyperparameters`.
+        log_u: the table of the training examples; `Batch.index_M` are positions in it.
+        passes: splits a micro-batch into forward passes.
+        negatives_per_step: B, the number of negatives that a prompt uses per visit.
+        reference_prompt: "training" or "sampling", if the model without adapter is the reference.
+        backward: backpropagates a pass's share of the loss; `loss.backward()` by default.
         around: a context for every pass (autocast, hooks on saved tensors).
-        spare: a row that a rank scores, with weight 0, while only other ranks have work left.
+        spare: a row that a rank scores with weight 0 when only other ranks have work left.
 
     Attributes:
         metrics, evaluation: `StepMetrics` of training and of evaluation.
@@ -90,10 +90,10 @@ class StepEngine:
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def begin(self, batches: Sequence[Batch], step: int = 0) -> int:
-        """Counts the prompts of an optimizer step over all ranks, which it returns, and remembers where it began.
+        """Begins an optimizer step: saves the state to return to, and returns the number of prompts on all ranks.
 
         Args:
-            batches: this rank's micro-batches, in the order in which `accumulate` will take them.
+            batches: this rank's micro-batches, in the order in which they will be passed to `accumulate`.
             step: the number of the step, for error messages.
         """
         prompts, tokens = sum(map(len, batches)), sum(batch.completion_tokens for batch in batches)
@@ -109,14 +109,14 @@ class StepEngine:
         return prompts
 
     def accumulate(self, batch: Batch) -> Tensor:
-        """One micro-batch: adds its gradient, updates `log_u`, returns its share of the step's loss (a scalar).
+        """Adds the gradient of a micro-batch, updates `log_u`, and returns its share of the step's loss (a scalar).
 
-        With several ranks the mean of their shares is the step's loss, afterwards all ranks know all updates of
-        `log_u`, and after the last micro-batch all have the same gradient.
+        With several ranks the step's loss is the mean of their shares. Every rank then knows all updates of `log_u`,
+        and after the last micro-batch all have the same gradient.
 
         Raises:
-            UserError: a log-probability or a loss is not finite; names the step and the rows. Or out of memory with one
-                completion in a pass, or with several ranks.
+            UserError: a log-probability or a loss is not finite (names the step and the rows); or out of memory with
+                one completion in a pass, or with several ranks.
         """
         self._left -= 1
         if collectives.world_size() > 1:
@@ -136,7 +136,7 @@ class StepEngine:
         return loss
 
     def _begin_again(self) -> list[Batch]:
-        """Everything as at the step's beginning; returns the micro-batches to do again."""
+        """Restores the state at the beginning of the step; returns the micro-batches to repeat."""
         self.metrics = self._start.restore(self.log_u)
         self.model.zero_grad(set_to_none=True)
         done, self._done = self._done, []
@@ -192,7 +192,7 @@ class StepEngine:
         self._backward(loss * collectives.world_size(), last)  # the mean over ranks is taken
 
     def _idle(self) -> None:
-        """What a rank without an example in this micro-batch runs beside the others: passes of weight 0."""
+        """Runs passes of weight 0 on a rank without examples in this micro-batch, in step with the other ranks."""
         spare = Batch(torch.zeros(1, dtype=torch.int64), [self.spare])
         with self.around():
             self._given(spare, self.log_u.visits[spare.index_M], self.totals)
@@ -203,7 +203,7 @@ class StepEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
-        """The mean loss of some rows (a scalar), without moving averages (as with gamma = 1), on their first negatives.
+        """The mean loss of some rows (a scalar), with their first negatives and no moving averages (as with gamma = 1).
 
         Raises:
             UserError: a log-probability or a loss is not finite; names the rows.
@@ -220,17 +220,17 @@ class StepEngine:
         self.evaluation.add(scores, losses, self.objective, batch)
         return losses.value_M.mean()
 
-    # ---- what both do -----------------------------------------------------------------------------------------------
+    # ---- used by both -----------------------------------------------------------------------------------------------
 
     def _groups(self, batch: Batch, visits_M: Tensor | None = None) -> list[Group]:
-        """What a visit of each prompt scores; the next one unless given."""
+        """The groups to score for a visit of each prompt; by default, the next visit."""
         visits_M = self.log_u.visits[batch.index_M] if visits_M is None else visits_M
         return batch.groups(batch.negatives(visits_M, self.count))
 
     def _losses(
         self, groups: Sequence[Group], logps_MK: Tensor, given: Mapping[str, Tensor], totals: StepTotals
     ) -> tuple[Scores, Losses]:
-        """The objective on a scored micro-batch; of K completions the negatives come first."""
+        """The objective of a scored micro-batch; of K completions the negatives come first."""
         tokens_MK = torch.tensor([group.scored_tokens for group in groups], device=logps_MK.device)
         scores = Scores(logps_MK[:, -1], tokens_MK[:, -1], tokens_per_prompt=totals.tokens / totals.prompts)
         if self.count:
@@ -240,7 +240,7 @@ class StepEngine:
         return scores, self.objective.compute(scores, **self.hyperparameters)
 
     def _given(self, batch: Batch, visits_M: Tensor, totals: StepTotals) -> dict[str, Tensor]:
-        """What the objective needs beside the policy's scores: fields of `Scores`, one row per prompt."""
+        """The other inputs of the objective, besides the policy's scores: fields of `Scores`, one row per prompt."""
         how = (self.count, self.objective, self.reference_prompt, self.passes)
         given = prepare(self.policy, batch, visits_M, *how)
         for name, value in given.items():
@@ -257,15 +257,15 @@ class StepEngine:
         """Raises UserError for a step whose gradient norm is not finite; to be called before the optimizer's step.
 
         Args:
-            scaled: a loss scaler watches over overflows, and skips such steps.
+            scaled: a loss scaler handles overflows and skips such steps.
         """
         if not math.isfinite(norm) and not scaled:
             raise finite.bad_gradient(self.step, norm, self._done, self._largest)
 
     def check_weights(self) -> None:
-        """Raises UserError when the weights, as the last step left them, give no finite score to a training row.
+        """Raises UserError if the current weights give a training row no finite score.
 
-        To be called on every rank, before anything is saved.
+        Call it on every rank before anything is saved.
         """
         spare = Batch(torch.zeros(1, dtype=torch.int64), [self.spare])
         with self.around():
@@ -279,10 +279,10 @@ class StepEngine:
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What an exact resume needs: the table, and how micro-batches are split (rounding depends on it)."""
+        """The state for an exact resume: the table, and the budget of passes (rounding depends on it)."""
         return self.log_u.state_dict() | self.passes.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state_dict` gave; of the budget only under the same `tokens_per_pass`."""
+        """Restores a `state_dict`; the budget of passes only if `tokens_per_pass` is the same."""
         self.log_u.load_state_dict(state)
         self.passes.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Errors that stop a training whose numbers are not finite: the step, the rows, how large numbers were, what to do."""
+"""Errors that stop a training run with non-finite numbers; they name the step, the rows, magnitudes and what to do."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lowdft.errors import UserError
 
 SLOWER = "Lower training.learning_rate or lengthen training.warmup_steps"
 ADVICE = (
-    f"Nothing of this step was applied or saved, and earlier checkpoints are intact. {SLOWER}; if it is the first "
-    "step, look at these rows and at the base's dtype."
+    f"Nothing of this step was applied or saved, and earlier checkpoints are intact. {SLOWER}; if this is the first "
+    "step, check these rows and the base's dtype."
 )
-EVALUATION_ADVICE = "Look at these rows, at the base's weights and dtype, and at the learning rate if steps were taken."
+EVALUATION_ADVICE = "Check these rows, the base's weights and dtype, and, after training steps, the learning rate."
 
 
 def require_rows(step: int, evaluating: bool, what: str, values: Tensor, batch: Batch) -> None:
-    """Raises UserError unless all values of a micro-batch, [M] or [M, …], are finite; names the rows whose are not.
+    """Raises UserError unless all values of a micro-batch, [M] or [M, …], are finite; names the other rows.
 
     Args:
-        step: the optimizer step, or with `evaluating` the last one before the evaluation.
+        step: the optimizer step; with `evaluating`, the last one before the evaluation.
     """
     finite_M = values.reshape(len(batch), -1).isfinite().all(1)
     if finite_M.all():
@@ -38,24 +38,24 @@ def require_rows(step: int, evaluating: bool, what: str, values: Tensor, batch: 
 
 
 def bad_gradient(step: int, norm: float, batches: Sequence[Batch], largest: float) -> UserError:
-    """The error of a step whose gradient is not finite, though its losses are.
+    """The error for a step whose gradient is not finite although its losses are.
 
     Args:
-        batches: what the step saw.
-        largest: log-probability of the step, without its sign.
+        batches: the micro-batches of the step.
+        largest: the largest absolute log-probability of the step.
     """
     ids = [name for batch in batches for name in _names(batch)]
     return UserError(
-        f"step {step}: the gradient's norm is {norm}, though every loss is finite (example_id {_some(ids)}; the "
-        f"largest log-probability is -{largest:.4g}). {ADVICE}"
+        f"step {step}: the gradient's norm is {norm}, although every loss is finite (example_id {_some(ids)}; the "
+        f"lowest log-probability is -{largest:.4g}). {ADVICE}"
     )
 
 
 def bad_weights(step: int, row: dict, largest: float) -> UserError:
-    """The error of a step after which the model gives `row` no finite score; `largest` as in `bad_gradient`."""
+    """The error for a step after which the model gives `row` no finite score; `largest` as in `bad_gradient`."""
     return UserError(
-        f"step {step}: its update leaves weights that give no finite log-probability (example_id "
-        f"{row.get('example_id', 0)}; before it the largest was -{largest:.4g}). They are not saved, and earlier "
+        f"step {step}: after this update the weights give no finite log-probability (example_id "
+        f"{row.get('example_id', 0)}; before it the lowest was -{largest:.4g}). They are not saved, and earlier "
         f"checkpoints are intact. {SLOWER}."
     )
 

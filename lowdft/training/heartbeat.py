@@ -1,4 +1,4 @@
-"""Several ranks at work: each says so when nothing has ended for long, as when another one hangs."""
+"""With several ranks, each reports when it has made no progress for long, for example because another one hangs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import TrainerCallback
 
 from lowdft.distributed import collectives
 
-SECONDS = 90.0  # without the end of a micro-batch, until people are told; longer where micro-batches take long
-TIMES = 5  # as long as the longest one so far
+SECONDS = 90.0  # report after this time without finishing a micro-batch, or
+TIMES = 5  # after this many times the longest micro-batch so far, if that is longer
 
 
 class Heartbeat(TrainerCallback):
-    """Watches the main thread from another one, and prints where it stands on standard error when it does not move.
+    """Watches the main thread from another one, and prints on standard error where it is if it makes no progress.
 
-    torch itself ends such a training after `training.ddp_timeout` seconds (1,800), and until then is silent.
+    torch ends such a run after `training.ddp_timeout` seconds (1,800), but reports nothing until then.
     """
 
     def __init__(self):
@@ -55,8 +55,8 @@ class Heartbeat(TrainerCallback):
         ours = [frame.name for frame in stack if "lowdft" in frame.filename]
         print(
             f"lowdft: rank {collectives.rank()} has not moved for {seconds:.0f} s (in {stack[-1].name}, called from "
-            f"{ours[-1] if ours else 'outside'}). If a checkpoint is being written this may be right; else another "
-            "rank hangs: look at those that do not say this. Ctrl-C stops all; the same command resumes.",
+            f"{ours[-1] if ours else 'outside'}). This is normal while a checkpoint is written; otherwise another rank "
+            "hangs: look at the ranks that do not report this. Ctrl-C stops all; the same command resumes.",
             file=sys.stderr,
             flush=True,
         )

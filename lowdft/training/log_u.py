@@ -1,7 +1,8 @@
-"""The moving average of every training example, as a logarithm, and how often each example was visited.
+"""The logarithm of every training example's moving average, and how often each example was visited.
 
-One float and one count per example (arXiv 2502.18679, Algorithm 1), in the dataset's order. The visit count says which
-negatives a prompt gets next, so that it always gets the next B, however the data was ordered or interrupted.
+One float and one count per example (arXiv 2502.18679, Algorithm 1), in the order of the data set. The number of visits
+determines which negatives a prompt gets, so it always gets its next B, in any order of the data and after any
+interruption.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class LogU:
     """`values`: float32 [n], `visits`: int64 [n], both on the CPU.
 
     Args:
-        n: examples in the training set.
-        init: the first value (the paper: 0), or "first_batch" to start each example at its own first mean.
+        n: number of examples in the training set.
+        init: the initial value (0 in the paper), or "first_batch" to start each example at the mean of its first visit.
     """
 
     def __init__(self, n: int, init: float | str = 0.0):
@@ -33,10 +34,10 @@ class LogU:
         self.visits = torch.zeros(n, dtype=torch.int64)
 
     def update(self, index_M: Tensor, log_u_M: Tensor | None) -> None:
-        """Counts one visit of each of M examples and, when given, stores their new averages.
+        """Counts one visit of each of M examples and stores their new averages, if given.
 
         Raises:
-            ValueError: an example stands twice in `index_M`; its two updates would have to be one.
+            ValueError: an example occurs twice in `index_M`; two updates at once are not defined.
         """
         index_M = index_M.cpu()
         if len(index_M.unique()) != len(index_M):
@@ -46,21 +47,21 @@ class LogU:
         self.visits[index_M] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Both columns."""
+        """Both tensors, by name."""
         return {"values": self.values, "visits": self.visits}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over both columns."""
+        """Replaces both tensors."""
         self.values, self.visits = state["values"], state["visits"]
 
 
 def table_identity(rows, args, reference: str) -> dict:
-    """What a `log_u` table belongs to: the ids of all rows, and the settings that its values depend on.
+    """Identifies a `log_u` table: a hash of all rows, and the settings that its values depend on.
 
     Args:
         rows: the training set, `EncodedRows`.
-        args: its `DFTConfig`.
-        reference: names the reference model by its content.
+        args: the `DFTConfig`.
+        reference: identifies the reference model by its content.
     """
     names = ("objective", "tau", "gamma", "negatives_per_step", "log_u_init", "reference", "reference_prompt")
     settings = {name: getattr(args, name) for name in (*names, "objective_args", "prompts_per_step")}
@@ -68,27 +69,27 @@ def table_identity(rows, args, reference: str) -> dict:
 
 
 def save_table(path: str | Path, tensors: Mapping[str, Tensor], fingerprint: dict) -> None:
-    """Writes a training's state to one safetensors file, atomically.
+    """Writes the state of a training run to one safetensors file, atomically.
 
     Args:
-        fingerprint: what it belongs to (data, objective, tau, gamma, B); `load_table` accepts no other.
+        fingerprint: what it belongs to (data, objective, tau, gamma, B); `load_table` requires the same.
     """
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata={"fingerprint": json.dumps(fingerprint, sort_keys=True)})
 
 
 def load_table(path: str | Path, fingerprint: dict) -> dict[str, Tensor]:
-    """What `save_table` wrote.
+    """Reads what `save_table` wrote.
 
     Raises:
-        UserError: the file is missing, or was written with another fingerprint; lists the settings that differ.
+        UserError: the file is missing, or was written with a different fingerprint; lists the settings that differ.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: is missing, so this checkpoint cannot be resumed exactly. Train from the start.")
+        raise UserError(f"{path} is missing, so training cannot resume exactly from here. Train from the start.")
     with safe_open(path, framework="pt") as file:
         saved = json.loads(file.metadata()["fingerprint"])
         differing = sorted(k for k in saved.keys() | fingerprint.keys() if saved.get(k) != fingerprint.get(k))
         if differing:
             found = "; ".join(f"{k} was {saved.get(k)}, is now {fingerprint.get(k)}" for k in differing)
-            raise UserError(f"{path}: belongs to another run ({found}). Use the old settings, or another output_dir.")
+            raise UserError(f"{path} belongs to another run ({found}). Use the old settings, or another output_dir.")
         return {name: file.get_tensor(name) for name in file.keys()}

@@ -1,4 +1,4 @@
-"""Sums of what a step did, turned into the numbers that are logged."""
+"""Adds up what happens in a step and computes the numbers that are logged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowdft.training.token_budget import Scored
 
 @dataclass
 class Sums:
-    """What was added up since the last log line: values by name, prompts, tokens; tokens of passes and of need."""
+    """Sums since the last log line: values by name, prompts, tokens, and tokens of passes with and without padding."""
 
     values: dict[str, float] = field(default_factory=dict)
     prompts: int = 0
@@ -33,7 +33,7 @@ class Sums:
 
 
 class StepMetrics:
-    """Collects the micro-batches between two log lines; `flush` gives means over their prompts and starts anew."""
+    """Collects the micro-batches between two log lines; `flush` returns means over their prompts and starts again."""
 
     def __init__(self):
         self._sums, self._since = Sums(), time.perf_counter()
@@ -41,7 +41,7 @@ class StepMetrics:
     def add(
         self, scores: Scores, losses: Losses, objective: Objective, batch: Batch, scored: Scored | None = None
     ) -> None:
-        """Adds one micro-batch. The objective says on which score the margin is taken, and if tokens are weighed."""
+        """Adds one micro-batch. The objective determines the score of the margin, and whether tokens have weights."""
         positive_M, lengths_M = scores.policy_logps_M.detach(), scores.completion_tokens_M
         self._sums.prompts += len(batch)
         self._sums.tokens += int(lengths_M.sum()) + sum(len(row["prompt_ids"]) for row in batch.rows)
@@ -69,13 +69,13 @@ class StepMetrics:
             self._sums.needed += scored.needed
 
     def gap(self, scores: Scores) -> None:
-        """|policy - reference| per sequence, on the negatives of the first optimizer step, where both are one model."""
+        """|policy - reference| per sequence, for the negatives of the first step, when both are the same model."""
         if scores.ref_negative_logps_MB is not None:
             difference_MB = scores.policy_negative_logps_MB - scores.ref_negative_logps_MB
             self._add("reference/gap", difference_MB.abs().mean(1))
 
     def flush(self, log_u: Tensor | None) -> dict[str, float]:
-        """The means over all ranks, their speed and this one's peak memory since the last flush."""
+        """The means and the speed over all ranks, and this rank's peak memory, since the last flush."""
         every = collectives.from_all(self._sums)
         prompts, tokens, computed, needed = (
             sum(getattr(sums, name) for sums in every) for name in ("prompts", "tokens", "computed", "needed")
@@ -97,20 +97,20 @@ class StepMetrics:
         self._sums.values[name] = self._sums.values.get(name, 0.0) + values_M.sum().item()
 
 
-GAP = {torch.float32: 0.02}  # nats a scored token that rounding may make of the gap; of other types 0.1
+GAP = {torch.float32: 0.02}  # largest gap that rounding can cause, in nats per scored token; 0.1 for other dtypes
 
 
 def check_gap(scores: Scores, batch: Batch, dtype: torch.dtype) -> None:
-    """Stops before the first optimizer step when the reference is not the model that training starts from.
+    """Stops before the first optimizer step if the reference is not the model that training starts from.
 
-    Both then score the same negatives, so they differ by rounding alone; otherwise the reference was scored on other
-    negatives, by another base or at other settings. Call it where policy and reference start as one model and score the
-    same prompts.
+    If they are the same model and score the same prompts, their scores of the negatives differ only by rounding.
+    Otherwise the reference was scored on other negatives, with another base or with other settings. Call it only if
+    policy and reference should start as the same model.
 
     Args:
         scores: policy and reference log-probabilities of the negatives, [M, B].
-        batch: of M prompts, to name the worst.
-        dtype: of the model's arithmetic.
+        batch: the M prompts, to name the worst.
+        dtype: the dtype in which the model computes.
 
     Raises:
         UserError: the gap is more than rounding.
@@ -124,25 +124,25 @@ def check_gap(scores: Scores, batch: Batch, dtype: torch.dtype) -> None:
         raise UserError(
             f"the reference log-probabilities are not those of the model that training starts from: row "
             f"{batch.rows[worst].get('example_id')} differs by {gap_M[worst]:.3g} nats per token of its negatives. "
-            "They were scored on other negatives, by another base or with other settings; score them again (in a run "
-            "folder: delete reference.parquet and its manifest)."
+            "They were scored on other negatives, with another base or with other settings. Score them again: in a run "
+            "folder, delete reference.parquet and its manifest and run the command again."
         )
 
 
 def finite_mean(values: Tensor) -> float:
-    """The mean of the finite values, NaN if there is none."""
-    mean = values.mean().item()  # of ten million values this takes milliseconds, the mask a hundred times that
+    """The mean of the finite values, or NaN if there are none."""
+    mean = values.mean().item()  # takes milliseconds for ten million values; the mask takes a hundred times as long
     return mean if math.isfinite(mean) else values[values.isfinite()].mean().item()
 
 
 class Faded:
-    """Warns once when the negatives contribute almost nothing: DFT then costs more than SFT for the same result."""
+    """Warns once if the negatives contribute almost nothing: DFT then costs more than SFT for the same result."""
 
     def __init__(self):
         self._weights: list[float] = []
 
     def see(self, mean_weight: float | None) -> None:
-        """Takes the mean weight of a log line (None: it has none)."""
+        """Adds the mean weight of a log line (None if it has none)."""
         if mean_weight is None:
             return
         self._weights.append(mean_weight)
@@ -151,14 +151,14 @@ class Faded:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory in GB (10^9 bytes): of the GPU where there is one, else of this process."""
+    """Peak memory in GB (10^9 bytes) of the GPU, or of this process without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return peak_bytes() / 1e9
 
 
 def hardware() -> str:
-    """What trains: every rank's GPU by name, or the CPU with its cores."""
+    """The hardware of a training run: every rank's GPU by name, or the CPU with its threads."""
     if not torch.cuda.is_available():
         return f"CPU, {torch.get_num_threads()} threads"
     names = collectives.from_all(torch.cuda.get_device_name())
@@ -166,7 +166,7 @@ def hardware() -> str:
 
 
 def reset_peak_memory() -> None:
-    """Begins the peak anew, for the next training of one process; where the system cannot, the old peak stays."""
+    """Resets the peak, for the next training run in the same process; does nothing if the system cannot."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""SIGTERM, by which a cluster takes its machine back: work ends at the next good moment, with words and status 143."""
+"""SIGTERM, with which clusters stop jobs: work ends at the next good moment, with a message and exit status 143."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 
 
 class Stopped(SystemExit):
-    """SIGTERM ended the work; what was finished is kept, and the same command goes on from there.
+    """SIGTERM ended the work; what was finished is kept, and the same command resumes from there.
 
-    Exit status 143, which is 128 + SIGTERM: what a scheduler sees of a process that this signal killed, so that a rule
-    to requeue such jobs holds. (`--launch` gives it as its own; of its workers
-    torchrun makes 1 of any status but 0.)
+    The exit status is 143 = 128 + SIGTERM, as for a process that this signal kills, so that requeue rules for such jobs
+    apply. (`--launch` returns this status, too. torchrun returns 1 for any status of its workers except 0.)
     """
 
     def __init__(self):
@@ -22,7 +21,7 @@ class Stopped(SystemExit):
 
 
 def stop(words: str, tell: bool = True) -> None:
-    """Tells people why, on standard error, and raises Stopped; of several ranks one should `tell`."""
+    """Prints the reason on standard error and raises Stopped; with several ranks, only one should `tell`."""
     if tell:
         print(f"\nlowdft: {words}", file=sys.stderr, flush=True)
     raise Stopped
@@ -30,7 +29,7 @@ def stop(words: str, tell: bool = True) -> None:
 
 @contextlib.contextmanager
 def on_sigterm(do: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGTERM calls `do`; but in other threads than the main one Python cannot set that, and it kills."""
+    """A context in which SIGTERM calls `do`. Outside the main thread Python cannot set handlers, so SIGTERM kills."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What people and trackers see of a running training: the bar, sample answers, and a warning where it is watched."""
+"""What people and trackers see during training: the progress bar, sample answers, and a warning at the trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLE = "negatives contribute almost nothing"
 
 
 class Progress(ProgressCallback):
-    """transformers' bar (steps, time left) with the numbers to watch beside it, in place of a dictionary per step."""
+    """transformers' progress bar with the numbers to watch, instead of printing a dictionary per step."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Shows the last step's objective, margin, mean weight and tokens per second."""
@@ -26,16 +26,16 @@ class Progress(ProgressCallback):
 
 
 class SampleAnswers(TrainerCallback):
-    """Every `every` steps the model's greedy answers to a few prompts: on the terminal, in a file, and at the trackers.
+    """Every `every` steps, writes the model's greedy answers to a few prompts to the terminal, a file and the trackers.
 
-    Training is not changed by it: no random number of the training's is used, and the model is left as it was.
+    This does not change training: it uses none of its random numbers and leaves the model as it was.
 
     Args:
         trainer: the trainer that this callback is added to.
-        rows: encoded rows; `prompt_ids` of each is answered.
+        rows: encoded rows; their `prompt_ids` are answered.
         path: a JSON-lines file; one line `{"step", "answers"}` is appended each time.
-        decode: token ids -> text.
-        end_ids, max_new_tokens: what ends an answer.
+        decode: maps token ids to text.
+        end_ids, max_new_tokens: where an answer ends.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SampleAnswers(TrainerCallback):
         self.settings = SamplingSettings(temperature=0.0, max_new_tokens=max_new_tokens)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Answers, if it is time."""
+        """Writes answers if this step is due."""
         if state.global_step % self.every or not state.is_world_process_zero:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -69,14 +69,14 @@ class SampleAnswers(TrainerCallback):
 
 
 class NegligibleNegatives(TrainerCallback):
-    """Tells the trackers when the negatives contribute almost nothing (people are warned by the trainer)."""
+    """Alerts the trackers if the negatives contribute almost nothing (the trainer itself warns on the terminal)."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.weights: list[float] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Watches the mean weight."""
+        """Checks the mean weight."""
         if "weights/mean" in (logs or {}):
             self.weights.append(logs["weights/mean"])
             warning = became_negligible(self.weights)
@@ -85,7 +85,7 @@ class NegligibleNegatives(TrainerCallback):
 
 
 def tell(trainer: Trainer, title: str, text: str, step: int, warning: bool = True) -> None:
-    """Sends a text to every tracker of `report_to` that takes texts; a warning as an alert where it has alerts."""
+    """Sends a text to every tracker of `report_to` that supports texts; a warning as an alert, if it has alerts."""
     trackers = {type(callback).__name__: callback for callback in trainer.callback_handler.callbacks}
     if "TensorBoardCallback" in trackers and trackers["TensorBoardCallback"].tb_writer is not None:
         trackers["TensorBoardCallback"].tb_writer.add_text(title, text, step)

@@ -1,4 +1,4 @@
-"""What a trainer's rows need to become ids."""
+"""Makes the encoder for a trainer's rows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lowdft.models.base import Source, context_length, generation_end_ids
 
 
 def encoder_for(model, tokenizer, args: DFTConfig) -> Encoder:
-    """What turns a trainer's rows into ids: with the lengths of `args`, the model's context and its end tokens.
+    """The encoder for a trainer's rows, with the lengths of `args`, the model's context length and its end tokens.
 
     Args:
-        model: a transformers model, or the name of one, which is not loaded.
-        tokenizer: None for rows of ids.
+        model: a transformers model, or the name of one (which is not loaded).
+        tokenizer: None if the rows are ids.
     """
     if isinstance(model, str):
         source = Source(model, None, model, is_local=False)
         try:
             context, ends = context_length(source, ModelSection(model)), generation_end_ids(source)
-        except OSError:  # no such model: loading it says so, after the rows were checked
+        except OSError:  # no such model; loading it reports that after the rows were checked
             context, ends = None, []
     else:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

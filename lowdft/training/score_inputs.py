@@ -1,4 +1,4 @@
-"""What an objective needs beside the policy's own scores of a micro-batch: the reference's, and other constants."""
+"""The other inputs of an objective, besides the policy's scores: reference scores and other constants."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def prepare(
     reference_prompt: str,
     passes: Passes,
 ) -> dict[str, Tensor]:
-    """Fields of `Scores` by name, one row per prompt, without gradient; only those that the objective uses.
+    """The fields of `Scores` that the objective uses, by name, one row per prompt, without gradient.
 
-    (`log_u_M` and `mismatched_gain_M`, which belong to the training and to the step, are the engine's to add.)
-
-    The reference comes from the rows where they bring it, else from the model with its reference on.
+    The reference scores come from the rows if they have them, else from the model with its adapter off. (The engine
+    adds `log_u_M` and `mismatched_gain_M`, which belong to training and to the step.)
     """
     given = {}
     if objective.uses_aligned:
@@ -56,7 +55,7 @@ def prepare(
 
 
 def mismatched_gain(model: nn.Module, batches: Sequence[Batch], passes: Passes) -> float:
-    """Mean over the prompts of a step, on all ranks, of log policy - log reference of another row's completion.
+    """The mean of log policy - log reference of another row's completion, over a step's prompts on all ranks.
 
     Args:
         batches: this rank's micro-batches of the step.

@@ -1,4 +1,4 @@
-"""From arguments to what a step engine takes: the model made ready, its precision and layout, and its passes."""
+"""Prepares what a step engine needs: the model, its precision and layout, and its passes."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from lowdft.training.token_budget import Passes
 
 
 def ready_model(model: nn.Module | str, args: DFTConfig, peft_config) -> nn.Module:
-    """The model to train, with its adapter; its own dropout off and its 4-bit layers guarded.
+    """The model to train, with its adapter, the base's dropout switched off and its 4-bit layers safeguarded.
 
     Raises:
-        UserError: its training would silently differ from what was asked for.
+        UserError: training would silently differ from what was asked for.
     """
     model = make_policy(model, args, peft_config)
     check_model(model, args)
     guard_four_bit(model)
     if (dropped := switch_off_dropout(model)) > 0:
-        warnings.warn(f"the base's dropout of {dropped} is switched off; an adapter's stays", stacklevel=3)
+        warnings.warn(f"the base's dropout of {dropped} is switched off; the adapter's stays on", stacklevel=3)
     if args.gradient_checkpointing and args.device.type == "cpu":
         return_freed_memory()
     return model
 
 
 def choose_precision(model: nn.Module, args: DFTConfig, sharded: bool) -> torch.dtype | None:
-    """What the layers of a float32 model compute in, where that is something else.
+    """The dtype in which the layers of a float32 model compute, if it is another one.
 
-    Weights that would be trained in bfloat16 become float32 (but not those that a library keeps in parts).
+    Weights that would be trained in bfloat16 become float32 (except sharded ones).
     """
     if not sharded and (lifted := train_in_float32(model)):
         warnings.warn(
-            f"{lifted:,} trained weights were in bfloat16, where small updates are lost: they are trained in float32 "
-            "(8 more bytes each with AdamW), and layers compute in bfloat16 as before",
+            f"{lifted:,} trained weights were in bfloat16, where small updates are lost; they are now float32 (which "
+            "takes 8 more bytes each with AdamW), and layers still compute in bfloat16",
             stacklevel=3,
         )
         return torch.bfloat16
@@ -51,23 +51,23 @@ def choose_precision(model: nn.Module, args: DFTConfig, sharded: bool) -> torch.
 
 
 def layout_of(model: nn.Module, wanted: str | None = None) -> str:
-    """ "packed" where the model's attention takes it, else "padded", with a warning; checked against its own logits.
+    """Returns "packed" if the model supports it, else "padded" with a warning; checked against the model's own logits.
 
     Args:
-        wanted: the one layout that the settings name.
+        wanted: the layout in the settings, or None.
     """
     layout = choose_layout(model, wanted)
     if layout == "padded" and wanted is None:
         warnings.warn(
-            "this model's attention does not take packed rows: every completion becomes a row of its own, and the "
-            "prompt is computed once for each",
+            "this model's attention does not support packed rows: every completion gets its own row, and the prompt is "
+            "computed once for each of them",
             stacklevel=3,
         )
     return layout
 
 
 def make_passes(args: DFTConfig, objective: Objective, sharded: bool) -> Passes:
-    """Passes as the settings want them; the layout may still have to be chosen."""
+    """The `Passes` for these settings; the layout may be chosen later."""
     settings, weight = args.hyperparameters(), objective.token_weight
     return Passes(
         args.layout or "padded",
@@ -82,10 +82,10 @@ def make_passes(args: DFTConfig, objective: Objective, sharded: bool) -> Passes:
 
 
 def starts_from_base(model: nn.Module) -> bool:
-    """Before training: is the base, or the frozen reference adapter, what the policy starts from?"""
+    """Whether the policy starts as the base, or as a copy of the frozen reference adapter."""
     return not hasattr(model, "peft_config") or REFERENCE in model.peft_config or not is_trained(model)
 
 
 def starts_as_reference(model: nn.Module, args: DFTConfig) -> bool:
-    """Must policy and reference agree before the first step? An adapter on it, scored under the training prompt."""
+    """Whether policy and reference must agree before the first step: an adapter, scored under the training prompt."""
     return args.reference_prompt == "training" and hasattr(model, "peft_config") and starts_from_base(model)

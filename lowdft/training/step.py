@@ -1,4 +1,4 @@
-"""What an optimizer step is divided by, and where it began."""
+"""The totals that an optimizer step is divided by, and the state at its beginning."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lowdft.training.metrics import StepMetrics
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the losses of one optimizer step are divided by, over all its micro-batches on all ranks.
+    """Totals of one optimizer step, over all micro-batches on all ranks, by which its losses are divided.
 
-    `tokens` are those of completions; `mismatched_gain` (nats) is KTO's point of comparison.
+    `tokens` counts those of completions; `mismatched_gain` (nats) is KTO's reference point.
     """
 
     prompts: int = 1
@@ -26,7 +26,7 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The beginning of a step: its examples' entries of the table, what is logged, and the random numbers."""
+    """The state at the beginning of a step: its examples' entries in the table, the metrics, and the random state."""
 
     index_M: Tensor
     values_M: Tensor
@@ -37,13 +37,13 @@ class Snapshot:
 
     @classmethod
     def take(cls, log_u: LogU, index_M: Tensor, metrics: StepMetrics) -> Snapshot:
-        """The state as it is now; `index_M` are the step's examples."""
+        """The current state; `index_M` are the step's examples."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         values_M, visits_M = log_u.values[index_M].clone(), log_u.visits[index_M].clone()
         return cls(index_M, values_M, visits_M, copy.deepcopy(metrics), torch.get_rng_state(), cuda)
 
     def restore(self, log_u: LogU) -> StepMetrics:
-        """Puts table and random numbers back; returns a copy of the metrics."""
+        """Restores the table and the random state; returns a copy of the metrics."""
         log_u.values[self.index_M], log_u.visits[self.index_M] = self.values_M, self.visits_M
         torch.set_rng_state(self.cpu)
         if self.cuda:

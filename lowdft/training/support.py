@@ -1,4 +1,4 @@
-"""What `DFTTrainer` does not support, refused with its reason rather than ignored."""
+"""Raises errors, with the reason, for what `DFTTrainer` does not support, instead of ignoring it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lowdft.errors import UserError
 from lowdft.logprobs import bare
 
 ARGUMENTS = {
-    "compute_metrics": "evaluation never makes whole logits. Take the logged eval_* metrics, or use a callback",
-    "preprocess_logits_for_metrics": "evaluation never makes whole logits",
-    "compute_loss_func": "the loss is that of training.objective",
-    "tokenizer": "it is called processing_class",
+    "compute_metrics": "evaluation never computes full logits. Use the logged eval_* metrics, or a callback",
+    "preprocess_logits_for_metrics": "evaluation never computes full logits",
+    "compute_loss_func": "training.objective determines the loss",
+    "tokenizer": "pass it as processing_class",
     "ref_model": "the reference is the model that training starts from, or training.reference_model: adapter:PATH",
     "formatting_func": "map the rows to prompt and completion beforehand",
     "model_init": "pass the model itself",
@@ -27,20 +27,20 @@ ARGUMENTS = {
 
 
 def check_arguments(args: object, given: Mapping[str, object], has_eval: bool) -> None:
-    """Checks everything that needs no model; of several visible GPUs without a launcher it takes one.
+    """Checks everything that needs no model. Without a launcher it uses one of several visible GPUs.
 
     Args:
-        args: of the training.
+        args: the training arguments.
         given: further arguments of transformers' Trainer.
-        has_eval: are there rows for evaluation?
+        has_eval: there are rows for evaluation.
 
     Raises:
         UserError: something is not supported; says what to do.
     """
     if not isinstance(args, DFTConfig):
         raise UserError(
-            f"args is a {type(args).__name__}; DFTTrainer requires a lowdft.DFTConfig, which takes the same fields and "
-            "adds objective, tau, gamma and others"
+            f"args is a {type(args).__name__}; DFTTrainer requires a lowdft.DFTConfig, which has the same fields, and "
+            "objective, tau, gamma and others"
         )
     for name, reason in ARGUMENTS.items():
         if given.get(name) is not None:
@@ -48,53 +48,53 @@ def check_arguments(args: object, given: Mapping[str, object], has_eval: bool) -
     if args.eval_strategy != "no" and not has_eval:
         raise UserError(
             f"training.eval_strategy is {args.eval_strategy.value}, but there are no rows to evaluate on. Pass "
-            "eval_dataset, or set eval_strategy: no; a recipe evaluates its held-out rows after the training."
+            "eval_dataset, or set eval_strategy: no; a recipe evaluates its held-out rows after training."
         )
     if (visible := use_one_gpu(args)) > 1:
         warnings.warn(
-            f"{visible} GPUs are visible, and this training uses the first of them: to use all, start it with "
-            "`accelerate launch` (a recipe: --launch ddp). CUDA_VISIBLE_DEVICES chooses another.",
+            f"{visible} GPUs are visible, but only the first is used. To use all of them, start training with "
+            "`accelerate launch` (for a recipe, --launch ddp); to use another one, set CUDA_VISIBLE_DEVICES.",
             stacklevel=3,
         )
 
 
 def check_peft(peft_config: object, args: DFTConfig, needs_base: bool) -> None:
-    """Raises UserError for adapters that cannot work: soft prompts, and trained biases where the base must come back.
+    """Raises UserError for adapters that cannot work: soft prompts, and trained biases if the base is the reference.
 
     Args:
-        peft_config: of the adapter, or None.
-        needs_base: the reference is the base with its adapter switched off, while training.
+        peft_config: the adapter's configuration, or None.
+        needs_base: the reference is the base with its adapter switched off during training.
     """
     if peft_config is None:
         return
     if not isinstance(peft_config, PeftConfig):
         found = type(peft_config).__name__
-        raise UserError(f"peft_config is a {found}; a configuration of peft is wanted (LoraConfig, …)")
+        raise UserError(f"peft_config is a {found}; wanted a configuration of peft (LoraConfig, …)")
     if getattr(peft_config, "is_prompt_learning", False):
         raise UserError(
             f"the adapter is {peft_config.peft_type.value}: soft prompts (prompt tuning, prefix tuning, p-tuning) "
-            "change the input, which packed rows do not allow. Use LoRA or another adapter on the layers."
+            "change the input, which packed rows do not support. Use LoRA or another adapter on the layers."
         )
     if needs_base and getattr(peft_config, "bias", "none") != "none":
         raise UserError(
-            f"the adapter has bias={peft_config.bias!r}, which trains biases of the base itself: with the adapter off "
-            'they stay changed, and the reference drifts. Use bias="none", or reference: precomputed.'
+            f"the adapter has bias={peft_config.bias!r}, which trains biases of the base: they stay changed with "
+            'the adapter off, so the reference drifts. Use bias="none", or reference: precomputed.'
         )
 
 
 def check_model(model: nn.Module, args: DFTConfig) -> None:
-    """Raises UserError for a model whose training would silently differ from what was asked for."""
+    """Raises UserError for a model for which training would silently differ from what was asked for."""
     config = getattr(model, "config", None)
     causal_lm = bare(model)
     if getattr(config, "is_encoder_decoder", False) or causal_lm.get_output_embeddings() is None:
         raise UserError(
-            f"the model is a {type(causal_lm).__name__}; a causal language model with its output head is wanted. Load "
-            "it with AutoModelForCausalLM."
+            f"the model is a {type(causal_lm).__name__}; wanted a causal language model with its output head. Load it "
+            "with AutoModelForCausalLM."
         )
     if getattr(config, "output_router_logits", False):
         raise UserError(
-            "the model's output_router_logits is on, which asks for a loss that balances experts; lowdft does not add "
-            "it. Set model.config.output_router_logits = False to train without it."
+            "the model's output_router_logits is on, which adds a loss that balances experts; lowdft does not have it. "
+            "Set model.config.output_router_logits = False to train without it."
         )
     if not args.fp16 and any(p.dtype == torch.float16 for p in model.parameters()):
         raise UserError(
@@ -102,9 +102,9 @@ def check_model(model: nn.Module, args: DFTConfig) -> None:
             "set fp16: true with a float32 adapter (GPU only)."
         )
     if args.fp16 and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
-        raise UserError("fp16: true scales the gradients of float32 weights only; the trained weights are in float16")
+        raise UserError("fp16: true needs trained weights in float32, but they are in float16; load them in float32")
 
 
 def peft_config_of(model: object, peft_config: object) -> object:
-    """The configuration of a fresh adapter, or of the one that the model has."""
+    """The configuration of the new adapter, or of the one that the model already has."""
     return model.active_peft_config if peft_config is None and isinstance(model, PeftModel) else peft_config

@@ -1,8 +1,8 @@
-"""How a micro-batch becomes a gradient within a budget of tokens: what shares a forward pass, what goes backward.
+"""Computes the gradient of a micro-batch within a token budget: splits it into forward and backward passes.
 
-An objective sees summed log-probabilities only. So its derivative with respect to each of them, the completion's
-*pull*, is known once all are scored, and the gradient of the micro-batch is the sum of pull * grad log P over
-completions, in any order and any grouping. That makes memory independent of the number of negatives.
+An objective only depends on summed log-probabilities. So its derivative with respect to each of them, called the
+completion's *pull*, is known once all completions are scored, and the gradient of the micro-batch is the sum of
+pull * grad log P over completions, in any order and grouping. So memory does not depend on the number of negatives.
 
 Shape suffixes: M prompts of a micro-batch, K completions of a prompt (its negatives first).
 """
@@ -24,16 +24,16 @@ from lowdft.logprobs import CompletionLogps, Group, Head, bare, packed_attention
 # surrogate(numbers, logps): the loss of the prompts `numbers`, from their completions' log-probabilities [.., K]
 Surrogate = Callable[[Sequence[int], Tensor], Tensor]
 HeadLogps = Callable[[Tensor, Head, Tensor], Tensor]
-# backward(share, last): backpropagates a pass's share of a loss; is it the micro-batch's last?
+# backward(share, last): backpropagates a pass's share of a loss; `last`: it is the micro-batch's last pass
 Backward = Callable[[Tensor, bool], None]
-IDLE = Group([0], [[0]])  # what a rank scores in a pass that only other ranks need
+IDLE = Group([0], [[0]])  # scored by a rank in a pass that only other ranks need
 
 
 @dataclass(frozen=True)
 class Scored:
     """Detached log-probabilities [M, K].
 
-    `computed` counts the tokens of all forward passes, `needed` those of them that are not padding.
+    `computed` counts the tokens of all forward passes, `needed` those that are not padding.
     """
 
     logps_MK: Tensor
@@ -46,13 +46,13 @@ class Passes:
     """Forward and backward passes of at most `budget` tokens each.
 
     Args:
-        tokens_per_pass: the budget to begin with; `shrink` lowers it.
-        knows_last: the last completion's pull does not depend on its score, so it need not be scored first.
-        head_logps: another density than the model's own, see `logprobs.score`; for scoring only.
-        token_weight, predicted_share: see `logprobs.score`; not for the reference, whose scores are plain.
-        in_step: all ranks run equally many passes, idle ones where others have more: with sharded parameters every
-            pass needs all of them.
-        device: of the training, by which ranks exchange tensors.
+        tokens_per_pass: the initial budget; `shrink` lowers it.
+        knows_last: the pull of the last completion does not depend on its score, so it need not be scored first.
+        head_logps: a density other than the model's, see `logprobs.score`; for scoring only.
+        token_weight, predicted_share: see `logprobs.score`; not used for the reference.
+        in_step: all ranks run the same number of passes, with idle ones if needed; with sharded parameters every pass
+            needs all ranks.
+        device: the device on which ranks exchange tensors.
     """
 
     layout: str
@@ -70,11 +70,11 @@ class Passes:
         self.budget = self.tokens_per_pass
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The budget, and the setting it came from."""
+        """The budget, and the setting that it started from."""
         return {name: torch.tensor(getattr(self, name)) for name in ("tokens_per_pass", "budget")}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over the budget, unless `tokens_per_pass` was set to something else since."""
+        """Restores the budget, unless `tokens_per_pass` has changed since."""
         if int(state["tokens_per_pass"]) == self.tokens_per_pass:
             self.budget = int(state["budget"])
 
@@ -82,7 +82,7 @@ class Passes:
     def score(self, model: nn.Module, groups: Sequence[Group], weighted: bool = False) -> Tensor:
         """Log-probabilities [M, K] of every group's completions (all groups have K), without gradient.
 
-        Plain ones, unless `weighted` asks for those that the objective sees.
+        With `weighted`, as the objective sees them (with token weights and predictions).
         """
         while True:
             try:
@@ -96,7 +96,7 @@ class Passes:
     def backpropagate(
         self, model: nn.Module, groups: Sequence[Group], surrogate: Surrogate, backward: Backward
     ) -> Scored:
-        """Accumulates the gradient of the surrogate of all groups; `backward` takes a pass's share of it."""
+        """Accumulates the gradient of the surrogate of all groups; `backward` is called with each pass's share."""
         packed = packed_attention(bare(model)) if self.layout == "packed" else contextlib.nullcontext()
         with packed:  # gradient checkpointing runs layers again in the backward pass
             if self.most(self._in_two(groups)):
@@ -104,7 +104,7 @@ class Passes:
             return self._in_one(model, groups, surrogate, backward)
 
     def _in_one(self, model, groups, surrogate, backward) -> Scored:
-        """Every group in one pass, with others or alone."""
+        """Backpropagates when every group fits into a pass."""
         rows, computed = {}, 0
         for numbers, last in self._turns(groups):
             out = self.forward(model, [groups[i] for i in numbers] or [IDLE])
@@ -119,15 +119,15 @@ class Passes:
         return Scored(logps_MK, computed, sum(num_tokens(group, self.layout) for group in groups))
 
     def forward(self, model: nn.Module, groups: Sequence[Group], weighted: bool = True) -> CompletionLogps:
-        """One pass over all groups; `weighted` as the objective reads and weighs tokens."""
+        """One pass over all groups; `weighted` as in `score`."""
         for_objective = (self.token_weight, self.predicted_share) if weighted else ()
         return score(model, groups, self.layout, self.chunk_size, self.head_logps, *for_objective)
 
     def shrink(self, groups: Sequence[Group], error: BaseException) -> None:
-        """Halves the budget after these groups ran out of memory, and says so.
+        """Halves the budget after these groups ran out of memory, with a warning.
 
         Raises:
-            UserError: one prompt with one completion fills the budget already, or other ranks are in the midst of the
+            UserError: one prompt with one completion already fills the budget, or other ranks are in the middle of the
                 same pass; with advice.
         """
         if self.in_step:
@@ -142,18 +142,18 @@ class Passes:
         self.budget = max(longest, min(self.budget, sum(num_tokens(g, self.layout) for g in groups)) // 2)
         warnings.warn(
             f"out of memory: from here a pass takes at most {self.budget} tokens, and what failed is computed again. "
-            f"training.tokens_per_pass={self.budget} saves the attempt.",
+            f"Set training.tokens_per_pass={self.budget} to avoid the failed attempt.",
             stacklevel=2,
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def no_room(self) -> UserError:
-        """The error of one of several ranks that runs out of memory in a pass that the others share."""
+        """The error of one of several ranks that ran out of memory in a pass that they all share."""
         return UserError(
             f"out of memory in a pass of at most {self.budget} tokens. Other processes wait for this one, so it cannot "
-            f"be tried again in smaller passes: set training.tokens_per_pass={self.budget // 2} and run the same "
-            "command again, which resumes from the last checkpoint."
+            f"retry with smaller passes: set training.tokens_per_pass={self.budget // 2} and run the same command "
+            "again, which resumes from the last checkpoint."
         )
 
     def _score_then_backpropagate(self, model, groups, surrogate, backward) -> Scored:
@@ -169,7 +169,7 @@ class Passes:
         return Scored(logps_MK, computed + again[1], needed + again[2])
 
     def _score_pieces(self, model, groups, pieces, pull_MK=None, backward=None, weighted=True):
-        """Detached log-probabilities [M, K] of (group, completions) pieces, 0 elsewhere; tokens computed and needed.
+        """Detached log-probabilities [M, K] of (group, completions) pieces, 0 elsewhere; counts tokens.
 
         With a pull, every pass is backpropagated before the next begins.
         """
@@ -194,22 +194,22 @@ class Passes:
         return logps_MK, computed, sum(num_tokens(part, self.layout) for part in parts)
 
     def _in_two(self, groups: Sequence[Group]) -> bool:
-        """Must the micro-batch be scored before anything is backpropagated? One group is too long for a pass."""
+        """Whether everything must be scored before it is backpropagated, because a group is too long for a pass."""
         return any(len(g.completions) > 1 and num_tokens(g, self.layout) > self.budget for g in groups)
 
     def _turns(self, groups: Sequence[Group]) -> Iterator[tuple[list[int], bool]]:
-        """(groups that share a pass, is it the last?); none of them where only other ranks have work left."""
+        """(groups that share a pass, whether it is the last); no groups if only other ranks have work left."""
         own = self._split(groups)
         turns = self.most(len(own))
         for n in range(turns):
             yield (own[n] if n < len(own) else []), n == turns - 1
 
     def most(self, value: int) -> int:
-        """The largest value of all ranks, where they must do the same; else this rank's own."""
+        """The largest value of all ranks if they must run in step, else this rank's value."""
         return collectives.largest(value, self.device) if self.in_step else int(value)
 
     def expected(self, groups: Sequence[Group]) -> tuple[list[list[Group]], list[list[Group]]]:
-        """The passes that a gradient of these groups takes: those that only score, and those that go backward."""
+        """The passes for a gradient of these groups: those that only score, and those with a backward pass."""
         if not self._in_two(groups):
             return [], [[groups[i] for i in numbers] for numbers in self._split(groups)]
         first = range(len(groups[0].completions) - self.knows_last)
@@ -220,10 +220,10 @@ class Passes:
         return [[parts[n] for n in numbers] for numbers in self._split(parts)]
 
     def _split(self, groups: Sequence[Group]) -> list[list[int]]:
-        """Groups (by number) that share a pass; one longer than the budget comes alone.
+        """Groups (by number) that share a pass; a group longer than the budget is alone.
 
-        As few passes as taking the longest first gives. Packed ones are of like size: four of four groups rather than
-        three of five and one of one.
+        The number of passes is what taking the longest first gives. Packed passes have similar sizes: four passes of
+        four groups instead of three of five and one of one.
         """
         passes: list[list[int]] = []
         order = sorted(range(len(groups)), key=lambda i: -_longest(groups[i], self.layout))
@@ -241,7 +241,7 @@ class Passes:
         return balanced if next(largest) <= next(largest) else passes
 
     def _pieces(self, groups: Sequence[Group]) -> list[tuple[int, list[int]]]:
-        """(group, its completions) pieces that fit the budget, or hold one completion."""
+        """(group, its completions) pieces that fit the budget or have a single completion."""
         pieces = []
         for i, group in enumerate(groups):
             piece: list[int] = []
@@ -254,20 +254,20 @@ class Passes:
         return pieces
 
     def _cost(self, groups: Sequence[Group]) -> int:
-        """Tokens that one pass over these groups computes, with the padding between its rows."""
+        """Tokens that one pass over these groups computes, including the padding between its rows."""
         if self.layout == "packed":
             return sum(num_tokens(group, self.layout) for group in groups)
         return sum(len(group.completions) for group in groups) * max(_longest(group, self.layout) for group in groups)
 
 
 def num_tokens(group: Group, layout: str) -> int:
-    """Tokens that a forward pass computes for a group (padding between rows not counted)."""
+    """Tokens that a forward pass computes for a group, without padding between rows."""
     prompts = len(group.completions) if layout == "padded" else 1
     return prompts * len(group.prompt_ids) + sum(map(len, group.completions))
 
 
 def _longest(group: Group, layout: str) -> int:
-    """What groups are sorted by: the length of their longest row."""
+    """The length of a group's longest row, by which groups are sorted."""
     if layout == "packed":
         return num_tokens(group, layout)
     return len(group.prompt_ids) + max(map(len, group.completions))

@@ -1,4 +1,4 @@
-"""`DFTTrainer`: transformers' Trainer, whose steps and evaluations are those of a `StepEngine`."""
+"""`DFTTrainer`: transformers' Trainer with the steps and evaluations of a `StepEngine`."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     """Trains a causal language model, or an adapter on it, with a discriminative objective.
 
     Args:
-        model: a transformers model, a peft model, or the name of one.
+        model: a transformers model, a peft model, or the name of a model.
         args: a `DFTConfig`.
         train_dataset, eval_dataset: rows of text (`prompt`, `completion`, `negatives`) or of ids (`prompt_ids`,
             `completion_ids`, `negative_ids`, optional `ref_negative_logps`); optional `example_id`.
-        processing_class: the tokenizer; loaded with the model when it is given by name.
-        peft_config: a peft configuration to put a fresh adapter on the model.
+        processing_class: the tokenizer; if the model is given by name, its tokenizer is loaded by default.
+        peft_config: a peft configuration for a new adapter on the model.
 
-    `log_u` is the moving average of every training example (float32, in the dataset's order).
+    `log_u` is the logarithm of every training example's moving average (float32, in the order of the data set).
 
     Raises:
-        UserError: rows that cannot be trained on (no completion token, too few negatives), or a reference that the
-            model cannot give; before a model that is given by name is loaded.
+        UserError: rows cannot be trained on (no completion token, too few negatives), or the model cannot provide the
+            reference. If the model is given by name, this is checked before it is loaded.
     """
 
     def __init__(
@@ -111,54 +111,54 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             around=self._around_passes,
             spare=train_rows[0],
         )
-        if not self.sharded:  # else no pass is possible before the parameters have their places
+        if not self.sharded:  # else no pass is possible before the parameters are distributed
             self._choose_layout(self.model)
 
     @property
     def log_u(self) -> Tensor:
-        """float32 [examples], the moving averages in the dataset's order."""
+        """float32 [examples], the logarithms of the moving averages in the order of the data set."""
         return self.engine.log_u.values
 
     @property
     def layout(self) -> str:
-        """How rows are laid out, "packed" or "padded"."""
+        """The layout of rows, "packed" or "padded"."""
         return self.engine.passes.layout
 
     def _choose_layout(self, model: nn.Module) -> None:
-        """In the weights' own precision, in which the model's own logits are what scores are checked against."""
+        """Chooses the layout in the precision of the weights, as scores are compared with the model's own logits."""
         self.engine.passes.layout = layout_of(model, self.args.layout)
 
     @contextlib.contextmanager
     def _around_passes(self) -> Iterator[None]:
-        """Only lowdft's own passes run in it: a callback finds the model as it was."""
+        """The context of lowdft's passes; outside it, for example in callbacks, the model is unchanged."""
         with contextlib.ExitStack() as stack:
-            if not self.sharded:  # sharded weights are gathered by hooks, which one function for both would pass over
+            if not self.sharded:  # the fused function would skip the hooks that gather sharded weights
                 stack.enter_context(fused_lora(self.model))
             stack.enter_context(layers_in(self._layers_in))
             if self._layers_in or self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
-                stack.enter_context(disable_input_dtype_casting(self.model))  # autocast serves; no float32 copies
+                stack.enter_context(disable_input_dtype_casting(self.model))  # autocast casts instead, without copies
             if self.args.offload_checkpoints and torch.is_grad_enabled():
                 stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
             yield
 
-    # ---- what transformers' loop calls ------------------------------------------------------------------------------
+    # ---- called by transformers' loop -------------------------------------------------------------------------------
 
     def get_train_dataloader(self):
-        """This rank's micro-batches of every epoch, the last ones of which may be empty."""
+        """This rank's micro-batches of every epoch; the last ones may be empty."""
         return train_loader(self.train_dataset, self.args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Takes the micro-batches of one optimizer step and begins it."""
+        """Collects the micro-batches of one optimizer step and begins the step."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return samples, self.engine.begin([inputs["batch"] for inputs in samples], self.state.global_step + 1)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """One micro-batch: accumulates its gradient, updates `log_u`, returns its share of the step's loss."""
+        """Accumulates the gradient of a micro-batch, updates `log_u`, and returns its share of the step's loss."""
         model.train()
         return self.engine.accumulate(inputs["batch"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """A micro-batch's mean loss as evaluation sees it, without gradient (`StepEngine.evaluate`)."""
+        """A micro-batch's mean loss as in evaluation, without gradient (`StepEngine.evaluate`)."""
         self._drive(model)
         loss = self.engine.evaluate(inputs["batch"])
         return (loss, {}) if return_outputs else loss
@@ -168,17 +168,17 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         return self.compute_loss(model, inputs), None, None
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """Raises UserError: there are no predictions beside the measures of `evaluate`."""
+        """Raises UserError: only `evaluate` is supported."""
         raise UserError(
-            "DFTTrainer does not support predict: evaluation never makes whole logits. For the measures of other rows "
-            'call evaluate(rows, metric_key_prefix="test").'
+            "DFTTrainer does not support predict: evaluation never computes full logits. To measure other rows, call "
+            'evaluate(rows, metric_key_prefix="test").'
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """transformers' evaluate; the rows may be text or ids, as for the training.
+        """transformers' evaluate; the rows may be text or ids, as for training.
 
         Raises:
-            UserError: the rows lack reference log-probabilities that the model can no longer give.
+            UserError: the rows have no reference log-probabilities, and the model can no longer compute them.
         """
         chosen = self._encode(self.eval_dataset if eval_dataset is None else eval_dataset)
         if isinstance(chosen, str):
@@ -196,7 +196,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """transformers' loop; adds the objective's metrics of this evaluation alone."""
+        """transformers' loop; adds the objective's metrics for this evaluation only."""
         self.engine.evaluation = StepMetrics()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self.engine.evaluation.flush(self._logged_table())
@@ -211,7 +211,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Not counted: transformers' estimate knows neither shared prompts nor frozen weights."""
+        """Not computed: transformers' estimate ignores shared prompts and frozen weights."""
         return 0
 
     def _logged_table(self) -> Tensor | None:
@@ -220,7 +220,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     # ---- beginning and resuming -------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Trains; with `resume_from_checkpoint`, resumes from there with the numbers of an uninterrupted run."""
+        """Trains. With `resume_from_checkpoint` it resumes, with the same numbers as an uninterrupted run."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -240,7 +240,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         return out
 
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
-        """The initial weights, sharded or not, score what rows lack of the reference."""
+        """Computes missing reference scores of the rows with the initial weights, sharded or not."""
         self._drive(model)
         if self.sharded:
             self._choose_layout(self.engine.policy)
@@ -250,28 +250,28 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             with self._around_passes():
                 how = (self.objective, self.args, self.engine.passes, resuming, self._at_hand)
                 attach_reference(self.engine.policy, rows, *how)
-            self.engine.spare = self.train_dataset[0]  # with its reference, which no rank may score later
+            self.engine.spare = self.train_dataset[0]  # has its reference, which no rank could score later
 
     def before_optimizer_step(self, gradient_norm: object) -> None:
-        """Stops before a gradient that is not finite reaches the weights (with fp16 its scaler skips such steps)."""
+        """Stops before a non-finite gradient is applied (with fp16, the loss scaler skips such steps)."""
         self.engine.check_gradient(float(gradient_norm), scaled=self.args.fp16)
 
     def before_saving(self) -> None:
-        """Stops before weights are saved that the last step made worthless."""
+        """Stops before saving weights that no longer give finite scores."""
         self.engine.check_weights()
 
     @property
     def _at_hand(self) -> bool:
-        """Is the reference the model with its adapter off, whatever was trained since?"""
+        """Whether the reference is the model with its adapter off, even after training."""
         return self._starts_from_base and isinstance(self.model, PeftModel)
 
     def _drive(self, model: nn.Module) -> None:
-        """The engine's model: copies are driven without their wrapper, for their gradients are averaged once a step."""
+        """The engine's model: DDP's copies without the wrapper, because gradients are averaged once per step."""
         self.engine.model = model if self.sharded else self.accelerator.unwrap_model(model)
 
     def _datasets(self) -> list[EncodedRows]:
         return [self.train_dataset, *as_list(self.eval_dataset)]
 
     def save_beside(self, folder: Path) -> None:
-        """What an exact resume needs beside weights and optimizer: `log_u`, and how a step is split into passes."""
+        """Saves the rest of the state for an exact resume: `log_u`, and the budget of passes."""
         save_table(folder / STATE_FILE, self.engine.state_dict(), self._fingerprint)

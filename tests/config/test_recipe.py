@@ -65,7 +65,7 @@ def test_errors_name_the_key(write, extra, words):
     [
         ("learning_rat", 1, "training.learning_rat is not known. Did you mean 'learning_rate'"),
         ("learning_rate", "fast", "training.learning_rate is 'fast'; wanted float"),
-        ("objective", "dtf", "objective 'dtf' is not known.*Did you mean 'dft'"),
+        ("objective", "dtf", "objective 'dtf' is unknown.*Did you mean 'dft'"),
         ("gamma", 1.5, r"training.gamma is 1.5; wanted a number in \(0, 1\]"),
         ("reference", "sometimes", "training.reference is 'sometimes'; wanted precomputed or online"),
         ("log_u_init", "zero", "training.log_u_init is 'zero'; wanted a number or first_batch"),

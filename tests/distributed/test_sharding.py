@@ -128,10 +128,10 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     deepspeed_now = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     whole = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
     check_checkpoint(tmp_path, whole)
-    with pytest.raises(UserError, match="whole copies .* this one is with DeepSpeed"):
+    with pytest.raises(UserError, match="full copies .* this one is with DeepSpeed"):
         check_checkpoint(tmp_path, deepspeed_now)
     (tmp_path / "global_step2").mkdir()
     (tmp_path / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     check_checkpoint(tmp_path, deepspeed_now)
-    with pytest.raises(UserError, match="with DeepSpeed, this one is with whole copies"):
+    with pytest.raises(UserError, match="with DeepSpeed, but this one is with full copies"):
         check_checkpoint(tmp_path, whole)

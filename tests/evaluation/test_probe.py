@@ -69,7 +69,7 @@ def test_junk_has_nothing_to_win():
     found, gains = probed("junk")
     assert found["outscored_after"] == 0.0
     name, why = recommend(found, gains)
-    assert name == "sft" and "nothing to win" in why
+    assert name == "sft" and "nothing to gain" in why
 
 
 def test_near_misses_help():
@@ -109,14 +109,14 @@ def test_measures_by_hand():
 
 
 def test_recommendations():
-    """In the order of the rules: nothing to win, teach first, dead DFT weights, the error, the best one."""
+    """In the order of the rules: nothing to gain, teach first, dead DFT weights, the error, the best one."""
     found = {"outscored_after": 0.3, "lead_after": 1.0, "drift": 0.5, "half_weight": 1.7}
     gains = {"sft": Gain(10.0, 0.0, 0.0), "listwise": Gain(12.0, 2.0, 1.0), "dft": Gain(13.0, 3.0, 1.0)}
-    assert recommend(found, gains) == ("dft", "its next step gains +30% on SFT's")
+    assert recommend(found, gains) == ("dft", "its next step gains +30% compared with SFT's")
     losing = {"sft": Gain(-10.0, 0.0, 0.0), "dft": Gain(2.0, 12.0, 1.0)}
     assert recommend(found, losing) == ("dft", "SFT's next step loses on held-out rows, and its own gains")
     assert recommend(found | {"drift": 5.0}, gains)[0] == "listwise"
     assert "within the error" in recommend(found, gains | {"dft": Gain(11.0, 1.0, 2.0), "listwise": gains["sft"]})[1]
     assert "as much" in recommend(found, {"sft": gains["sft"], "dft": Gain(1.0, -9.0, 1.0)})[1]
-    assert "nothing to win" in recommend(found | {"outscored_after": 0.04}, gains)[1]
-    assert "teach the task by SFT" in recommend(found | {"outscored_after": 0.95, "lead_after": 6.0}, gains)[1]
+    assert "nothing to gain" in recommend(found | {"outscored_after": 0.04}, gains)[1]
+    assert "teach the task with SFT" in recommend(found | {"outscored_after": 0.95, "lead_after": 6.0}, gains)[1]

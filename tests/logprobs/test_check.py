@@ -76,7 +76,9 @@ def test_an_unknown_head_is_refused_with_what_was_found(layout, tmp_path, monkey
         return out
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", halved)
-    with pytest.raises(UserError, match="does not score packed rows" if layout == "packed" else r"nats.*own logits"):
+    with pytest.raises(
+        UserError, match="does not score packed rows" if layout == "packed" else r"nats.*model's logits"
+    ):
         make_trainer(tmp_path, layout=layout)
 
 

@@ -39,8 +39,8 @@ def recipe(tmp_path, tiny_folder):
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("training.push_to_hub=true", "training.push_to_hub is refused"),
-        ("training.hub_model_id=someone/x", "training.hub_model_id is refused"),
+        ("training.push_to_hub=true", "training.push_to_hub is not allowed"),
+        ("training.hub_model_id=someone/x", "training.hub_model_id is not allowed"),
         ("training.hub_token=hf_x", "Hub token from HF_TOKEN"),
         ("model.trust_remote_code=true", "add --trust-remote-code"),
         ("evaluation.compare.after=elsewhere", "evaluation.compare.after: this name is reserved"),

@@ -53,7 +53,7 @@ def test_small_negatives_that_are_not_used_are_told(recipe, capsys):
     """One row without negatives of its own makes the base write those of all."""
     write(recipe, [row | {"negatives": ["x", "y"]} for row in ROWS[:8]] + ROWS[8:])
     assert main(["generate", recipe, "negatives.per_prompt=2", "negatives.max_new_tokens=2"]) == 0
-    assert "8 of 9 rows bring negatives, which are not used" in capsys.readouterr().err
+    assert "8 of 9 rows have negatives, which are not used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_uploads_are_compared_and_failures_explained(adapter, server):
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert set(arrived) - {".gitattributes"} == names
     assert all(arrived[name] == (adapter / name).read_bytes() for name in names)
-    assert "name is taken by a repository with 1 files that lowdft did not make" in taken
+    assert "repository already exists, with 1 files that lowdft did not make" in taken
     assert server.repositories["me/other"] == {"model.safetensors": b"another's"}
     assert "may not write there" in forbidden
 
@@ -108,7 +108,7 @@ def test_a_bad_token_and_no_network(adapter, server):
     assert "the token is missing or not valid" in bad and "hf auth login" in bad and server.repositories == {}
     server.server_close()
     [down] = push(adapter, "http://127.0.0.1:9", "me/tiny")
-    assert "the Hub cannot be reached" in down and "Nothing is lost here" in down
+    assert "the Hub cannot be reached" in down and "Nothing is lost;" in down
 
 
 def test_a_secret_stops_the_upload_before_any_request(adapter, monkeypatch):

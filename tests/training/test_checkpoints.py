@@ -65,7 +65,7 @@ def test_resume_from_the_one_before_has_the_same_end(folder, trained):
     """The losses and moving averages of the training without damage; the damaged one is replaced by a whole one."""
     change(folder / "checkpoint-6" / "optimizer.pt", "flipped")
     resumed = make_trainer(folder, **SETTINGS)
-    with pytest.warns(UserWarning, match="optimizer.pt has other contents.*checkpoint-4 is whole and is used"):
+    with pytest.warns(UserWarning, match="optimizer.pt has other contents.*checkpoint-4 is intact and is used"):
         resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == trained[1] and torch.equal(resumed.log_u, trained[2])
     assert damage_of(folder / "checkpoint-6") is None and not (folder / "checkpoint-6.damaged").exists()
@@ -82,7 +82,7 @@ def test_a_resume_after_the_last_step_tidies_up(trained, tmp_path):
 def test_without_a_whole_one_it_is_an_error(folder):
     for number in (2, 4, 6):
         change(folder / f"checkpoint-{number}" / "scheduler.pt", "deleted")
-    with pytest.raises(UserError, match="checkpoint-6/scheduler.pt is missing.*No whole checkpoint is left"):
+    with pytest.raises(UserError, match="checkpoint-6/scheduler.pt is missing.*No intact checkpoint is left"):
         newest_whole(folder)
     with pytest.raises(UserError, match="scheduler.pt is missing"):
         make_trainer(folder, **SETTINGS).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -144,7 +144,7 @@ def test_names_of_parts_stay_inside(name, tmp_path):
     (tmp_path / "latest").write_text("global_step2\n")
     check_pickles(tmp_path, trusted=False)
     (tmp_path / "latest_universal").write_text(name)
-    with pytest.raises(UserError, match="latest_universal: may run code.*leads out of the checkpoint"):
+    with pytest.raises(UserError, match="latest_universal: may run code.*points outside the checkpoint"):
         check_pickles(tmp_path, trusted=False)
 
 

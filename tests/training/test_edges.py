@@ -104,11 +104,11 @@ def test_rows_of_ids_in_any_format(rows, tmp_path):
         (["a"], "is a string .a.; wanted a dictionary of columns"),
         ([{"prompt_ids": [4], "completion_ids": [5, -100]}], "completion_ids is a list.*token ids"),
         ([{"prompt_ids": [4]}], "completion_ids is missing"),
-        ([{"prompt_ids": [4], "completion_ids": [5, 300]}], "token id 300, and the model has embeddings for 0 to 299"),
+        ([{"prompt_ids": [4], "completion_ids": [5, 300]}], "token id 300, but the model has embeddings for 0 to 299"),
         ([IDS[0] | {"ref_negative_logps": [-1.0]}], "ref_negative_logps is a list.*4 numbers, one per negative"),
         ({"train": IDS}, r"train_dataset is a dict of train; .*train_dataset\['train'\]"),
         (None, "train_dataset is null"),
-        ("rows.parquet", "train_dataset is a string .rows.parquet.; a data set"),
+        ("rows.parquet", "train_dataset is a string .rows.parquet.; wanted a data set"),
     ],
     ids=["small: " + s for s in "text empty null number string id-below missing id-above logps dict none name".split()],
 )
@@ -237,9 +237,7 @@ def test_weights_that_the_last_step_made_worthless_are_not_saved(saving, tmp_pat
     """No later step would find them: their gradient was finite, the update is not."""
     wild = dict(learning_rate=1e39, warmup_steps=0, max_steps=1, lr_scheduler_type="constant")
     trainer = make_trainer(tmp_path, save_strategy=saving, save_steps=1, **wild)
-    words = (
-        r"step 1: its update leaves weights that give no finite log-probability \(example_id 0; before it the largest"
-    )
+    words = r"step 1: after this update the weights give no finite log-probability \(example_id 0; before it the lowest"
     with pytest.raises(UserError, match=words):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))

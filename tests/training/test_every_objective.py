@@ -110,7 +110,7 @@ def test_unmet_needs_are_refused_before_the_model_loads(name, need, tmp_path, mo
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(objective="sft", freeze_half=True), "halves the modules of an adapter"),
+        (dict(objective="sft", freeze_half=True), "freezes half of an adapter"),
         (dict(objective="dft", reference="online"), "needs an adapter to switch off"),
         (dict(objective="dft", reference="online", reference_prompt="proposal"), "proposal is scored before training"),
         (dict(objective="dft", reference_prompt="proposal"), "requires rows with ref_negative_logps"),

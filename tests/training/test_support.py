@@ -60,7 +60,7 @@ def test_settings_without_a_sense(settings, words, tmp_path):
 @pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
 def test_a_model_without_an_output_head(kind, tmp_path):
     with pytest.raises(
-        UserError, match=f"the model is a {kind.__name__}; a causal language model with its output head"
+        UserError, match=f"the model is a {kind.__name__}; wanted a causal language model with its output head"
     ):
         DFTTrainer(kind(make_llama().config), arguments(tmp_path), make_rows(), peft_config=lora())
 
@@ -68,8 +68,11 @@ def test_a_model_without_an_output_head(kind, tmp_path):
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"r": 4}, "peft_config is a dict; a configuration of peft is wanted"),
-        (AdaLoraConfig(target_modules=["q_proj"], total_step=10), "ADALORA needs a loss and a call after every step"),
+        ({"r": 4}, "peft_config is a dict; wanted a configuration of peft"),
+        (
+            AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+            "ADALORA needs its own loss and a call",
+        ),
     ],
 )
 def test_adapters_that_cannot_be_trained_so(config, words, tmp_path):
@@ -129,7 +132,7 @@ def test_several_visible_gpus_without_a_launcher(tmp_path):
     assert args.n_gpu == 0
     args._n_gpu = 2
     assert args.train_batch_size == 4
-    with pytest.warns(UserWarning, match="2 GPUs are visible, and this training uses the first"):
+    with pytest.warns(UserWarning, match="2 GPUs are visible, but only the first is used"):
         DFTTrainer(make_llama(), args, make_rows(), peft_config=lora())
     assert args.train_batch_size == 2
 

@@ -1,8 +1,8 @@
-"""benchmark: base and trained model on benchmarks of lm-evaluation-harness, in one load -> benchmark.json, benchmarks/.
+"""benchmark: measures base and trained model with lm-evaluation-harness -> benchmark.json, benchmarks/.
 
-Every result stands in a file of its own, `benchmarks/TASK/SYSTEM-DIGEST.json`, written whole, beside its samples. The
-digest names base, quantization, adapter, benchmark and data, so a result is never taken for another model's, and an
-interrupted call resumes with the next task.
+Every result is a separate file, `benchmarks/TASK/SYSTEM-DIGEST.json`, with its samples. The digest identifies base,
+quantization, adapter, benchmark and data, so the result of one model is never used for another, and an interrupted call
+resumes with the next task.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lowdft.reporting.benchmark_table import print_table
 
 
 def main(run: Run, names: list[str] | None = None, limit: int | None = None) -> dict | None:
-    """Measures what is not yet measured, prints the table and writes it.
+    """Measures what has not been measured yet, prints the table and writes it.
 
     Args:
-        names: suites and tasks; None: those of `evaluation.benchmarks`, else the suite "paper".
-        limit: rows per task; None: `evaluation.benchmark_limit`.
+        names: suites and tasks; None means `evaluation.benchmarks`, or else the suite "paper".
+        limit: rows per task; None means `evaluation.benchmark_limit`.
 
     Raises:
-        UserError: an unknown task, a data set that is not at hand, nothing trained, or an adapter of another base.
+        UserError: an unknown task, an unavailable data set, no trained model, or an adapter of another base.
     """
     section = run.recipe.evaluation
     names = names or section.benchmarks or ["paper"]
@@ -73,7 +73,7 @@ def _write(path: Path, system: str, result: dict) -> None:
 
 
 def result_file(run: Run, system: str, identity: str, one: Benchmark, limit: int | None) -> Path:
-    """Where a result stands: a name that fixes base, quantization, adapter, benchmark, limit, data and harness."""
+    """The path of a result; its name identifies base, quantization, adapter, benchmark, limit, data and harness."""
     data = run.recipe.evaluation.benchmark_data.get(one.task, [])
     data = {"": data} if isinstance(data, str) else dict(data)
     made_from = models.made_from(run.source, run.recipe.model, run.encoder.tokenizer) | {
@@ -92,7 +92,7 @@ def _digest(path: Path) -> str | None:
 
 
 def summary(chosen: list[Benchmark], files: dict[tuple[str, Benchmark], Path], limit: int | None) -> dict:
-    """The contents of benchmark.json: every benchmark's score by system, with the differences to the base."""
+    """The contents of benchmark.json: every benchmark's score by system, with the differences from the base."""
     tasks = {}
     for one in chosen:
         results = {system: read_json(path) for (system, other), path in files.items() if other == one}
@@ -122,7 +122,7 @@ def _stderr(result: dict, metric: str) -> float | None:
 
 
 def _write_alpaca(run: Run, limit: int | None) -> None:
-    """Answers to AlpacaEval's instructions, one file per system, and the command that has them judged."""
+    """Writes answers to AlpacaEval's instructions, one file per system, and prints the command to judge them."""
     rows = alpaca.instructions(run.recipe.evaluation.benchmark_data.get(alpaca.NAME), limit)
     prompts = [run.encoder.prompt([{"role": "user", "content": row["instruction"]}], None) for row in rows]
     name = run.folder.name
@@ -130,5 +130,5 @@ def _write_alpaca(run: Run, limit: int | None) -> None:
         path = run.folder / "benchmarks" / alpaca.NAME / f"{system}.json"
         texts = greedy_answers(run, model, prompts, f"AlpacaEval, {system}")
         write_json(path, alpaca.outputs(rows, texts, f"{name}-{system}"))
-        say(f"{path}: {len(rows)} answers. To have them judged (by a paid model, with its key in OPENAI_API_KEY):")
+        say(f"{path}: {len(rows)} answers. To judge them with a paid model (with its key in OPENAI_API_KEY), run:")
         say(f"  pip install alpaca-eval; {alpaca.JUDGE.format(path)}")

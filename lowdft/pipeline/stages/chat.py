@@ -1,4 +1,4 @@
-"""chat: talk to base and adapter in the terminal, streamed, from one loaded model. Lines piped in work as well."""
+"""chat: talk to base and adapter in the terminal, streamed, from one loaded model. Piped input works, too."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lowdft.sampling import SamplingSettings
 from lowdft.sampling.draw import generating
 from lowdft.text import did_you_mean, printable
 
-HELP = """/base, /tuned, /both   who answers from now on
-/system TEXT           the system message (without TEXT: none); begins a new conversation
-/set KEY=VALUE …       temperature (0: greedy), top_p, top_k, max_new_tokens, seed; without KEY: shows them
-/save FILE             writes the conversations as JSON
-/clear                 begins a new conversation
-/quit                  ends (so does Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/base, /tuned, /both   choose which model answers
+/system TEXT           set the system message (without TEXT: remove it) and start a new conversation
+/set KEY=VALUE …       temperature (0: greedy), top_p, top_k, max_new_tokens, seed; without KEY: show them
+/save FILE             save the conversations as JSON
+/clear                 start a new conversation
+/quit                  quit (or Ctrl-D); Ctrl-C stops an answer"""
 COMMANDS = [line.split()[0].strip(",") for line in HELP.splitlines()] + ["/tuned", "/both", "/help"]
 
 
@@ -35,7 +35,7 @@ def main(run: Run) -> None:
     """Reads lines until the input ends: messages, and commands that begin with a slash.
 
     Raises:
-        UserError: nothing is trained, or on another base.
+        UserError: no model was trained, or it was trained on another base.
     """
     _, model = next(systems(run, {"after"}))
     chat = Chat(run, model)
@@ -44,14 +44,14 @@ def main(run: Run) -> None:
         try:
             if not chat.take(line.strip()):
                 return
-        except UserError as error:  # a mistake in a command ends nothing
+        except UserError as error:  # a mistake in a command does not end the chat
             say(str(error))
 
 
 class Chat:
     """Conversations with one loaded model: one with the adapter on ("tuned") and one with it off ("base").
 
-    A whole model that was trained without an adapter is "tuned" alone.
+    If all parameters were trained, there is only "tuned".
     """
 
     def __init__(self, run: Run, model):
@@ -65,7 +65,7 @@ class Chat:
         self.speakers = ["tuned"]
 
     def take(self, line: str) -> bool:
-        """Does what a line says; False when it ends the chat."""
+        """Handles one line; returns False if it ends the chat."""
         if not line.startswith("/"):
             for name in self.speakers if line else []:
                 self._answer(name, line)
@@ -86,13 +86,13 @@ class Chat:
         elif command == "/save":
             self._save(rest.strip())
         else:
-            raise UserError(f"{command} is no command.{did_you_mean(command, COMMANDS)} /help lists them.")
+            raise UserError(f"{command} is not a command.{did_you_mean(command, COMMANDS)} /help lists them.")
         return True
 
     def _choose(self, name: str) -> None:
         wanted = ["base", "tuned"] if name == "both" else [name]
         if set(wanted) - set(self.conversations):
-            raise UserError("this run trained all parameters: there is no adapter to switch off, only /tuned")
+            raise UserError("this run trained all parameters, so there is no adapter to switch off; only /tuned works")
         self.speakers = wanted
 
     def _set(self, pairs: list[str]) -> None:
@@ -114,7 +114,7 @@ class Chat:
 
     def _save(self, path: str) -> None:
         if not path:
-            raise UserError("/save wants a file name")
+            raise UserError("/save needs a file name")
         settings = {**dataclasses.asdict(self.settings), "seed": self.seed}
         write_json(path, {"system": self.system, "settings": settings, **self.conversations})
         say(f"{path}: written")
@@ -123,14 +123,16 @@ class Chat:
         messages = self.conversations[name]
         ids = self._ids([*messages, {"role": "user", "content": text}])
         if self.context and len(ids) >= self.context:
-            raise UserError(f"this conversation has {len(ids)} tokens, the model's context {self.context}: /clear")
+            raise UserError(
+                f"this conversation has {len(ids)} tokens, but the model's context is {self.context}; type /clear"
+            )
         print(f"{name}: " if len(self.conversations) > 1 else "", end="", flush=True)
         with reference_on(self.model) if name == "base" else contextlib.nullcontext():
             answer = self._generate(ids)
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def _ids(self, messages: list[dict]) -> list[int]:
-        if self.run.recipe.data.prompt_style == "direct":  # a model of bare texts knows no turns
+        if self.run.recipe.data.prompt_style == "direct":  # a model for plain text has no turns
             return self.encoder.prompt(messages[-1]["content"])
         if self.system is None:
             return self.encoder.prompt(messages)
@@ -161,7 +163,7 @@ class Chat:
 
 
 class _Keeping(TextStreamer):
-    """Prints an answer while it is written, and keeps it."""
+    """Prints an answer while it is generated, and keeps it."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -179,7 +181,7 @@ class _Keeping(TextStreamer):
 
 
 def _lines() -> Iterator[str]:
-    """Lines of standard input, under a prompt on a terminal."""
+    """Lines of standard input, with a prompt if it is a terminal."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         with contextlib.suppress(ImportError):

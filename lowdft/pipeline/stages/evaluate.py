@@ -1,4 +1,4 @@
-"""evaluate: the held-out rows before and after -> evaluation.json: log-probabilities, wins over negatives, accuracy."""
+"""evaluate: measures base and trained model on the held-out rows -> evaluation.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLES_KEPT = 100
 def main(run: Run) -> dict | None:
     """Measures base, trained and compared models on the held-out rows; prints the table and writes it."""
     if not run.examples("heldout"):
-        say("no held-out rows (data.eval or data.eval_rows): nothing to evaluate")
+        say("there are no held-out rows to evaluate (set data.eval or data.eval_rows)")
         return None
     product = run.evaluation
     if run.base_evaluation.is_done() and product.is_done():
@@ -58,7 +58,7 @@ def measure_all(run: Run) -> dict:
                 product.begin()
                 write_json(product.path, found[name])
                 product.finish()
-        del model  # its memory, for the next one
+        del model  # frees its memory for the next one
     return {
         "rows": len(rows),
         "negatives_per_row": sum(len(row["negative_ids"]) for row in rows) / len(rows),
@@ -70,7 +70,7 @@ def measure_all(run: Run) -> dict:
 
 
 def _sample(run: Run, i: int, example, row: dict, found: dict[str, dict]) -> dict:
-    """One held-out row for the report: its texts, every system's answer and whether it is right, and its negatives."""
+    """One held-out row for the report: its texts, its negatives, and every system's answer and whether it is right."""
     out = {
         "example_id": example.example_id,
         "prompt": plain_text(example.prompt),
@@ -93,7 +93,7 @@ def _sample(run: Run, i: int, example, row: dict, found: dict[str, dict]) -> dic
 
 
 def _weights(run: Run, scored: dict[str, list]) -> list[float] | None:
-    """How hard each negative of one row would be pushed on a first visit; None where the objective gives no weights.
+    """How hard each negative of one row would be pushed down on a first visit; None if the objective has no weights.
 
     `scored`: (log-probabilities, tokens) of the row's negatives and, last, its completion, by system.
     """
@@ -111,13 +111,12 @@ def _weights(run: Run, scored: dict[str, list]) -> list[float] | None:
 
 
 def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kind: str) -> dict:
-    """One system: `measures` by name, those of every row that are shares (`per_row`), and greedy `texts` if checked.
+    """One system: `measures` by name, per-row values of the shares (`per_row`), and greedy `texts` if they are checked.
 
-    `candidates` has, for the rows that the report shows, (log-probabilities, tokens) of the negatives and, last, the
-    completion.
+    For the rows in the report, `candidates` has (log-probabilities, tokens) of the negatives and, last, the completion.
     """
     scored, texts = score_rows(run, model, rows), []
-    names, advice = [row["example_id"] for row in rows], "Its weights hold NaN or infinity, or its dtype overflows."
+    names, advice = [row["example_id"] for row in rows], "Its weights contain NaN or infinity, or its dtype overflows."
     require_finite(f"evaluation: log-probabilities under {name}", names, [sums_C for sums_C, _ in scored], advice)
     found = measures_of(scored)
     if kind != "none":
@@ -132,7 +131,7 @@ def measure(run: Run, name: str, model, rows: list[dict], truths: list[str], kin
 
 
 def score_rows(run: Run, model, rows: list[dict]) -> list[tuple[Tensor, Tensor]]:
-    """Every row's log-probabilities (nats, float64) and token counts: [C] negatives and, last, the completion."""
+    """Every row's log-probabilities (nats, float64) and numbers of tokens: [C] negatives and, last, the completion."""
     model.eval()
     passes = Passes(choose_layout(model, run.args.layout), run.args.logits_chunk_size, run.args.tokens_per_pass)
     with_negatives, found = all(row["negative_ids"] for row in rows), []
@@ -150,10 +149,10 @@ def score_rows(run: Run, model, rows: list[dict]) -> list[tuple[Tensor, Tensor]]
 
 
 def measures_of(scored: list[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
-    """Every row's log-probability (nats) of the completion; where all rows have negatives their mean, and the margin.
+    """Every row's log-probability (nats) of the completion; if all rows have negatives, also their mean and the margin.
 
-    A row is won (1, else 0) when its completion outscores every one of its negatives, by summed (`wins`) or mean
-    (`wins_per_token`) log-probability. With wrong answers written by people as negatives, `wins` is TruthfulQA's MC1
+    A row counts as won (1, else 0) if its completion is likelier than all of its negatives, by summed (`wins`) or mean
+    (`wins_per_token`) log-probability. If the negatives are wrong answers written by people, `wins` is TruthfulQA's MC1
     (Lin et al. 2022, arXiv 2109.07958).
     """
     found = [_of_one(sums_C, tokens_C) for sums_C, tokens_C in scored]

@@ -1,4 +1,4 @@
-"""export: the adapter (or model) made publishable where it stands, with its card; --push uploads it to the Hub."""
+"""export: prepares the adapter (or model) in the run folder for publishing; --push uploads it to the Hub."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def main(
     merged: str | None = None,
     extrapolate: float | None = None,
 ) -> None:
-    """Cleans configuration files, writes README.md and evaluation results, and uploads when `push` names a place.
+    """Cleans configuration files, writes README.md and evaluation results, and uploads to `push` if it is given.
 
-    `dry_run` writes nothing and uploads nothing: it shows the files with their sizes, the card, and what is missing.
-    `merged`, "bf16" or "dequantized", takes the model that `lowdft merge` wrote in place of the adapter.
+    `dry_run` writes and uploads nothing, but shows the files with their sizes, the card, and what is missing. `merged`,
+    "bf16" or "dequantized", exports the model that `lowdft merge` wrote instead of the adapter.
 
     Raises:
-        UserError: nothing is trained, a file would give away a secret or a local path, or the upload failed.
+        UserError: no model was trained, a file would leak a secret or a local path, or the upload failed.
     """
     folder = _folder(run, merged)
     if extrapolate is not None:
         if dry_run or merged:
-            raise UserError("--extrapolate makes an adapter; run it without --dry-run and --merged")
+            raise UserError("--extrapolate writes an adapter; run it without --dry-run and --merged")
         folder = extrapolated(run, folder, extrapolate)
     card = model_card.card(run, push, extrapolate, merged is not None)
     results = eval_results.text(run)
@@ -57,19 +57,19 @@ def main(
         return
     say(f"uploading to {push}:\n{hub.listing(files)}")
     if left:
-        say(f"staying here: {', '.join(left)}")
-    say(f"pushed to {hub.push(files, push, run.recipe.export.private)}, and compared with what arrived")
+        say(f"not uploaded: {', '.join(left)}")
+    say(f"pushed to {hub.push(files, push, run.recipe.export.private)}; the uploaded files are identical")
 
 
 def show(run: Run, folder: Path, card: str, results: str | None, push: str | None) -> None:
-    """Prints what an upload would take, its card, and what is missing."""
+    """Prints what would be uploaded, the card, and what is missing."""
     files, left = hub.select(folder)
     made = {"README.md": card, **({RESULTS: results} if results else {})}
     files = [file for file in files if file.name not in made]
     files += [hub.Upload(name, text.encode()) for name, text in made.items()]
     say(f"{push or 'with --push NAME'} would get:\n{hub.listing(files)}")
     if left:
-        say(f"staying here: {', '.join(left)}")
+        say(f"not uploaded: {', '.join(left)}")
     for line in (line for file in files for line in file.leaks()):
         say(f"would stop the upload: {line}")  # configuration files are cleaned by export itself
     for line in model_card.missing(run):
@@ -85,21 +85,21 @@ def _folder(run: Run, merged: str | None) -> Path:
         return folder
     if not run.training.is_done():
         raise UserError(
-            f"{run.training.path}: is not there yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`"
+            f"{run.training.path} does not exist yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`"
         )
     return run.training.path
 
 
 def extrapolated(run: Run, folder: Path, by: float) -> Path:
-    """A copy of the adapter whose change of the base is (1 + by) times as large: theta1 + by (theta1 - theta0).
+    """Writes a copy of the adapter, scaled by 1 + by: theta1 + by (theta1 - theta0).
 
-    Exact for LoRA, whose change is linear in B ("Model Extrapolation", ExPO; it takes 0.3 to 0.5).
+    This is exact for LoRA, which is linear in B ("Model Extrapolation", ExPO, which uses 0.3 to 0.5).
 
     Raises:
-        UserError: there is no LoRA adapter, or training started from another one than a fresh one.
+        UserError: there is no LoRA adapter, or training did not start from a new one.
     """
     if run.recipe.adapter is None or run.args.reference_adapter:
-        raise UserError("--extrapolate scales a LoRA adapter that training began afresh; this run has none")
+        raise UserError("--extrapolate needs a LoRA adapter that was trained from scratch; this run has none")
     target = folder.with_name(f"{folder.name}-extrapolated")
     with replacing(target) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""generate: the base writes negatives for every prompt -> negatives.parquet (and those of the held-out rows)."""
+"""generate: samples negatives for every prompt from the base -> negatives.parquet, heldout_negatives.parquet."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lowdft.sampling import Sampler, VllmModel
 
 
 def main(run: Run, push_data: str | None = None) -> None:
-    """Writes the negatives that are wanted and not there yet, and reports how they ended.
+    """Writes the negatives that are needed and missing, and reports statistics about them.
 
-    `push_data`: a Hub data set to upload those of the training rows to.
+    `push_data`: a Hub data set to upload the training rows' negatives to.
     """
     todo = [split for split in SPLITS if _wanted(run, split)]
     if run.ready_negatives() and run.examples("train"):
-        say("negatives: the rows bring their own")
+        say("negatives: the rows have their own")
     sampler = None
     for split in todo:
         if sampler is None or run.recipe.negatives.adapter:
-            sampler = None  # no name keeps the last model while the next one is loaded
+            sampler = None  # frees the last model before the next one is loaded
             models.release_memory()
             sampler = _sampler(run, run.recipe.negatives.adapter if split == "train" else None)
         product, section = run.negatives(split), run.recipe.negatives
@@ -55,7 +55,7 @@ def main(run: Run, push_data: str | None = None) -> None:
 
 
 def samples_per_part(section: NegativesSection) -> int:
-    """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
+    """Samples per part file, the most that an interruption loses; more for vLLM, which schedules its own batches."""
     if section.backend == "vllm":
         return 8192
     if section.batch_size:
@@ -64,10 +64,10 @@ def samples_per_part(section: NegativesSection) -> int:
 
 
 def count(table: pa.Table) -> dict[str, int]:
-    """How many negatives there are, are empty, equal the completion, repeat one another, or hit the length cap.
+    """Counts all negatives, and those that are empty, equal the completion, repeat another or reach the length limit.
 
-    With `negatives.keep: wrong` also how many answers were right at first, and how many of them a wrong answer of the
-    same row (`wrong_ones_used_again`) or another row's completion (`completions_of_other_rows`) replaces.
+    With `negatives.keep: wrong`, also how many answers were right at first, and how many of them were replaced by a
+    wrong answer of the same row (`wrong_ones_used_again`) or another row's completion (`completions_of_other_rows`).
     """
     totals = Counter(negatives=0, empty=0, equal_to_the_completion=0, repeated=0, cut_at_max_new_tokens=0)
     kept_wrong = "right_at_first" in table.column_names
@@ -87,33 +87,33 @@ def count(table: pa.Table) -> dict[str, int]:
 
 
 def form_warning(facts: dict[str, int]) -> str | None:
-    """What to say when most negatives are of another form than their completions."""
+    """A warning if most negatives have a different form than their completions."""
     different, total = facts.get("of_another_form", 0), facts["negatives"]
     if 2 * different <= total:
         return None
     return (
-        f"{different} of {total} negatives are of another form than their completion (over 3 times longer or shorter, "
-        "or with line breaks where it has none): the model tells them apart by form alone, so they teach little. Try "
+        f"{different} of {total} negatives have a different form than their completion (over 3 times longer or "
+        "shorter, or different line breaks): the model can tell them apart by form alone, so they teach little. Try "
         "negatives.strategy: few_shot, negatives.stop, or another negatives.max_new_tokens."
     )
 
 
 def mostly_cut(facts: dict[str, int], max_new_tokens: int) -> str | None:
-    """What to say when more than half of the negatives hit the length cap, so that they have no end token."""
+    """A warning if more than half of the negatives reached the length limit, so that they have no end token."""
     cut, total = facts["cut_at_max_new_tokens"], facts["negatives"]
     if 2 * cut <= total:
         return None
     return (
-        f"{cut} of {total} negatives were cut at negatives.max_new_tokens={max_new_tokens}, so they do not end as the "
-        "completions do, and that difference is trained. Raise it, or set negatives.stop to a text at which they end "
-        "(a base without instruction tuning rarely ends by itself)."
+        f"{cut} of {total} negatives were cut at negatives.max_new_tokens={max_new_tokens}, so they do not end like "
+        "the completions, and the model learns that difference. Raise the limit, or set negatives.stop to a text at "
+        "which negatives end (a base without instruction tuning rarely ends its answers)."
     )
 
 
 def push(run: Run, name: str | None) -> None:
-    """Uploads the training negatives as a Hub data set, private unless `negatives.private` says otherwise.
+    """Uploads the training negatives as a Hub data set, private unless `negatives.private` is false.
 
-    Nothing is uploaded without a name from the command line; `negatives.push` alone prints the command.
+    Nothing is uploaded without a name on the command line; `negatives.push` alone only prints the command.
     """
     section = run.recipe.negatives
     if name is None:
@@ -122,11 +122,11 @@ def push(run: Run, name: str | None) -> None:
         return
     card = DatasetCardData(tags=["lowdft", "dft", "negatives"], task_categories=["text-generation"])
     base = models.public_name(run.source, run.recipe.model)
-    words = f"Negatives written by {markdown.code(base)}: {model_card.sampling_words(section)}."
+    words = f"Negatives sampled from {markdown.code(base)}: {model_card.sampling_words(section)}."
     readme = f"---\n{card.to_yaml()}\n---\n\n# {markdown.plain(name)}\n\n{words}\n"
     files = [hub.Upload("data/train.parquet", run.negatives("train").path), hub.Upload("README.md", readme.encode())]
     say(f"uploading to {name}:\n{hub.listing(files)}")
-    say(f"pushed to {hub.push(files, name, section.private, 'dataset')}, and compared with what arrived")
+    say(f"pushed to {hub.push(files, name, section.private, 'dataset')}; the uploaded files are identical")
 
 
 def _part(run: Run, sampler: Sampler, per_prompt: int, examples: Sequence[Example]) -> list[dict]:
@@ -138,7 +138,7 @@ def _wanted(run: Run, split: str) -> bool:
         return False
     product = run.negatives(split)
     if collectives.from_all(product.is_done())[0]:
-        say(f"{product.path}: already there")
+        say(f"{product.path}: already exists")
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""inspect: rows as the model sees them, and a summary of the data; no model is loaded, only its tokenizer."""
+"""inspect: shows rows as the model sees them, and a summary of the data; it loads only the tokenizer."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def main(run: Run, row: int = 0) -> None:
     console = Console(highlight=False, soft_wrap=True)
     examples = run.examples("train")
     if not 0 <= row < len(examples):
-        raise UserError(f"--row is {row}; the training data has rows 0 to {len(examples) - 1}")
+        raise UserError(f"--row is {row}; wanted 0 to {len(examples) - 1}, the rows of the training data")
     rows = run.encoded("train", with_negatives=_negatives_at_hand(run))
     show_row(console, run, examples[row], rows[row])
     show_summary(console, run, rows)
 
 
 def show_row(console: Console, run: Run, example, row: dict) -> None:
-    """One row: what is prompt, what is scored, how it ends, and its negatives."""
+    """Prints one row: its prompt, the scored tokens, how it ends, and its negatives."""
     tokenizer, args = run.tokenizer, run.args
     console.print(f"[bold]{escape(example.source)}[/]  example_id {escape(example.example_id)}")
     if run.encoder.tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE:
-        console.print("this tokenizer has no chat template: the zephyr format stands in")
+        console.print("this tokenizer has no chat template; the zephyr format is used instead")
     console.print("[dim]dim: prompt, not scored[/]  [green]green: scored[/]  [reverse]reverse: special token[/]\n")
     prompt, completion = row["prompt_ids"], row["completion_ids"]
     console.print(f"prompt, {len(prompt)} tokens, {_begins(tokenizer, prompt)}")
@@ -51,7 +51,7 @@ def show_row(console: Console, run: Run, example, row: dict) -> None:
 
 
 def show_summary(console: Console, run: Run, rows: list[dict]) -> None:
-    """Lengths, repeats, and negatives equal to the completion, over all training rows."""
+    """Prints lengths, duplicate rows, and negatives equal to the completion, over all training rows."""
     table = Table(title=f"{len(rows)} training rows (layout {run.layout})", title_justify="left")
     for column in ("tokens", "shortest", "median", "longest"):
         table.add_column(column, justify="left" if column == "tokens" else "right")
@@ -68,13 +68,13 @@ def show_summary(console: Console, run: Run, rows: list[dict]) -> None:
     console.print(table)
     repeats = Counter((tuple(r["prompt_ids"]), tuple(r["completion_ids"])) for r in rows)
     equal = sum(ids == r["completion_ids"] for r in rows for ids in r["negative_ids"])
-    console.print(f"rows that repeat another: {len(rows) - len(repeats)}; negatives equal to the completion: {equal}")
+    console.print(f"duplicate rows: {len(rows) - len(repeats)}; negatives equal to the completion: {equal}")
     cut = run.encoder.cuts()
     console.print(cut or "nothing is cut to length")
 
 
 def escape(text: str) -> str:
-    """Text of the data or the tokenizer, as it is shown."""
+    """Text from the data or the tokenizer, safe to print."""
     return escape_markup(printable(text))
 
 

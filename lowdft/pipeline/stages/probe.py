@@ -1,4 +1,4 @@
-"""probe: before the training, will negatives help on these rows, and with which objective? -> probe.json"""
+"""probe: estimates before training whether negatives will help on these rows, and which objective -> probe.json"""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from lowdft.training.token_budget import Passes
 STEPS, SAMPLES = 15, 8
 TOLD = {
     "share_right": "sampled answers that are right",
-    "coverage": "of its wrong answers a row's samples have seen (Good-Turing)",
-    "outscored_before": "held-out rows with a wrong answer ahead of the completion, base",
+    "coverage": "share of a row's wrong answers covered by its samples (Good-Turing)",
+    "outscored_before": "held-out rows with a wrong answer likelier than the completion, base",
     "outscored_after": "the same after {steps} steps of SFT",
-    "lead_after": "by how much it leads there, nats",
-    "drift": "fall of the negatives' log-prob in {steps} steps of SFT, nats",
-    "half_weight": "fall at which DFT's weights are half gone (d*), nats",
+    "lead_after": "lead of that wrong answer, nats",
+    "drift": "drop of the negatives' log-prob in {steps} steps of SFT, nats",
+    "half_weight": "drop that halves DFT's weights (d*), nats",
 }
 SHARES = ("share_right", "coverage", "outscored_before", "outscored_after")
 
 
 def main(run: Run, rows: int = 128, steps: int = STEPS) -> dict:
-    """Probes on `rows` training rows and as many held-out ones; prints the numbers and the verdict, writes probe.json.
+    """Probes on `rows` training rows and as many held-out rows; prints numbers and verdict, and writes probe.json.
 
     Raises:
-        UserError: too few rows, or an objective that the probe cannot run.
+        UserError: there are too few rows, or the probe cannot run the objective.
     """
     found = probe(run, rows, steps)
     _print(found)
@@ -53,7 +53,7 @@ def main(run: Run, rows: int = 128, steps: int = STEPS) -> dict:
 
 
 def probe(run: Run, rows: int, steps: int) -> dict:
-    """What probe.json holds: the counts and shares of `TOLD`, the gains by method, `objective` and `why`."""
+    """The contents of probe.json: the counts and shares of `TOLD`, the gains by method, `objective` and `why`."""
     train, heldout = _choose(run, rows)
     model, encoded, texts = _prepare(run, [train, heldout])
     args, count = run.args, min(SAMPLES, max(len(row["negative_ids"]) for part in encoded for row in part))
@@ -83,7 +83,7 @@ def probe(run: Run, rows: int, steps: int) -> dict:
 
 
 def _choose(run: Run, rows: int) -> tuple[list[Example], list[Example]]:
-    """The first training rows, and the first held-out ones (the last training rows, where none are held out)."""
+    """The first training rows and the first held-out rows (or the last training rows, if none are held out)."""
     train, heldout = run.examples("train"), run.examples("heldout")
     if not heldout:
         half = len(train) // 2
@@ -97,13 +97,13 @@ def _choose(run: Run, rows: int) -> tuple[list[Example], list[Example]]:
 
 
 def _methods(run: Run, count: int) -> list[Method]:
-    """SFT, listwise on all negatives, DFT on B of them, and the recipe's own objective where it is another one."""
+    """SFT, listwise on all negatives, DFT on B of them, and the recipe's objective if it is another one."""
     own, args = run.objective, run.args
     methods = [Method("sft", {}, 0), Method("listwise", dict(objectives.get("listwise").defaults), count)]
     methods.append(Method("dft", _dft(run), min(count, args.negatives_per_step)))
     if own.name not in [method.name for method in methods]:
         if own.uses_mismatched or own.uses_predictions or own.uses_aligned or own.token_weight:
-            raise UserError(f"training.objective is {own.name}, which the probe cannot run; try it with listwise")
+            raise UserError(f"training.objective is {own.name}, which the probe cannot run; probe with listwise")
         negatives = min(count, args.negatives_per_step) if own.uses_negatives else 0
         methods.append(Method(own.name, args.hyperparameters(), negatives))
     if own.name == "listwise":
@@ -118,7 +118,7 @@ def _dft(run: Run) -> dict:
 
 
 def _prepare(run: Run, parts: Sequence[Sequence[Example]]) -> tuple[torch.nn.Module, list[list[dict]], list | None]:
-    """The base under a fresh adapter, the rows of both parts with their negatives, and the texts of sampled ones."""
+    """The base with a new adapter, the rows of both parts with their negatives, and the texts of sampled negatives."""
     section, written, texts = run.recipe.negatives, {}, {}
     wanting = [e for part, split in zip(parts, ("train", "heldout"), strict=True)
                if not run.ready_negatives(split) for e in part]  # fmt: skip
@@ -136,14 +136,17 @@ def _prepare(run: Run, parts: Sequence[Sequence[Example]]) -> tuple[torch.nn.Mod
     lacking = [e.source for part, own in zip(parts, encoded, strict=True)
                for e, row in zip(part, own, strict=True) if not row["negative_ids"]]  # fmt: skip
     if lacking:
-        raise UserError(f"{len(lacking)} rows have no negatives (first: {', '.join(lacking[:3])}); the probe needs one")
+        raise UserError(
+            f"{len(lacking)} rows have no negatives (first: {', '.join(lacking[:3])}); the probe needs at least one "
+            "per row"
+        )
     return model, encoded, texts
 
 
 def _write(run: Run, model, examples: Sequence[Example]) -> tuple[dict, dict]:
     """`SAMPLES` negatives of every example: ids and texts by example_id."""
     sampler = negatives_sampler(run, model, "padded")
-    say(f"{SAMPLES} negatives for each of {len(examples)} rows")
+    say(f"sampling {SAMPLES} negatives for each of {len(examples)} rows")
     rows = write_negatives(run, sampler, examples, SAMPLES)
     return ({row["example_id"]: row["negative_ids"] for row in rows}, {r["example_id"]: r["negatives"] for r in rows})
 
@@ -163,7 +166,7 @@ def _encode(run: Run, example: Example, negative_ids: list[list[int]] | None) ->
 
 
 def _of_samples(run: Run, examples: Sequence[Example], texts: dict[str, list[str]]) -> dict:
-    """Share right and coverage of what was sampled; nothing for negatives that rows bring."""
+    """The share of right answers and the coverage of samples; empty if the rows have their own negatives."""
     sampled = [(example, texts[example.example_id]) for example in examples if example.example_id in texts]
     if not sampled:
         return {}
@@ -195,9 +198,9 @@ def _print(found: dict) -> None:
         if name != "sft":
             scale = 100 / max(abs(sft.gain), 1e-30)
             told = f"{scale * gain['ahead']:+.0f} ± {scale * gain['error']:.0f}%"
-            of = "SFT's gain" if sft.gain > 0 else "what SFT's loses"
-            table.add_row(escape(f"next step on held-out rows, {name} ahead of SFT, of {of}"), told)
+            of = "SFT's gain" if sft.gain > 0 else "SFT's loss"
+            table.add_row(escape(f"next step on held-out rows: {name} minus SFT, relative to {of}"), told)
     console.print(table)
-    say(f"verdict: {found['objective']}, for {found['why']}.")
+    say(f"verdict: {found['objective']}, because {found['why']}.")
     if found.get("share_right", 0) > 0.1:
         say(f"note: {100 * found['share_right']:.0f}% of the negatives are right answers: set negatives.keep: wrong")

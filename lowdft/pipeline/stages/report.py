@@ -1,4 +1,4 @@
-"""report: what was trained and what came of it, on one page -> report.html and logps.png."""
+"""report: the training run and its results on one page -> report.html and logps.png."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowdft.reporting import figures, run_page
 
 
 def main(run: Run, beside: Sequence[str] = ()) -> None:
-    """Writes both files, and prints the warnings on the page; `beside`: other run folders to draw with this one.
+    """Writes both files and prints the page's warnings; `beside`: other run folders to draw together with this one.
 
     Raises:
         UserError: nothing was trained yet, or it was trained with other settings than the recipe's.

@@ -1,4 +1,4 @@
-"""score: the frozen base scores the training negatives, once -> reference.parquet (objectives without one: nothing)."""
+"""score: scores the training negatives once with the frozen base, if the objective needs it -> reference.parquet."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lowdft.training.token_budget import Passes
 
 
 def main(run: Run) -> None:
-    """Scores what the objective needs under the base, as training will: packed, `tokens_per_pass` at a time."""
+    """Scores what the objective needs with the base, in the same way as training (packed, within `tokens_per_pass`)."""
     if not run.reference_from_file:
         return
     product = run.reference
     if collectives.from_all(product.is_done())[0]:
-        say(f"{product.path}: already there")
+        say(f"{product.path}: already exists")
         return
     rows = run.encoded("train")
     if run.objective.uses_mismatched:
@@ -47,7 +47,7 @@ def main(run: Run) -> None:
 
 
 def score_rows(run: Run, model, rows: EncodedRows, passes: Passes) -> list[dict]:
-    """Per row its id and, as far as the objective needs them, `ref_negative_logps` and `ref_logps`."""
+    """Per row, its id and those of `ref_negative_logps` and `ref_logps` that the objective needs."""
     groups = {row["example_id"]: reference_group(row, run.objective, run.args) for row in rows}
     scored = []
     for count in sorted({len(group.completions) for group in groups.values()}):

@@ -1,6 +1,7 @@
-"""serve: base and adapter over an OpenAI-compatible API, by vLLM (printed) or by transformers' own server (started).
+"""serve: base and adapter with an OpenAI-compatible API, by vLLM (command printed) or transformers' server (started).
 
-transformers' server loads model folders and no adapters, so it serves a merged model or one trained whole.
+transformers' server loads complete models and no adapters, so it serves a merged model, or one with all parameters
+trained.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from lowdft.sampling.vllm import served_rank
 
 
 def main(run: Run) -> None:
-    """Prints the commands; where a whole model and transformers' server are at hand, runs that until it is stopped.
+    """Prints the commands. If there is a complete model and transformers' server is installed, runs it until stopped.
 
     Raises:
-        UserError: nothing is trained, or on another base, or the server failed.
+        UserError: no model was trained, or it has another base, or the server failed.
     """
-    say("vLLM (model names: the base's, and tuned for the adapter):")
+    say("vLLM (the model names are the base's name, and tuned for the adapter):")
     try:
         say(f"  {shlex.join(vllm_command(run))}")
     except UserError as error:
         say(f"  {error}")
     model = whole_model(run)
     if model is None:
-        say(f"transformers' own server loads no adapters: run `lowdft merge {run.folder}`, then this command starts it")
+        say(f"transformers' server loads no adapters: run `lowdft merge {run.folder}`, then this command starts it")
         return
     arguments = transformers_arguments(run, model)
     if not is_serve_available():
@@ -47,14 +48,14 @@ def main(run: Run) -> None:
 
 
 def whole_model(run: Run) -> Path | None:
-    """The folder of a model that needs no adapter: trained whole, or what `merge` wrote."""
+    """The folder of a complete model: one with all parameters trained, or a merged one."""
     if run.recipe.adapter is None:
         return trained_folder(run)
     return next((folder for way in WAYS if (folder := run.folder / f"merged-{way}").is_dir()), None)
 
 
 def vllm_command(run: Run) -> list[str]:
-    """`vllm serve`, with the adapter beside the base."""
+    """The arguments of `vllm serve`, with the adapter next to the base."""
     folder = trained_folder(run)
     template = folder / "chat_template.jinja"
     with_template = ["--chat-template", str(template)] if template.is_file() else []
@@ -67,5 +68,5 @@ def vllm_command(run: Run) -> list[str]:
 
 
 def transformers_arguments(run: Run, model: Path) -> list[str]:
-    """Of `transformers`: its server, in the arithmetic of the run."""
+    """The arguments of `transformers serve`, in the dtype of the run."""
     return ["serve", str(model), "--dtype", run.recipe.model.dtype]

@@ -1,4 +1,4 @@
-"""train: adapters on the 4-bit base learn to tell answers from negatives -> checkpoints/, adapter/, metrics.jsonl."""
+"""train: trains the adapter (or all parameters) -> checkpoints/, adapter/ (or model/), metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowdft.training.trainer import DFTTrainer
 
 
 def main(run: Run) -> None:
-    """Trains, or resumes from the newest whole checkpoint; saves the adapter (or the model) with its tokenizer."""
+    """Trains, or resumes from the newest intact checkpoint; saves the adapter (or the model) with its tokenizer."""
     product, metrics = run.training, run.folder / "metrics.jsonl"
     done = collectives.from_all(product.is_done())[0]
     checkpoint = newest_whole(run.args.output_dir)
@@ -32,8 +32,8 @@ def main(run: Run) -> None:
         return
     if checkpoint and not product.manifest.is_file():
         raise UserError(
-            f"{checkpoint}: cannot resume, because {product.manifest.name} is missing, which says what it was trained "
-            f"from. Delete {run.args.output_dir} to train anew, or choose another output_dir."
+            f"{checkpoint}: cannot resume, because {product.manifest.name} is missing, which records what it was "
+            f"trained from. Delete {run.args.output_dir} to train from the start, or choose another output_dir."
         )
     rows = run.encoded("train")
     if run.reference_from_file:
@@ -60,16 +60,16 @@ def main(run: Run) -> None:
 
 
 def save(run: Run, trainer: DFTTrainer, **facts) -> None:
-    """Writes what was trained, as it may be published, its manifest with these facts, and the report."""
+    """Writes the trained adapter or model in publishable form, its manifest with these facts, and the report."""
     if collectives.rank() > 0:
-        trainer.save_model()  # gives its part to the first rank, which writes the whole
+        trainer.save_model()  # every rank sends its part to the first, which writes the whole
         return
     product, metrics = run.training, run.folder / "metrics.jsonl"
     with replacing(product.path) as temporary:
         trainer.save_model(str(temporary))
-        shutil.rmtree(Path(temporary) / REFERENCE, ignore_errors=True)  # the frozen reference is not what was trained
+        shutil.rmtree(Path(temporary) / REFERENCE, ignore_errors=True)  # the frozen reference was not trained
         run.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty one; export writes the card
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty card; export writes one
         clean(temporary, models.public_name(run.source, run.recipe.model), run.source.revision)
     product.finish(
         steps=trainer.state.global_step,

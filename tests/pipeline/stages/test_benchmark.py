@@ -152,7 +152,7 @@ def test_metamath_on_local_rows(tmp_path, tiny_folder, data, monkeypatch):
 
 @pytest.mark.slow
 def test_a_tag_has_no_score():
-    with pytest.raises(UserError, match="ai2_arc: is a name for several tasks.*arc_challenge, arc_easy"):
+    with pytest.raises(UserError, match="ai2_arc: this name stands for several tasks.*arc_challenge, arc_easy"):
         benchmarks.named(["ai2_arc"])
 
 

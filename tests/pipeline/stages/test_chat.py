@@ -64,11 +64,11 @@ def test_a_seed_gives_the_same_answer_again(tmp_path, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("/bse", "/bse is no command. Did you mean '/base'?"),
+    ("/bse", "/bse is not a command. Did you mean '/base'?"),
     ("/set temprature=1", "/set temprature: wanted one of temperature"),
     ("/set top_p=much", "/set top_p=much: wanted a number"),
     ("/set top_p=2", "top_p in (0, 1]"),
-    ("/save", "/save wants a file name"),
+    ("/save", "/save needs a file name"),
     ("a" * 600, "the model's context 512: /clear"),
 ])  # fmt: skip
 def test_a_mistake_ends_nothing(tmp_path, tiny_folder, monkeypatch, capsys, line, words):

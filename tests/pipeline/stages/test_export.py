@@ -209,7 +209,7 @@ def test_nothing_leaves_without_a_name_on_the_command_line(tmp_path, tiny_folder
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
                           "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
     out = said()
-    assert "staying here: .env, notes.md" in out and "adapter_model.safetensors\n" in out
+    assert "not uploaded: .env, notes.md" in out and "adapter_model.safetensors\n" in out
     assert 'PeftModel.from_pretrained(base, "me/tiny-dft")' in readme(run)
 
 
@@ -219,7 +219,7 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path, tiny_folder, push
     export.main(run, push="me/tiny-dft", dry_run=True)
     out = said()
     assert pushed == [] and before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
-    assert "adapter_model.safetensors" in out and "## Loading" in out and "staying here: training_args.bin" in out
+    assert "adapter_model.safetensors" in out and "## Loading" in out and "not uploaded: training_args.bin" in out
     assert "missing: the licence" in out and "missing: an evaluation" in out and "missing: benchmarks" in out
 
 

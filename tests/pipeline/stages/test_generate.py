@@ -104,7 +104,7 @@ def test_warning_of_another_form():
     row = {"completion": "4", "negatives": ["5", "Well, let us see now.", "The answer\nis 4"], "finish_reasons": []}
     facts = generate.count(pa.Table.from_pylist([row | {"finish_reasons": ["stop"] * 3}]))
     assert facts["of_another_form"] == 2
-    assert generate.form_warning(facts).startswith("2 of 3 negatives are of another form than their completion")
+    assert generate.form_warning(facts).startswith("2 of 3 negatives have a different form than their completion")
     assert generate.form_warning(facts | {"of_another_form": 1}) is None
 
 

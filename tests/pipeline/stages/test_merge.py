@@ -52,7 +52,7 @@ def test_the_merged_model_is_base_and_adapter(tmp_path, tiny_folder, capsys):
     assert "KL from the adapter" in capsys.readouterr().out
 
     assert main(["merge", str(run.folder)]) == 1
-    assert "merged-bf16: is there already; delete it" in capsys.readouterr().err
+    assert "merged-bf16: this folder already exists; delete it" in capsys.readouterr().err
 
 
 def test_both_ways_from_a_4bit_base(tmp_path, tiny_folder, capsys):
@@ -115,7 +115,7 @@ def test_gguf_with_a_converter(tmp_path, tiny_folder, monkeypatch, capsys):
     assert (folder / "merged-bf16-Q4_K_M.gguf").read_text() == "Q4_K_M"
     assert not (folder / "merged-bf16-bf16.gguf").exists()
     fake_converter(tmp_path, fails=True)
-    with pytest.raises(UserError, match="no such architecture.*The merged model is whole"):
+    with pytest.raises(UserError, match="no such architecture.*The merged model itself is complete"):
         merge.main(run, gguf="f16")
     assert not (folder / "merged-bf16-f16.gguf").exists()
 

@@ -11,7 +11,7 @@ def test_plan_before_and_after_negatives_are_written(recipe, capsys):
     """Steps, tokens and memory from the recipe alone; of the run folder only the prepared rows are written."""
     assert main(["plan", recipe, "--gpu", "1", "--probe"]) == 0
     out = capsys.readouterr().out
-    assert "6 steps" in out and "tokens/s" in out and "h of writing negatives" in out
+    assert "6 steps" in out and "tokens/s" in out and "h to generate negatives" in out
     assert "fits 1 GB, fastest with training.gradient_checkpointing=false training.tokens_per_pass=" in out
     assert not (folder(recipe) / "recipe.yaml").exists()
     assert main(["plan", recipe, "--gpu", "0.6"]) == 0

@@ -55,7 +55,7 @@ def test_second_run_skips_what_is_done(recipe, capsys):
     assert main(["run", recipe]) == 0
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     out = capsys.readouterr().out
-    assert "negatives.parquet: already there" in out and "already trained" in out and "already measured" in out
+    assert "negatives.parquet: already exists" in out and "already trained" in out and "already measured" in out
 
 
 def test_other_settings_are_refused_in_words(recipe, capsys):

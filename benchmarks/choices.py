@@ -1,4 +1,4 @@
-"""Multiple choice as training rows: the right option is the completion, the other options are its negatives.
+"""Writes multiple-choice rows: the right option is the completion, the other options are its negatives.
 
     python benchmarks/choices.py arc_easy_train.jsonl arc_easy_test.jsonl arc-easy
     lowdft compare recipes/studies/arc-easy.yaml
@@ -6,7 +6,7 @@
 Each line of the two files has `question`, `choices` (a list) and `answer` (the index of the right one), as in AI2 ARC
 and OpenBookQA (LLM-Adapters' parsed copies were used). Prompts read "Question: …\nAnswer:". Rows are drawn with a fixed
 seed: 768 to train on, 300 to tune learning rates on (`dev`, from the training file), at most 1,000 of the test file.
-`bare` has the training rows and the `dev` rows without their other options, for negatives that the model writes itself.
+`bare` has the training rows and the `dev` rows without the other options, for negatives sampled from the model.
 """
 
 from __future__ import annotations

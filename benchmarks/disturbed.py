@@ -1,4 +1,4 @@
-"""Runs that are disturbed and then continued, for `durability.py`: forks of one process, their folders, and a count."""
+"""Disturbs runs and resumes them, for `durability.py`: forks of one process, their folders, and counts of outcomes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEMPORARY = re.compile(r"\w+-\d+-[0-9a-f]{8}|\.tmp\w{6}")  # in names of files t
 
 
 def make_recipe(place: Path) -> str:
-    """Three steps of DFT on negatives that the model writes; gives the recipe's path."""
+    """Writes a recipe of three DFT steps on negatives sampled from the model; returns its path."""
     save_tiny_model(place / "tiny")
     rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(14)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,12 +48,12 @@ def make_recipe(place: Path) -> str:
 
 
 def attempt(arguments: list[str], log: Path, begin: Callable | None = None, wait: bool = True) -> int:
-    """Forks a `lowdft run`; gives its exit status, or its process id when it shall not `wait`."""
+    """Forks a `lowdft run`; returns its exit status, or its process id if `wait` is False."""
     return forked(lambda: main(["run", *arguments]), log, begin, wait)
 
 
 def forked(work: Callable[[], int], log: Path, begin: Callable | None = None, wait: bool = True) -> int:
-    """Does `work` in a fork whose output goes to `log`; gives what it gives as the exit status."""
+    """Runs `work` in a fork with its output in `log`; the exit status is the result of `work`."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if wait else child
@@ -73,7 +73,7 @@ def forked(work: Callable[[], int], log: Path, begin: Callable | None = None, wa
 
 
 def look_at(arguments: list[str]) -> int:
-    """What a run does with its folder before it loads a model: 0, or 1 where it stops with an error message."""
+    """The exit status of a run's checks of its folder before it loads a model: 0, or 1 with an error message."""
     warnings.showwarning = lambda message, *_, **__: print(message)
     try:
         run = Run(load_recipe(arguments[0], arguments[1:]))
@@ -101,12 +101,12 @@ def change(path: Path, how: str, rng: random.Random) -> None:
 
 
 def content_of(path: Path) -> bytes | None:
-    """What a file holds; None where there is none."""
+    """The contents of a file; None if it does not exist."""
     return path.read_bytes() if path.is_file() else None
 
 
 def state_of(folder: Path) -> str:
-    """A hash of all names and contents below a folder, whatever its temporary files are called."""
+    """A hash of all names and contents below a folder, ignoring the names of temporary files."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*"), key=lambda path: TEMPORARY.sub("", str(path))):
         if path.name != ".lock":
@@ -116,7 +116,7 @@ def state_of(folder: Path) -> str:
 
 
 class Bench:
-    """A run without disturbance to compare with, and the counts of what became of the others."""
+    """An undisturbed run to compare with, and counts of the outcomes of the others."""
 
     def __init__(self, place: Path, seed: int):
         kills.STEPS = 3
@@ -142,7 +142,7 @@ class Bench:
         return begin
 
     def walk(self, folder: Path, act: Callable[[int, str, str], int]) -> None:
-        """One whole run in the folder, with `act` before every operation; it must come to a good end itself."""
+        """A complete run in the folder, with `act` before every operation; it must succeed."""
         log, told = self.place / "log", self.place / "told.json"
 
         def finally_told(number: int, name: str, path: str) -> int:
@@ -159,14 +159,14 @@ class Bench:
             self.compare(folder, "ends with losses")
 
     def keep(self, folder: Path) -> None:
-        """Keeps a copy of what a disturbance left behind, unless another one left the same."""
+        """Keeps a copy of what a disturbance left behind, unless another disturbance left the same."""
         self.found["disturbances"] += 1
         kept = self.place / "states" / (state_of(folder) if folder.is_dir() else "nothing")
         if not kept.exists():
             shutil.copytree(folder, kept) if folder.is_dir() else kept.mkdir()
 
     def continue_all(self, every: int) -> None:
-        """What a run does with every distinct folder that was kept; every so many are run to the end."""
+        """Checks every distinct folder that was kept, and runs every n-th of them to the end."""
         for number, kept in enumerate(sorted((self.place / "states").iterdir())):
             self.found["distinct folders"] += 1
             if number % every == 0:
@@ -177,11 +177,11 @@ class Bench:
             shutil.rmtree(kept)
 
     def looked_at(self, folder: Path) -> int:
-        """What `look_at` gives; what it says is in the file `looked`."""
+        """The result of `look_at`; its output is in the file `looked`."""
         return forked(lambda: look_at([self.recipe, f"output_dir={folder}"]), self.place / "looked")
 
     def continued(self, folder: Path) -> None:
-        """The same command again, undisturbed: counts a dead end or losses."""
+        """Runs the same command again, undisturbed; counts dead ends and losses."""
         status = attempt([self.recipe, f"output_dir={folder}"], self.place / "again")
         text = (self.place / "again").read_text(errors="replace")
         self.found["run to the end"] += 1
@@ -192,13 +192,13 @@ class Bench:
             self.compare(folder, "ends with losses")
 
     def compare(self, folder: Path, name: str) -> None:
-        """Counts an end that is not that of the run without disturbance."""
+        """Counts an end that differs from that of the undisturbed run."""
         if lost := kills.losses(self.whole, kills.contents(folder)):
             self.found[name] += 1
             print(dict(lost), file=sys.stderr)
 
     def unread(self, whole: Path) -> set[Path]:
-        """The files of a finished run that the same command does not open, by their times of access."""
+        """The files of a finished run that the same command does not open, from their access times."""
         folder = shutil.copytree(whole, self.place / "read")
         files = [path for path in folder.rglob("*") if path.is_file()]
         for path in files:
@@ -206,19 +206,19 @@ class Bench:
         status = attempt([self.recipe, f"output_dir={folder}"], self.place / "log")
         found = {path for path in files if path.is_file() and not path.stat().st_atime_ns}
         if status or folder / "recipe.yaml" in found or folder / "evaluation.json" in found:
-            raise SystemExit("times of access are not kept here (mount option noatime)")
+            raise SystemExit("this file system does not keep access times (mount option noatime)")
         shutil.rmtree(folder)
         return {path.relative_to(folder) for path in found}
 
     def is_equal(self, folder: Path) -> bool:
-        """Is this the end of the run without disturbance?"""
+        """Whether this end equals that of the undisturbed run."""
         try:
             return not kills.losses(self.whole, kills.contents(folder))
         except (OSError, ValueError):  # a file that is missing, or no JSON
             return False
 
     def judge(self, status: int, log: Path, what: str) -> None:
-        """Counts a traceback, and an end that is neither 0 nor 1."""
+        """Counts tracebacks, and exit statuses other than 0 and 1."""
         text = log.read_text(errors="replace")
         self.found["tracebacks"] += "Traceback" in text
         self.found["other statuses"] += status not in (0, 1)

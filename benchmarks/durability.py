@@ -1,19 +1,19 @@
-"""What may happen to a run folder besides SIGKILL: failing writes, damage, two writers at once, power failure.
+"""Tests how a run folder survives failing writes, kills, damage, two writers at once and power failure.
 
-    python benchmarks/durability.py faults      # from the n-th operation on, all fail: every n, four kinds of error
+    python benchmarks/durability.py faults      # all operations fail from the n-th on: every n, four kinds of error
     python benchmarks/durability.py kills       # SIGKILL before the n-th operation, every n
-    python benchmarks/durability.py full        # a file system of so many bytes (tmpfs)
+    python benchmarks/durability.py full        # a file system that becomes full (tmpfs), of several sizes
     python benchmarks/durability.py damage      # every file deleted, emptied, cut, one bit flipped
     python benchmarks/durability.py pairs       # the same command again while it runs, and two at the same time
     python benchmarks/durability.py power       # images of the disk, cut while the run writes (--system ext4, xfs)
 
 A tiny random model runs every stage: generated negatives, reference scores, three steps with a checkpoint each,
 evaluation, report, export. An operation is an open for writing, write, truncate, fsync, mkdir, rename or removal below
-the run folder, by whatever library (`operations.py`). After each disturbance the same command runs again, and its end
-is compared with that of a run without one (`kills.py` says how). Disturbances that leave the same files behind count as
-one folder; with --end-every N only every N-th folder is run to its end, and of the others it is seen that a run accepts
-them. Every attempt is a fork of one process that has imported everything. The status is 0 when nothing was lost. Linux,
-root.
+the run folder, by any library (`operations.py`). After each disturbance the same command runs again, and its end is
+compared with that of an undisturbed run (as in `kills.py`). Disturbances that leave the same files behind count as one
+folder. With --end-every N only every N-th folder is run to its end; for the others, only the checks of a run are made.
+Every attempt is a fork of one process that has imported everything. The exit status is 0 if nothing was lost. Needs
+Linux and root.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ BAD = (
 
 
 def faults(bench: Bench, options: argparse.Namespace) -> None:
-    """Before the n-th operation the run forks, once per kind of error; in the fork it fails, and all after it."""
+    """Before the n-th operation the run forks, once per kind of error; in the fork all operations from then on fail."""
     folder, fails_with = bench.place / "run", 0
     log, copy = bench.place / "forked", bench.place / "copy"
 
     def act(number: int, name: str, path: str) -> int:
         nonlocal fails_with
         if fails_with:
-            removing = name == "remove" and fails_with in (errno.ENOSPC, errno.EDQUOT)  # a full disk lets go
+            removing = name == "remove" and fails_with in (errno.ENOSPC, errno.EDQUOT)  # removing works on a full disk
             return 0 if removing else fails_with
         for code in ERRORS if number % options.every == 0 else ():
             shutil.copytree(folder, copy)
@@ -79,7 +79,7 @@ def faults(bench: Bench, options: argparse.Namespace) -> None:
 
 
 def killed(bench: Bench, options: argparse.Namespace) -> None:
-    """The folder as it is before the n-th operation: what SIGKILL there leaves."""
+    """Keeps the folder as it is before the n-th operation, which is what SIGKILL at that point leaves."""
     folder = bench.place / "run"
 
     def act(number: int, name: str, path: str) -> int:
@@ -92,7 +92,7 @@ def killed(bench: Bench, options: argparse.Namespace) -> None:
 
 
 def full(bench: Bench, options: argparse.Namespace) -> None:
-    """A file system of so many bytes is full at some write; then it is made larger."""
+    """Lets a file system become full at some write, then makes it larger."""
     disk = bench.place / "disk"
     disk.mkdir()
     size = sum(p.stat().st_size + 4096 for p in (bench.place / "whole").rglob("*"))
@@ -118,12 +118,12 @@ NAMED = (
     "damaged",
     "has no manifest",
     "is not JSON",
-    "is not what training wrote",
+    "cut or deleted after training",
 )  # in messages
 
 
 def damage(bench: Bench, options: argparse.Namespace) -> None:
-    """Every file of an unfinished run's newest checkpoint, and of a finished run: found, and what comes of it."""
+    """Damages every file of an unfinished run's newest checkpoint, and of a finished run, and records the outcome."""
     whole = bench.place / "whole"
     cut = shutil.copytree(whole, bench.place / "cut")
     shutil.rmtree(cut / "adapter")  # as if training had been killed after its last checkpoint
@@ -137,16 +137,16 @@ def damage(bench: Bench, options: argparse.Namespace) -> None:
     for start, below in ((cut, f"checkpoints/checkpoint-{kills.STEPS}"), (whole, "")):
         for file in sorted(p for p in (start / below).rglob("*") if p.is_file() and p.stat().st_size):
             name = file.relative_to(start)
-            unopened = start == whole and name in unread  # then other contents cannot matter, only a name or a size
+            unopened = start == whole and name in unread  # then its contents do not matter, only its name and size
             for how in HOW[: 2 if unopened else 4] if name.name != ".lock" else ():
                 _one_damage(bench, start, name, how, unopened)
 
 
 def _one_damage(bench: Bench, start: Path, name: Path, how: str, unopened: bool) -> None:
-    """The same command on a folder with one damaged file.
+    """Runs the same command on a folder with one damaged file.
 
-    What a finished run does not make again is put back before comparing: a deleted file that the command does not open,
-    and a damaged checkpoint that was set aside.
+    Before comparing, files that a finished run does not make again are restored: a deleted file that the command does
+    not open, and a damaged checkpoint that was set aside.
     """
     folder, log = shutil.copytree(start, bench.place / "damaged"), bench.place / "looked"
     change(folder / name, how, bench.rng)
@@ -183,7 +183,7 @@ SYSTEMS = {"ext4": ("mkfs.ext4", "-q"), "xfs": ("mkfs.xfs", "-q")}
 
 
 def power(bench: Bench, options: argparse.Namespace) -> None:
-    """A run on an image of a disk. The image is copied before operations: what the kernel still holds is not in it."""
+    """A run on a disk image. The image is copied before operations, without what the kernel has not yet written."""
     image, mounted = bench.place / "image", bench.place / "mounted"
     mounted.mkdir(exist_ok=True)
     with open(image, "wb") as file:
@@ -196,7 +196,7 @@ def power(bench: Bench, options: argparse.Namespace) -> None:
 
     def act(number: int, name: str, path: str) -> int:
         nonlocal saved, last
-        if last == f"fsync {folder}/checkpoints":  # the newest has its name on the disk
+        if last == f"fsync {folder}/checkpoints":  # the name of the newest checkpoint is on disk
             saved = max(_steps(folder), default=0)
         last = f"{name} {path}"
         if number in chosen:
@@ -239,9 +239,9 @@ PARTS: dict[str, Callable] = {"faults": faults, "kills": killed, "full": full, "
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", choices=PARTS, nargs="+")
-    parser.add_argument("--count", type=int, default=100, help="pairs, images, sizes of a disk")
-    parser.add_argument("--every", type=int, default=1, help="faults, kills: at every so many operations")
-    parser.add_argument("--end-every", type=int, default=1, help="run every so many of the folders left to the end")
+    parser.add_argument("--count", type=int, default=100, help="number of pairs, images or disk sizes")
+    parser.add_argument("--every", type=int, default=1, help="faults, kills: at every N-th operation")
+    parser.add_argument("--end-every", type=int, default=1, help="run every N-th of the remaining folders to its end")
     parser.add_argument("--system", choices=SYSTEMS, default="ext4", help="power: the file system")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

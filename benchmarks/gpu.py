@@ -1,11 +1,11 @@
-"""Everything that a first GPU has to say about lowdft, in one call of under nine minutes.
+"""Checks and measures lowdft on a GPU for the first time, in less than nine minutes.
 
     python benchmarks/gpu.py                    # a 7B-shaped model of random NF4 weights on the GPU
     python benchmarks/gpu.py --only 3 5 9       # some sections
     python benchmarks/gpu.py --tiny             # a tiny model, also on a CPU: does every section run?
 
-Every section runs in its own `try` with a deadline and prints one line at once; at the end stands all of it as JSON,
-and `benchmarks/results/<device>-gpu-<date>.md` holds the same. Sections whose question a CPU cannot answer say so.
+Every section runs in its own `try` with a deadline and prints its line at once. At the end everything is printed as
+JSON and written to `benchmarks/results/<device>-gpu-<date>.md`. Sections that need a GPU are skipped on a CPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What grows with rows and steps: `python benchmarks/growth.py --rows 6250 25000 100000 --steps 1000 100000`.
+"""How costs grow with rows and steps: `python benchmarks/growth.py --rows 6250 25000 100000 --steps 1000 100000`.
 
-Rows: one prompt, one completion and four own negatives each; CPU time of this process and its children for the checks
-of rows by themselves and together; for all that `lowdft` does before a model is loaded (`Run.check`: it reads,
-understands and checks them, and writes them down again); and for that again from what the first call left.
-Steps: a checkpoint of a tiny model, written by a trainer that has logged so many lines; its bytes and its CPU time.
+Rows have one prompt, one completion and four negatives each. Measured is the CPU time of this process and its children:
+for the checks of single rows and of all rows together; for everything that `lowdft` does before it loads a model
+(`Run.check` reads, parses and checks the rows, and stores them); and for the same again with the stored rows.
+Steps: the size and CPU time of a checkpoint of a tiny model, written by a trainer that has logged that many lines.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/gsm8k_calculations.py train.jsonl test.jsonl calculations
     lowdft compare recipes/studies/gsm8k-calculations.yaml
 
-Real data with answers that can be checked, short enough for a 135M model on a CPU. Every expression comes once; those
-of the test file are left out of the training rows. The rows' order is drawn with a fixed seed.
+This is real data with answers that can be checked, short enough for a 135M model on a CPU. Every expression occurs
+once; those of the test file are left out of the training rows. The order of the rows is random with a fixed seed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(train: str, test: str, folder: str) -> None:
 
 
 def read(path: str) -> dict[str, str]:
-    """Expression without spaces -> its result as GSM8K writes it; the first one where it differs."""
+    """Expression without spaces -> its result as in GSM8K; the first one if they differ."""
     found: dict[str, str] = {}
     with open(path, encoding="utf-8") as file:
         for line in file:

@@ -1,14 +1,14 @@
-"""SIGKILL at random and at chosen moments of `lowdft run`, restarting each time; the end against an uninterrupted run.
+"""Kills `lowdft run` at random and chosen moments, restarts it, and compares the end with an uninterrupted run.
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 60 --seed 0 --objective dft
 
-A tiny random model walks the whole way (generate, score, train, evaluate, report, export) once undisturbed. Then walks
-are killed, again and again, until they end; each end is compared: rows of every parquet file, lines of metrics.jsonl,
-tensors of the adapter and of the last checkpoint's `log_u`, evaluation, manifests, and the names of all files. Every
-attempt is a fork of one process that has imported everything, so that starting one takes no time.
+A tiny random model first goes through all stages (generate, score, train, evaluate, report, export) undisturbed. Then
+such runs are killed and restarted again and again until they finish. Each end is compared: rows of every parquet file,
+lines of metrics.jsonl, tensors of the adapter and of the last checkpoint's `log_u`, evaluation, manifests, and the
+names of all files. Every attempt is a fork of one process that has imported everything, so that it starts at once.
 
-A moment is a touch of a file (open, rename, delete, ...: Python's audit events), at which the process kills itself
-before it is done, or a time after such a touch.
+A moment is an access to a file (open, rename, delete, ...: Python's audit events), before which the process kills
+itself, or a time after such an access.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # no thread exists when a walk is forked
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # no thread may exist when a run is forked
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import pyarrow.parquet as pq
@@ -41,14 +41,14 @@ from safetensors.torch import load_file
 
 from lowdft.cli import WHOLE_WAY, main
 
-SPEED = {"tokens_per_second", "peak_memory_gb", "seconds"}  # of metrics.jsonl: no two runs have them alike
+SPEED = {"tokens_per_second", "peak_memory_gb", "seconds"}  # in metrics.jsonl: they differ between any two runs
 ROWS, EPOCHS = 44, 2
 STEPS = EPOCHS * (ROWS - 4) // 4
 
 
 @dataclass(frozen=True)
 class Moment:
-    """`seconds` after the `count`-th touch of a path of the run folder that contains `where`; 0: before it is done."""
+    """`seconds` after the `count`-th access to a path in the run folder that contains `where`; 0: just before it."""
 
     place: str
     where: str
@@ -57,7 +57,7 @@ class Moment:
 
 
 def moments(rng: random.Random) -> list[Moment]:
-    """One walk's kills in the order of its stages: each lets it get a little further."""
+    """The kills of one run, in the order of its stages; each lets it get a little further."""
     short, long = (lambda: rng.uniform(0, 0.02)), (lambda: rng.uniform(0, 0.15))
     return [
         Moment("before a model is loaded", "", 1, long()),
@@ -83,7 +83,7 @@ def moments(rng: random.Random) -> list[Moment]:
 
 
 def prepare() -> None:
-    """Imports what a run imports and prints the versions; a fork then begins at once and collects no garbage of it."""
+    """Imports what a run imports, so that forks start at once and do not collect its garbage; prints the versions."""
     for stage in WHOLE_WAY:
         __import__(f"lowdft.pipeline.stages.{stage}")
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "deepspeed"):
@@ -99,7 +99,7 @@ def prepare() -> None:
 
 
 def attempt(arguments: list[str], folder: Path, moment: Moment | None, log: Path) -> int:
-    """Forks a `lowdft run`, kills it at the moment, and gives its exit status (-9: it was killed)."""
+    """Forks a `lowdft run`, kills it at the moment, and returns its exit status (-9: it was killed)."""
     told, tell = os.pipe()
     child = os.fork()
     if not child:
@@ -146,7 +146,7 @@ def _trap(folder: Path, moment: Moment, tell: int):
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """All that a run made, by name, without clock times and speeds; lists of rows and lines as they stand."""
+    """Everything that a run made, by name, without times and speeds; lists of rows and lines in order."""
     found: dict[str, object] = {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))}
     for path in folder.glob("*.parquet"):
         found[path.name] = pq.read_table(path).to_pylist()
@@ -167,7 +167,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 
 def losses(whole: dict, found: dict) -> Counter:
-    """What an end lacks, has twice or has otherwise, by name; empty when it equals the uninterrupted one."""
+    """What an end lacks, has twice or has differently, by name; empty if it equals the uninterrupted one."""
     counts: Counter = Counter()
     for name in whole.keys() | found.keys():
         a, b = whole.get(name), found.get(name)
@@ -188,7 +188,7 @@ def losses(whole: dict, found: dict) -> Counter:
 
 
 def make_recipe(place: Path, objective: str) -> str:
-    """A tiny model, rows of sums and a recipe that saves at every step; gives the recipe's path."""
+    """Writes a tiny model, rows of sums and a recipe that saves at every step; returns the recipe's path."""
     save_tiny_model(place / "tiny")
     rows = [json.dumps({"prompt": f"{a}+{a}?", "completion": str(2 * a)}) + "\n" for a in range(ROWS)]
     (place / "rows.jsonl").write_text("".join(rows))
@@ -206,7 +206,7 @@ def make_recipe(place: Path, objective: str) -> str:
 
 
 def kill_until(kills: int, seed: int, objective: str, place: Path) -> dict:
-    """Walks with kills until there were as many; counts kills by place, walks, and losses by kind."""
+    """Runs with kills until there were enough; counts kills by place, runs, and losses by kind."""
     recipe, rng = make_recipe(place, objective), random.Random(seed)
     began = time.perf_counter()
     assert attempt([recipe], place / "whole", None, place / "log") == 0, (place / "log").read_text()

@@ -4,8 +4,8 @@
     lowdft compare recipes/studies/mawps.yaml
 
 Each line of the two files has `question` and `answer` (LLM-Adapters' parsed copy was used). The training rows are drawn
-with a fixed seed and written in two halves: `train` is trained on; an SFT'ed copy learns from `writer`, and then writes
-the negatives of the first half (recipes/mawps-writer.yaml).
+with a fixed seed and written in two halves: `train` is the training data; a copy of the model is fine-tuned on `writer`
+and then writes the negatives for the first half (recipes/mawps-writer.yaml).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Every operation by which this process changes files below a folder, told before it is done, and failed if wanted.
+"""Reports every operation by which this process changes files below a folder, before it happens, or makes it fail.
 
     import operations
-    operations.preload()                      # at the very start: the program begins again behind `operations.c`
-    operations.watch(folder, act)             # act(name, path) -> 0, or the errno that the operation shall fail with
+    operations.preload()                      # first of all: restarts the program with `operations.c` in front of libc
+    operations.watch(folder, act)             # act(name, path) -> 0, or the errno with which the operation fails
 
-Python's own calls are seen and those of C, C++ and Rust, where they go through libc (Linux, a C compiler).
+It sees calls of Python and those of C, C++ and Rust that go through libc (needs Linux and a C compiler).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 CALLED = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p)
 NEW_MOUNTS, PRIVATE, BIND = 0x20000, 0x44000, 0x1000  # CLONE_NEWNS, MS_REC | MS_PRIVATE, MS_BIND
-_kept: list = []  # ctypes does not keep what C calls
+_kept: list = []  # ctypes does not keep callbacks alive
 
 
 def preload() -> None:
-    """Compiles the library and starts this program again with it in front of libc; does nothing when it is there."""
+    """Compiles the library and restarts this program with it in front of libc; does nothing if it is already there."""
     if "operations.so" in os.environ.get("LD_PRELOAD", ""):
         return
     library = Path(tempfile.mkdtemp()) / "operations.so"
@@ -51,7 +51,7 @@ def watch(folder: Path, act: Callable[[str, str], int]) -> None:
 
 
 def replace_for_me(folder: Path, copy: Path) -> None:
-    """This process sees `copy` in the place of `folder`, and no other process does (Linux, root)."""
+    """Makes this process, but no other, see `copy` in place of `folder` (Linux, root)."""
     libc = ctypes.CDLL(None, use_errno=True)
     steps = [
         libc.unshare(NEW_MOUNTS),

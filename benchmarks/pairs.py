@@ -13,7 +13,7 @@ from disturbed import Bench, attempt
 
 
 def pairs(bench: Bench, options: argparse.Namespace) -> None:
-    """The same command again, at random operations of the first; at every second one the first waits meanwhile."""
+    """Starts the same command again at random operations of the first, which waits at every second of them."""
     slowest, meanwhile = 0.0, 10
     for i in range(-(-options.count // meanwhile)):
         folder = bench.place / f"pair-{i}"
@@ -63,7 +63,7 @@ def pairs(bench: Bench, options: argparse.Namespace) -> None:
 
 
 def _ended(process: int) -> int | None:
-    """The wait status of a child, once it has ended within a second; else None."""
+    """The wait status of a child if it ends within a second, else None."""
     for _ in range(100):
         if (found := os.waitpid(process, os.WNOHANG))[0]:
             return found[1]

@@ -1,11 +1,11 @@
-"""Does `lowdft probe` foresee a study's result? Its verdict beside what the study's runs measured, cell by cell.
+"""Compares the predictions of `lowdft probe` with the results of studies, cell by cell.
 
     python benchmarks/probe.py recipes/studies/arc-easy.yaml recipes/studies/openbookqa.yaml …
 
-A cell is a line of a study's table with a difference to SFT (its `ahead`, by accuracy where it is checked, else by
-accuracy of choice). It counts where the difference exceeds one standard error; the probe is right when the sign of the
-gain that it foresees for the line's objective is the difference's. The probe runs once a study, on its recipe under the
-settings of the grid's first combination, and is kept in the study's folder.
+A cell is a line of a study's table with a difference from SFT (its `ahead`, by accuracy if that was checked, else by
+accuracy of choice). It counts if the difference exceeds one standard error. The probe is right if the gain that it
+predicts for the line's objective has the same sign. The probe runs once per study, on its recipe with the settings of
+the grid's first combination, and is kept in the study's folder.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lowdft.study import as_overrides, combinations, label, read_study
 
 
 def cells(path: Path) -> list[dict]:
-    """What the probe foresaw and what was measured, a dict a line of the study's table."""
+    """What the probe predicted and what was measured, one dict per line of the study's table."""
     study = read_study(path)
     folder = Path(study["output_dir"])
     if not (folder / "study.json").is_file():
-        print(f"{path}: has no results yet, left out", file=sys.stderr)
+        print(f"{path}: no results yet, left out", file=sys.stderr)
         return []
     runs = combinations(study)
     if not (folder / "probe.json").is_file():
@@ -56,7 +56,7 @@ def cells(path: Path) -> list[dict]:
 def main(paths: list[str]) -> None:
     """Prints the table and the hit rate."""
     found = [cell for path in paths for cell in cells(Path(path))]
-    print("| study, line | gain foreseen, of SFT's | recommended | measured ahead of SFT, points | right |")
+    print("| study, line | predicted gain, relative to SFT's | recommended | measured difference, points | right |")
     print("|---|---|---|---|---|")
     for cell in found:
         right = ("yes" if cell["right"] else "no") if cell["counts"] else "within one error"

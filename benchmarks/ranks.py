@@ -1,10 +1,10 @@
-"""Two ranks of `lowdft run --launch`: signals, a killed launcher, a hanging rank.
+"""Tests two ranks of `lowdft run --launch` with signals, a killed launcher and a hanging rank.
 
     python benchmarks/ranks.py --launch ddp zero2 zero3 --what SIGTERM Ctrl-C launcher hang
 
-Each line starts a training of a tiny model on two processes of this machine, waits for its first checkpoint, disturbs
-it, and prints what was seen: the exit status, tracebacks, ranks that are left after 10 seconds; for a rank that is
-stopped, after how many seconds the other one said so. Then the same command must resume. Linux.
+Each line starts training a tiny model on two processes of this machine, waits for the first checkpoint, disturbs the
+run, and prints the exit status, tracebacks, ranks that are left after 10 seconds and, for a stopped rank, after how
+many seconds the other one reported it. Then the same command must resume. Needs Linux.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SAID = "has not moved for"
 
 
 def make_recipe(place: Path) -> str:
-    """Some hundred steps on rows with their own negatives, a checkpoint at every second one; gives the path."""
+    """Writes a recipe of some hundred steps on rows with negatives, a checkpoint every 2 steps; returns its path."""
     from helpers import save_tiny_model
 
     save_tiny_model(place / "tiny")
@@ -44,7 +44,7 @@ def make_recipe(place: Path) -> str:
 
 
 class Launched:
-    """A training under a launcher that has written a checkpoint, its ranks, and what it writes on standard error."""
+    """A launched training run that has written a checkpoint, its ranks, and its standard error."""
 
     def __init__(self, kind: str, recipe: str, place: Path):
         self.error, self.place = place / "error", place
@@ -74,7 +74,7 @@ class Launched:
         return None
 
     def disturbed(self, what: str) -> dict:
-        """Does it, and gives what was seen."""
+        """Disturbs the run, and returns what was observed."""
         found = {"after step": self.step}
         if what == "SIGTERM":
             self.process.terminate()
@@ -104,6 +104,6 @@ if __name__ == "__main__":
     for kind in options.launch:
         with tempfile.TemporaryDirectory() as place:
             recipe = make_recipe(Path(place))
-            for what in options.what:  # each resumes from what the one before it left
+            for what in options.what:  # each resumes from what the previous one left
                 launched = Launched(kind, recipe, Path(place))
                 print(kind, what, json.dumps(launched.disturbed(what)), flush=True)

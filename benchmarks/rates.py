@@ -1,4 +1,4 @@
-"""How much of a machine's rate of matrix products a training step uses."""
+"""The share of a machine's rate of matrix products that a training step reaches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def linear_shapes(model) -> dict[tuple[int, int], int]:
-    """How many linear layers of (inputs, outputs) the base has, without its head."""
+    """The number of linear layers of each (inputs, outputs) in the base, without its head."""
     found: dict[tuple[int, int], int] = {}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
@@ -18,7 +18,7 @@ def linear_shapes(model) -> dict[tuple[int, int], int]:
 
 
 def useful_flop(name: str, layers: dict, head: int, rows: list[dict]) -> float:
-    """Products that the method needs: forward and back over every token of a group, and a reference's forward."""
+    """The products that the method needs: forward and backward for every token of a group, and the reference's pass."""
     weights = sum(inputs * outputs * count for (inputs, outputs), count in layers.items())
     prompt, positive = (sum(len(row[key]) for row in rows) for key in ("prompt_ids", "completion_ids"))
     negative = sum(len(ids) for row in rows for ids in row["negative_ids"])
@@ -31,7 +31,7 @@ def useful_flop(name: str, layers: dict, head: int, rows: list[dict]) -> float:
 
 
 def product_rate(layers: dict, tokens: int, dtype: torch.dtype, device) -> float:
-    """Flop/s of the layers' products with that many tokens, the fastest of three rounds."""
+    """Flop/s of the layers' products with that many tokens; the fastest of three rounds."""
     times = []
     inputs = {shape: torch.randn(tokens, shape[0], dtype=dtype, device=device) for shape in layers}
     weights = {shape: torch.randn(shape, dtype=dtype, device=device) for shape in layers}

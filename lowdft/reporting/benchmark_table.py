@@ -1,4 +1,4 @@
-"""What `benchmark.json` says as a table: benchmarks as rows, systems as columns, and how far each is ahead."""
+"""`benchmark.json` as a table: benchmarks as rows, systems as columns, and differences from the base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {
 
 
 def cells(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text, in percent and points where a metric is a share."""
+    """Header and rows as text; shares are in percent, and their differences in points."""
     systems = list(result["mean"])
     others = systems[1:]
     header = ["", *systems, *(f"{name} ahead" for name in others), "rows"]
@@ -42,7 +42,7 @@ def cells(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(result: dict) -> str:
-    """What the numbers are."""
+    """A line that explains the numbers."""
     paired = all(
         score["ahead"]["paired"] for task in result["tasks"].values() for score in list(task["systems"].values())[1:]
     )
@@ -71,7 +71,7 @@ def _cell(value: float, error: float | None, sign: str = "") -> str:
 
 
 def of_study(runs: list[tuple[str, dict]]) -> str:
-    """The benchmarks of a study in Markdown: one line per name, in brackets the lead over the base.
+    """The benchmarks of a study in Markdown: one line per name, with the difference from the base in brackets.
 
     Args:
         runs: (name of the line, contents of the run's benchmark.json); runs of one name are repetitions.
@@ -88,13 +88,13 @@ def of_study(runs: list[tuple[str, dict]]) -> str:
         cells = [_of_repetitions([one["tasks"][task]["systems"]["after"] for one in many]) for task in tasks]
         lines.append([name, *cells, _cell(statistics.mean(one["mean"]["after"] for one in many), None)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{notes(first)}; in brackets the lead over the base.\n"
+    return f"{table}\n\n{notes(first)}; in brackets the difference from the base.\n"
 
 
 def _of_repetitions(scores: list[dict]) -> str:
     values = [score["value"] for score in scores]
     spread = statistics.stdev(values) if len(values) > 1 else scores[0]["stderr"]
     errors = [score["ahead"]["stderr"] for score in scores]
-    error = None if None in errors else statistics.mean(errors)  # of the same rows in every run
+    error = None if None in errors else statistics.mean(errors)  # the rows are the same in every run
     ahead = _cell(statistics.mean(score["ahead"]["value"] for score in scores), error, "+")
     return f"{_cell(statistics.mean(values), spread)} ({ahead})"

@@ -1,4 +1,4 @@
-"""Charts as plain numbers for the page's template, which draws them as SVG: ticks, paths and marks in picture units."""
+"""Computes charts for the page's template, which draws them as SVG: ticks, paths and marks in picture units."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from lowdft.reporting.metrics import LOGARITHMIC, LOGPS, NEGLIGIBLE, TRAINING
 
 WIDTH, HEIGHT = 520, 290
-LEFT, RIGHT, TOP, BOTTOM = 62, 508, 12, 246  # of the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 62, 508, 12, 246  # the plotting area
 POINTS, MARKS, BINS = 400, 7, 24
-FLOOR = 1e-12  # what a logarithmic axis shows zero as
+FLOOR = 1e-12  # zero on a logarithmic axis
 
 
 @dataclass
 class Line:
-    """One curve: the run it belongs to, which of the chart's quantities it is, and its points (step, value)."""
+    """One curve: its run, which of the chart's quantities it shows, and its points (step, value)."""
 
     label: str
     run: int
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass
 class Chart:
-    """What the template draws. Positions are in a picture of `WIDTH` by `HEIGHT`; paths are SVG path data."""
+    """A chart for the template. Positions are in a picture of `WIDTH` by `HEIGHT`; paths are SVG path data."""
 
     key: str
     title: str
@@ -40,7 +40,7 @@ class Chart:
 
 
 def of_training(runs: Sequence[tuple[str, list[dict]]]) -> list[Chart]:
-    """The charts of training, every run's line in each. `runs`: (name, log lines)."""
+    """The charts of training, each with a line per run. `runs`: (name, log lines)."""
     both = [
         Line(f"{name}: {label}" if len(runs) > 1 else label, i, kind, _points(steps, key))
         for i, (name, steps) in enumerate(runs)
@@ -49,9 +49,7 @@ def of_training(runs: Sequence[tuple[str, list[dict]]]) -> list[Chart]:
     charts = [draw("logps", "Log-probability of a sequence", "nats", both)]
     for key, (title, unit) in TRAINING.items():
         lines = [Line(name, i, 0, _points(steps, key)) for i, (name, steps) in enumerate(runs)]
-        limit = (
-            (NEGLIGIBLE, f"{NEGLIGIBLE:g}: below, they contribute almost nothing") if key == "weights/mean" else None
-        )
+        limit = (NEGLIGIBLE, f"below {NEGLIGIBLE:g} they contribute almost nothing") if key == "weights/mean" else None
         charts.append(draw(key, title, unit, lines, key in LOGARITHMIC, limit))
     return [chart for chart in charts if chart]
 
@@ -59,7 +57,7 @@ def of_training(runs: Sequence[tuple[str, list[dict]]]) -> list[Chart]:
 def draw(
     key: str, title: str, unit: str, lines: Sequence[Line], log: bool = False, limit: tuple[float, str] | None = None
 ) -> Chart | None:
-    """A chart of smoothed curves with the raw ones behind; None where no line has a point."""
+    """A chart of smoothed curves with the raw curves behind; None if no line has a point."""
     lines = [line for line in lines if line.points]
     if not lines:
         return None
@@ -88,7 +86,7 @@ def draw(
 def histogram(
     key: str, title: str, unit: str, across: str, runs: Sequence[tuple[int, str, list[float]]]
 ) -> Chart | None:
-    """Counts of values, the bars of several runs side by side. `runs`: (run, name, values)."""
+    """A histogram, with the bars of several runs side by side. `runs`: (run, name, values)."""
     runs = [(i, name, [v for v in values if math.isfinite(v)]) for i, name, values in runs]
     runs = [(i, name, values) for i, name, values in runs if values]
     if not runs:
@@ -129,7 +127,7 @@ def _clean(points: list[tuple[float, float]], log: bool) -> list[tuple[float, fl
 
 
 def _some(points: list, count: int) -> list:
-    """At most `count` of them, evenly chosen, the last included."""
+    """At most `count` items, evenly spaced, including the last."""
     if len(points) <= count:
         return points
     return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]

@@ -1,4 +1,4 @@
-"""What `evaluation.json` says as a table: systems side by side as columns, metrics as rows."""
+"""`evaluation.json` as a table: systems as columns, metrics as rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lowdft.reporting.metrics import EVALUATION, SHARES
 
 
 def cells(evaluation: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text, with the difference of "after" to "base" where both were measured.
+    """Header and rows as text, with the difference of "after" from "base" if both were measured.
 
-    A metric that a system lacks is "–", one that no system has is left out.
+    A metric that a system does not have is "–"; one that no system has is left out.
     """
     systems = evaluation["systems"]
     found = {key for metrics in systems.values() for key in metrics if not key.endswith("_stderr")}
@@ -25,7 +25,7 @@ def cells(evaluation: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def paired(base: list[float], after: list[float]) -> tuple[float, float | None]:
-    """Mean of the differences on the same rows and its standard error (None for a single row)."""
+    """The mean difference on the same rows and its standard error (None for a single row)."""
     differences = [a - b for a, b in zip(after, base, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
     return statistics.mean(differences), error
@@ -49,7 +49,7 @@ def _points(difference: float, error: float | None) -> str:
 
 
 def title(evaluation: dict) -> str:
-    """What the table was measured on."""
+    """A title that says what the table was measured on."""
     count = evaluation["negatives_per_row"]
     beside = f", {count:.3g} negative{'' if count == 1 else 's'} per row" if count else ""
     rows = evaluation["rows"]

@@ -1,4 +1,4 @@
-"""Figures as PNG files: a run's log-probabilities, and a study's curves, swept number and costs."""
+"""Figures as PNG files: the log-probabilities of a run; curves, swept hyper-parameter and costs of a study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COSTS = ("seconds", "peak_memory_gb")
 def logps(steps: list[dict]):
     """The paper's Figure 3: mean log-probabilities of completions and negatives over the steps of one run.
 
-    Each is smoothed, with its raw curve faint behind.
+    The curves are smoothed, with the raw curves faint behind them.
     """
     figure, (axis,) = _figure(1, size=(7.2, 4.2))
     for (key, label), style in zip(LOGPS.items(), ("-", "--"), strict=True):
@@ -34,12 +34,12 @@ def logps(steps: list[dict]):
 
 
 def label(settings: dict, *without: str) -> str:
-    """What a table and a legend call a combination: its values, but those of the keys `without`."""
+    """The name of a combination in tables and legends: its values, except for the keys in `without`."""
     return ", ".join(str(value) for key, value in settings.items() if key not in without)
 
 
 def draw(folder: Path, results: list[dict], table: list[dict], spread: str) -> list[str]:
-    """Draws every figure that these results allow, and returns the files' names."""
+    """Draws every figure that is possible with these results, and returns the file names."""
     made = [curves(folder / "curves.png", results, spread), cost(folder / "cost.png", table)]
     key = swept_key(results, spread)
     if key is not None:
@@ -48,7 +48,7 @@ def draw(folder: Path, results: list[dict], table: list[dict], spread: str) -> l
 
 
 def curves(path: Path, results: list[dict], spread: str) -> Path:
-    """Log-probabilities of completions and negatives over training, a colour a method (the paper's Figure 3)."""
+    """Log-probabilities of completions and negatives over training, one colour per method (the paper's Figure 3)."""
     figure, axes = _figure(2, sharex=True)
     colours: dict[str, str] = {}
     for result in results:
@@ -67,7 +67,7 @@ def curves(path: Path, results: list[dict], spread: str) -> Path:
 
 
 def swept_key(results: list[dict], spread: str) -> str | None:
-    """The one key of the grid, `spread` aside, that takes several numbers; None where there is none, or more."""
+    """The only key of the grid besides `spread` with several numbers as values; None unless there is exactly one."""
     values: dict[str, set] = {}
     for result in results:
         for key, value in result["settings"].items():
@@ -81,7 +81,7 @@ def swept_key(results: list[dict], spread: str) -> str | None:
 
 
 def swept(path: Path, results: list[dict], key: str, spread: str) -> Path:
-    """Accuracy (the margin where no answer is checked) against the swept number, a line for every other combination.
+    """Accuracy (or the margin, if answers are not checked) against the swept number, one line per other combination.
 
     Error bars are one standard deviation over `spread` (the paper's Figure 2b, with gamma swept).
     """

@@ -1,4 +1,4 @@
-"""What a run's numbers warn of, in plain words."""
+"""Warnings about the numbers of a run, in plain words."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 
 from lowdft.reporting.metrics import negligible
 
-SHARE = 0.05  # of negatives that are empty or equal to the completion, before it is worth a warning
-CAPPED = 0.10  # of negatives that end at the length cap
-AT_START = 0.9  # share of a moving average that is still its first value
-REPEATED = 4  # times that the same four words stand in one answer
+SHARE = 0.05  # warn above this share of negatives that are empty or equal to the completion
+CAPPED = 0.10  # warn above this share of negatives that reached the length limit
+AT_START = 0.9  # a moving average counts as stuck if its initial value makes up this share
+REPEATED = 4  # an answer repeats itself if the same four words occur this often
 
 
 def of_steps(steps: Sequence[dict]) -> Iterator[str]:
@@ -33,10 +33,10 @@ def of_steps(steps: Sequence[dict]) -> Iterator[str]:
 
 
 def of_log_u(values: Sequence[float], visits: Sequence[int], start: float | str, gamma: float | None) -> Iterator[str]:
-    """A warning when the moving averages still are what they started from.
+    """A warning if moving averages still mostly consist of their initial values.
 
-    After k visits the first value's share is (1 - gamma)^k u_0; for examples in which that is at least `AT_START` of
-    the average, the negatives never reached it.
+    After k visits the initial value contributes (1 - gamma)^k u_0. If that is at least `AT_START` of an example's
+    average, its negatives had almost no influence on it.
     """
     if isinstance(start, str) or not gamma or gamma >= 1:
         return
@@ -44,19 +44,19 @@ def of_log_u(values: Sequence[float], visits: Sequence[int], start: float | str,
     stuck = sum(start + k * math.log1p(-gamma) - value >= math.log(AT_START) for value, k in pairs)
     if pairs and stuck > len(pairs) / 2:
         yield (
-            f"The moving average log_u of {stuck} of {len(pairs)} examples is still made of its first value "
+            f"The moving average log_u of {stuck} of {len(pairs)} examples still mostly consists of its initial value "
             f"(training.log_u_init {start:g}): the negatives are far less likely than it assumes, so their weights "
             "stay small. Set training.log_u_init: first_batch, or train more epochs."
         )
 
 
 def of_negatives(facts: dict[str, object]) -> Iterator[str]:
-    """Warnings from the counts of the negatives that the base wrote."""
+    """Warnings about the negatives that were sampled from the base, from their counts."""
     total = facts.get("negatives")
     if not isinstance(total, int) or not total:
         return
     for key, limit, words in [
-        ("cut_at_max_new_tokens", CAPPED, "end at the length cap instead of an end token. Raise "
+        ("cut_at_max_new_tokens", CAPPED, "end at the length limit instead of an end token. Raise "
          "negatives.max_new_tokens, or end them with negatives.stop."),
         ("equal_to_the_completion", SHARE, "equal the completion, which DFT then pushes down. Use another "
          "negatives.strategy, a higher temperature, or negatives.resample."),
@@ -68,7 +68,7 @@ def of_negatives(facts: dict[str, object]) -> Iterator[str]:
 
 
 def of_samples(samples: Sequence[dict]) -> Iterator[str]:
-    """A warning when the trained model repeats itself more often than the base."""
+    """A warning if the trained model repeats itself more often than the base."""
     count = {name: sum(repeats(s[name]) for s in samples if name in s) for name in ("base", "after")}
     answered = sum("after" in s for s in samples)
     if count["after"] > count["base"] and count["after"] > SHARE * answered:
@@ -79,7 +79,7 @@ def of_samples(samples: Sequence[dict]) -> Iterator[str]:
 
 
 def repeats(text: str) -> bool:
-    """Does the same sequence of four words stand in it `REPEATED` times or more?"""
+    """Whether the same sequence of four words occurs at least `REPEATED` times."""
     words = text.split()
     grams = Counter(zip(*(words[i:] for i in range(4)), strict=False))
     return max(grams.values(), default=0) >= REPEATED

@@ -1,4 +1,4 @@
-"""Texts from users and data inside Markdown, so that they show as they are and never as markup."""
+"""Escapes texts from users and data for Markdown, so that they are shown literally and never as markup."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def plain(text: object) -> str:
-    """A text on one line with every mark of Markdown and HTML escaped."""
+    """A text on one line, with all markup of Markdown and HTML escaped."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$])", r"\\\1", " ".join(str(text).split()))
 
 
 def code(text: object) -> str:
-    """A text as inline code, its own backticks included."""
+    """A text as inline code, even if it has backticks."""
     line = " ".join(str(text).split())
     fence = "`" * (1 + max(map(len, re.findall(r"`+", line)), default=0))
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -26,7 +26,7 @@ def block(text: str, language: str = "") -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells that are Markdown already; the first column stands left."""
+    """A table from cells that are already Markdown; the first column is aligned left."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(
         "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\|", str(cell)) for cell in line) + " |" for line in lines

@@ -1,10 +1,10 @@
-"""The names of every metric, for tables, charts and figures; and when negatives count as contributing nothing."""
+"""The names of all metrics in tables, charts and figures, and the warning that negatives contribute almost nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# of held-out rows: key of evaluation.json -> what a table calls it, in the table's order
+# metrics on held-out rows: key in evaluation.json -> name in tables, in the order of the table
 EVALUATION = {
     "accuracy": "accuracy of greedy answers",
     "wins": "accuracy of choice, summed log-prob",
@@ -28,7 +28,7 @@ STUDY = {
     "peak_memory_gb": "peak GB",
 }
 
-# of training: charts of one line, key of metrics.jsonl -> (title, unit)
+# metrics of training with a chart each: key in metrics.jsonl -> (title, unit)
 TRAINING = {
     "loss": ("Objective", "nats"),
     "margin": ("Margin of completions over negatives", "nats"),
@@ -40,27 +40,27 @@ TRAINING = {
     "peak_memory_gb": ("Peak memory", "GB"),
 }
 LOGPS = {"logps/positive": "completions", "logps/negative": "negatives"}
-HINTS = {  # under a chart: what to look for
-    "logps": "Wanted: completions rise, negatives fall. Both falling means that training takes more than it gives.",
+HINTS = {  # shown under the charts
+    "logps": "Completions should rise and negatives fall. If both fall, training also makes good answers less likely.",
     "margin": "How much likelier a completion is than its negatives.",
     "weights/mean": "How hard a negative is pushed down. Near 0 the negatives contribute nothing.",
-    "weights/ess": "Of the negatives of one prompt, how many carry weight.",
-    "log_u/mean": "What the weights are measured against: an average of the negatives' likelihood against the base.",
+    "weights/ess": "How many of a prompt's negatives have a relevant weight.",
+    "log_u/mean": "What the weights are divided by: an average of the negatives' likelihood relative to the base.",
     "log_u": "One value per example, from the newest checkpoint.",
 }
 GLOSSARY = {
-    "nat": "The unit of a natural logarithm: one nat less likely is 2.7 times less likely.",
-    "margin": "Log-probability of the completion minus the mean of its negatives'.",
-    "weight (omega)": "How strongly training pushes one negative down, 0 for not at all.",
+    "nat": "The unit of natural logarithms: one nat less means 2.7 times less likely.",
+    "margin": "Log-probability of the completion minus the mean log-probability of its negatives.",
+    "weight (omega)": "How hard training pushes a negative down; 0 means not at all.",
     "effective number": "(sum of weights)² / sum of squares: how many negatives share the push.",
-    "log_u": "A moving average per example that the weights are divided by, as a logarithm.",
+    "log_u": "The logarithm of a moving average per example, by which the weights are divided.",
 }
 LOGARITHMIC = ("weights/mean",)
 
 # ---- when the negatives contribute nothing ------------------------------------------------------------------------
 
-NEGLIGIBLE = 0.01  # mean weight under which the negatives contribute almost nothing to the gradient
-NEGLIGIBLE_LINES = 5  # log lines in a row under it, before a running training says so
+NEGLIGIBLE = 0.01  # below this mean weight the negatives contribute almost nothing to the gradient
+NEGLIGIBLE_LINES = 5  # consecutive log lines below it after which a running training warns
 REMEDIES = (
     "Try a lower training.learning_rate, a larger training.tau, harder negatives (closer to the completions), or "
     "fewer epochs."
@@ -68,19 +68,19 @@ REMEDIES = (
 
 
 def negligible(weights: Sequence[float]) -> str | None:
-    """A warning when the mean weight over the last quarter of the steps is under `NEGLIGIBLE`."""
+    """A warning if the mean weight over the last quarter of the steps is below `NEGLIGIBLE`."""
     last = weights[-max(1, len(weights) // 4) :]
     mean = sum(last) / len(last) if last else 1.0
     if mean >= NEGLIGIBLE:
         return None
     return (
         f"The negatives contribute almost nothing: their mean weight over the last quarter of the steps is {mean:.1e} "
-        f"(under {NEGLIGIBLE}). DFT then costs more than SFT for the same result. {REMEDIES}"
+        f"(below {NEGLIGIBLE}). DFT then costs more than SFT for the same result. {REMEDIES}"
     )
 
 
 def became_negligible(weights: Sequence[float]) -> str | None:
-    """A warning at exactly that log line at which the weight has been under `NEGLIGIBLE` for `NEGLIGIBLE_LINES` lines.
+    """A warning at the first log line at which the weight has been below `NEGLIGIBLE` for `NEGLIGIBLE_LINES` lines.
 
     `weights` are those of all log lines so far.
     """
@@ -88,7 +88,7 @@ def became_negligible(weights: Sequence[float]) -> str | None:
     if len(last) < NEGLIGIBLE_LINES or max(last) >= NEGLIGIBLE or any(value < NEGLIGIBLE for value in before):
         return None
     return (
-        f"The negatives contribute almost nothing: their mean weight has been under {NEGLIGIBLE} for "
+        f"The negatives contribute almost nothing: their mean weight has been below {NEGLIGIBLE} for "
         f"{NEGLIGIBLE_LINES} log lines (now {last[-1]:.1e}). DFT now costs more than SFT for the same result. "
         f"{REMEDIES}"
     )

@@ -1,4 +1,4 @@
-"""The model card: what this is, how to load it, what it was made from, what it measured."""
+"""The model card: what the model is, how to load it, what it was made from, and its evaluation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PAPER = "2502.18679"
 
 
 def card(run: Run, repository: str | None = None, extrapolate: float | None = None, merged: bool = False) -> ModelCard:
-    """The card of a run's adapter, or of the model merged from it, in the repository of that name."""
+    """The card of a run's adapter, or of the merged model, for the repository of that name."""
     name = models.public_name(run.source, run.recipe.model)
     whole, on_hub = merged or run.recipe.adapter is None, "/" in name
     tags = ["transformers", "dft", "discriminative-fine-tuning", "lowdft", f"arxiv:{PAPER}"]
     tags = tags if whole else ["lora", *tags, *([f"base_model:adapter:{name}"] if on_hub else [])]
     known = base_card(run)
     data = ModelCardData(
-        base_model=name if on_hub else None,  # a bare name would point at a stranger's model
+        base_model=name if on_hub else None,  # a local name could be that of somebody else's model on the Hub
         library_name="transformers" if whole else "peft", pipeline_tag="text-generation", tags=tags,
         datasets=[run.recipe.data.train.partition(":")[0]] if _hub_data(run) else None,
         language=known.get("language"), **_licence(run, known),
@@ -42,18 +42,18 @@ def card(run: Run, repository: str | None = None, extrapolate: float | None = No
 
 
 def _licence(run: Run, known: dict) -> dict[str, str]:
-    """The recipe's licence, else the base's own with its name and link."""
+    """The recipe's licence, or else the base's, with its name and link."""
     if run.recipe.model.license:
         return {"license": run.recipe.model.license}
     return {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
 
 
 def missing(run: Run) -> list[str]:
-    """What a reader of the card would look for in vain, and how to give it."""
+    """What is missing in the card, and how to add it."""
     found = []
     known = base_card(run)
     if not (run.recipe.model.license or known.get("license")):
-        found.append("the licence (the base's card is not at hand: set model.license)")
+        found.append("the licence (the base's card is not available: set model.license)")
     if not known.get("language"):
         found.append("the language (the base's card does not name it)")
     if "/" not in models.public_name(run.source, run.recipe.model):
@@ -66,7 +66,7 @@ def missing(run: Run) -> list[str]:
 
 
 def base_card(run: Run) -> dict:
-    """The metadata of the base's own card: of its folder, or of the Hub's local cache; {} where it is not at hand."""
+    """The metadata of the base's card, from its folder or the Hub's local cache; {} if it is not available."""
     path = Path(run.source.path) / "README.md"
     if not path.is_file():
         name = models.public_name(run.source, run.recipe.model)
@@ -85,7 +85,7 @@ def base_card(run: Run) -> dict:
 EQUATIONS = {
     "dft": "`-log P(y|x) + tau * log u(x)`, where `u(x)` is a moving average (step gamma) of the mean over the "
     "negatives y' of `P(y'|x)^(1/tau) / P_base(y'|x)`. In words: raise the probability of the completion, and lower "
-    "that of each negative in proportion to how likely it still is against the base.",
+    "that of each negative in proportion to how likely it still is relative to the base.",
     "dft2": "`-s(y|x) + tau * log u(x)`, where `s` is the mean log-probability per token and `u(x)` a moving average "
     "(step gamma) of the mean over the negatives y' of `exp(s(y'|x) / tau)`. In words: raise the score of the "
     "completion, and lower that of each negative in proportion to how high it still is; no reference model.",
@@ -109,15 +109,15 @@ def _what(run: Run, name: str, license: str | None, merged: bool) -> str:
             f"{local}\n\nObjective: `{objective.name}` ({objective.source}).{equation}\n\n"
             f"> DFT here is **Discriminative Fine-Tuning** ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), "
             "not *Dynamic* Fine-Tuning.\n\n"
-            f"{told} applies to what is derived from it; see the base's own card.")  # fmt: skip
+            f"{told} applies to models derived from it; see the base's card.")  # fmt: skip
 
 
 def _extrapolated(by: float | None) -> str | None:
     if by is None:
         return None
     return (
-        f"**Extrapolated**: the adapter's change of the base is {1 + by:g} times that of training (ExPO with a = "
-        f"{by:g}). What was measured below is the adapter as trained."
+        f"**Extrapolated**: the trained adapter was scaled by {1 + by:g} (ExPO with a = {by:g}). The results below are "
+        "those of the adapter as trained."
     )
 
 
@@ -138,9 +138,9 @@ def _loading(run: Run, name: str, repository: str | None, whole: bool) -> str:
     where = repository or run.recipe.export.push or run.training.path.name
     parts = []
     if section.load_in_4bit and not whole:
-        parts.append("As it was trained and measured, on the base in 4 bit (NF4):\n\n"
+        parts.append("As it was trained and evaluated, on the base in 4 bit (NF4):\n\n"
                      + block(_load(run, name, where, whole, "nf4"), "python"))  # fmt: skip
-        parts.append("In bfloat16 (other numbers than those measured below):\n\n"
+        parts.append("In bfloat16 (its results differ from those below):\n\n"
                      + block(_load(run, name, where, whole, "bfloat16"), "python"))  # fmt: skip
     else:
         dtype = "bfloat16" if section.load_in_4bit else section.dtype
@@ -152,7 +152,7 @@ def _loading(run: Run, name: str, repository: str | None, whole: bool) -> str:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": "Your question here"})
         example = CHAT.format(messages=json.dumps(messages, ensure_ascii=False), tokens=tokens)
-    return "\n\n".join(["## Loading", *parts, "## Asking it something", block(example, "python")])
+    return "\n\n".join(["## Loading", *parts, "## Usage", block(example, "python")])
 
 
 def _load(run: Run, name: str, where: str, whole: bool, dtype: str) -> str:
@@ -177,7 +177,7 @@ def _load(run: Run, name: str, where: str, whole: bool, dtype: str) -> str:
 
 
 def _hub_data(run: Run) -> bool:
-    """Is the training data a data set of the Hub, rather than a file or a toy?"""
+    """Whether the training data is a data set on the Hub, not a file or the toy task."""
     name = run.recipe.data.train
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name)) and not Path(name).exists() \
         and not re.search(r"\.[A-Za-z]\w*$", name)  # fmt: skip
@@ -194,12 +194,12 @@ def _data(run: Run) -> str:
     if not run.objective.uses_negatives:
         return f"{rows} No negatives."
     if run.ready_negatives():
-        return f"{rows} The rows bring their own negatives."
+        return f"{rows} The rows have their own negatives."
     product = run.negatives("train")
     counts = product.facts() if product.manifest.is_file() else {}
     told = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in counts.items() if key != "seconds")
     settings = sampling_words(section)
-    return f"{rows}\n\nNegatives were written by the base itself: {settings}." + (f" Counted: {told}." if told else "")
+    return f"{rows}\n\nNegatives were sampled from the base: {settings}." + (f" Counted: {told}." if told else "")
 
 
 def sampling_words(section: NegativesSection) -> str:

@@ -1,4 +1,4 @@
-"""A run's report page: what its folder holds, put into the words and numbers that the template shows."""
+"""A run's report page: turns the contents of its folder into the values of the template."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lowdft.training.checkpoints import damage_of, newest_whole, step_of
 from lowdft.training.trainer import STATE_FILE
 
 REFRESH = 15  # seconds between two reloads of the page while training runs
-ANSWERS = 12  # steps whose sample answers are shown
-RUNS = 6  # shown in one chart at most
+ANSWERS = 12  # number of steps whose sample answers are shown
+RUNS = 6  # maximum number of runs in a chart
 
 
 def write(run: Run, beside: Mapping[str, Path] | None = None, running: bool = False) -> list[str]:
     """Writes report.html into the run folder, and returns the warnings on it.
 
-    `beside`: name -> run folder of other runs whose curves are drawn too, with those of `evaluation.compare`.
+    `beside`: name -> run folder of other runs whose curves are also drawn, like those of `evaluation.compare`.
     `running`: the page reloads itself.
 
     Raises:
-        UserError: no step was logged yet, or a folder of `beside` has none.
+        UserError: no step was logged yet, here or in a folder of `beside`.
     """
     steps = steps_of(run)
     runs = {run.folder.resolve().name: (run.folder, steps)}
@@ -49,15 +49,15 @@ def write(run: Run, beside: Mapping[str, Path] | None = None, running: bool = Fa
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The logged steps of another run, or of one that may not be finished; UserError where there are none."""
+    """The logged steps of another run, or of an unfinished one; raises UserError if there are none."""
     steps = read_lines(path)
     if not steps:
-        raise UserError(f"{path}: holds no step yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
+        raise UserError(f"{path} has no logged steps yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
     return steps
 
 
 def steps_of(run: Run) -> list[dict]:
-    """The logged steps. Those that a finished training lost are taken from its last checkpoint, as far as it has them.
+    """The logged steps. Lines missing after training has finished are taken from its last checkpoint, if it has them.
 
     Raises:
         UserError: nothing was trained yet.
@@ -66,7 +66,7 @@ def steps_of(run: Run) -> list[dict]:
     noted = _facts(run.training).get("metrics") if run.training.is_done() else None
     if noted and not (path.is_file() and digest_of(path) == noted):
         mend(path, newest_whole(run.args.output_dir), resuming=False)
-        say(f"warning: {path}: is not what training wrote (changed, cut or deleted since); curves may lack steps")
+        say(f"warning: {path} was changed, cut or deleted after training; curves may lack steps")
     return read_lines(path) if noted else read_metrics(path)
 
 
@@ -83,7 +83,7 @@ def _evaluation(run: Run) -> dict | None:
 
 
 def _warnings(run: Run, evaluation: dict | None, table: tuple | None) -> list[str]:
-    """Those that need more than the log lines; `table`: values and visits of the moving averages."""
+    """Warnings that need more than the log lines; `table`: values and visits of the moving averages."""
     out = []
     if table:
         gamma = run.args.hyperparameters().get("gamma")
@@ -102,7 +102,7 @@ def _facts(product) -> dict:
 
 
 def _log_u(folder: Path) -> tuple[list[float], list[int]] | None:
-    """Values and visits of the newest checkpoint's moving averages, where there is one."""
+    """Values and visits of the newest checkpoint's moving averages, if there is one."""
     checkpoint = max(folder.glob("checkpoints/checkpoint-*[0-9]"), key=step_of, default=None)
     if checkpoint is None:
         return None
@@ -150,7 +150,7 @@ def _page(run: Run, runs: dict, tables: dict, evaluation: dict | None, warnings:
 
 
 def answers_while_training(run: Run) -> list[dict]:
-    """What samples.jsonl holds, by prompt: `prompt` and `steps`, the newest (step, answer) pairs."""
+    """The contents of samples.jsonl by prompt: `prompt` and `steps`, the newest (step, answer) pairs."""
     path = run.folder / "samples.jsonl"
     if not path.is_file():
         return []
@@ -173,7 +173,7 @@ def _base(run: Run) -> str:
 
 
 def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
-    """What was trained, how, and what it took."""
+    """The facts about training: settings, time and memory."""
     recipe, args = run.recipe, run.args
     adapter = recipe.adapter
     hyperparameters = ", ".join(f"{k} {v}" for k, v in args.hyperparameters().items())
@@ -204,7 +204,7 @@ def training_facts(run: Run, steps: list[dict]) -> dict[str, object]:
 
 
 def seconds_of(steps: list[dict]) -> float:
-    """Seconds of training over all sessions: every log line has those since its own session began."""
+    """Seconds of training over all sessions; every log line has those since its session began."""
     total, last = 0.0, 0.0
     for seconds in (step["seconds"] for step in steps if "seconds" in step):
         if seconds < last:  # resumed
@@ -214,22 +214,22 @@ def seconds_of(steps: list[dict]) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in readable form."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def negative_facts(run: Run) -> dict[str, object]:
-    """Where the negatives come from and how those that the base wrote ended."""
+    """Where the negatives come from, and the counts of those sampled from the base."""
     if not run.objective.uses_negatives:
         return {"source": f"none: {run.objective.name} uses no negatives"}
     if run.ready_negatives():
-        return {"source": "the rows bring their own"}
+        return {"source": "the rows have their own"}
     section = run.recipe.negatives
     sampling = f"temperature {section.temperature:g}, top_p {section.top_p:g}, top_k {section.top_k}, " \
         f"at most {section.max_new_tokens} tokens, seed {section.seed}"  # fmt: skip
-    facts: dict[str, object] = {"source": f"written by the base, strategy {section.strategy}", "sampling": sampling}
+    facts: dict[str, object] = {"source": f"sampled from the base, strategy {section.strategy}", "sampling": sampling}
     counts = _facts(run.negatives("train"))
     total = counts.get("negatives")
     for name, value in counts.items():

@@ -1,9 +1,9 @@
-"""Held-out rows for the report: answers with right or wrong, negatives with their weights, and what to filter by."""
+"""Held-out rows for the report: answers marked right or wrong, negatives with their weights, and filters."""
 
 from __future__ import annotations
 
-BYTES = 1_500_000  # of text at most, so that the page stays small
-HEADING = 300  # characters of a prompt that stand as a heading
+BYTES = 1_500_000  # maximum amount of text, so that the page stays small
+HEADING = 300  # characters of a prompt in a heading
 
 FILTERS = {
     "": "all",
@@ -35,7 +35,7 @@ def of(evaluation: dict) -> dict:
 
 
 def outcome(right: dict[str, bool]) -> str:
-    """What the filters know a row by: right or wrong after training, and changed, fixed or broken against the base."""
+    """A row's values for the filters: right or wrong after training, and changed, fixed or broken since the base."""
     if "after" not in right:
         return ""
     found = ["right" if right["after"] else "wrong"]

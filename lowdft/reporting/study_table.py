@@ -1,4 +1,4 @@
-"""A study's results as one table: means, paired differences to SFT with their errors, and what follows from them."""
+"""A study's results as a table: means, paired differences from SFT with their errors, and verdicts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lowdft.reporting.figures import label
 from lowdft.reporting.metrics import SHARES
 from lowdft.reporting.metrics import STUDY as MEASURES
 
-JUDGED_BY = ("accuracy", "wins", "logps/positive")  # the first that is there decides which learning rate is best
+JUDGED_BY = ("accuracy", "wins", "logps/positive")  # the first one that was measured decides the best learning rate
 TUNED, EQUAL_TIME = "sft, tuned", "sft, equal time"  # lines that `compare` adds to every grid
 
 
 def best(measured: dict[object, dict]) -> object:
-    """The key whose measures are best by the first of `JUDGED_BY` that all have."""
+    """The key with the best value of the first measure in `JUDGED_BY` that all have."""
     by = next(name for name in JUDGED_BY if all(name in measures for measures in measured.values()))
     return max(measured, key=lambda key: measured[key][by])
 
 
 def tabulate(results: list[dict], spread: str, paper: dict[str, dict]) -> list[dict]:
-    """One line a combination without `spread`: [mean, standard deviation] of every measure; the base first.
+    """One line per combination without `spread`: [mean, standard deviation] of every measure; the base is first.
 
-    `ahead` has for `SHARES` the paired difference to tuned SFT (the first combination, where that is not there), and
-    `ahead_at_equal_time` that to SFT at equal wall-clock: [mean, standard error over rows, standard error over seeds].
+    For `SHARES`, `ahead` has the paired difference from tuned SFT (or from the first combination, without tuned SFT),
+    and `ahead_at_equal_time` that from SFT at equal time: [mean, standard error over rows, standard error over seeds].
     """
     grouped: dict[str, list[dict]] = {"base": [{"after": results[0]["base"], "per_row": {}}]}
     for result in results:
@@ -54,8 +54,8 @@ def _ahead(many: list[dict], first: list[dict], spread: str) -> dict[str, list]:
 def paired(ours: list[list[float]], theirs: list[list[float]]) -> list[float | None]:
     """[mean, error over rows, error over runs] of the difference on the same rows, run by run.
 
-    Over rows: the standard error of the rows' differences, each the mean over runs. Over runs: that of the runs'
-    differences, each the mean over rows; None with a single run.
+    The error over rows is the standard error of the rows' differences, each averaged over runs. The error over runs is
+    that of the runs' differences, each averaged over rows; None with a single run.
     """
     differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(ours, theirs, strict=True)]
     rows = [statistics.mean(row) for row in zip(*differences, strict=True)]
@@ -67,26 +67,26 @@ def _error(values: list[float]) -> float | None:
 
 
 def combined(difference: list[float | None]) -> tuple[float, float]:
-    """Mean and one error: that over rows and that over seeds, squares added (a little too wide, for they overlap)."""
+    """The mean, and one error from those over rows and over seeds: the root of their squares, slightly too large."""
     mean, *errors = difference
     return mean, math.hypot(*(error for error in errors if error is not None))
 
 
 def verdicts(table: list[dict]) -> list[str]:
-    """One sentence for every line that is compared with SFT: by how much it is ahead, and whether that is certain."""
+    """One sentence for every line that is compared with SFT: the difference, and whether it is significant."""
     out = []
     for line in table:
         key = next((key for key in SHARES if key in line["ahead"]), None)
         if key is None or line["name"] in ("base", EQUAL_TIME):
             continue
-        compared = {"of tuned SFT": line["ahead"][key], "at equal time": line["ahead_at_equal_time"].get(key)}
+        compared = {"tuned SFT": line["ahead"][key], "SFT at equal time": line["ahead_at_equal_time"].get(key)}
         found = {what: combined(value) for what, value in compared.items() if value is not None}
-        told = "; ".join(f"{what} by {_points(*value)} points" for what, value in found.items())
+        told = ", ".join(f"{_points(*value)} points from {what}" for what, value in found.items())
         low = min(mean - 2 * error for mean, error in found.values())
         high = max(mean + 2 * error for mean, error in found.values())
         verdict = "it pays" if low > 0 else "SFT is better" if high < 0 else "no difference beyond two standard errors"
         runs = f"{line['runs']} seed{'' if line['runs'] == 1 else 's'}"
-        out.append(f"{line['name']}: ahead {told}, over {runs} ({MEASURES[key].removesuffix(', %')}): {verdict}.")
+        out.append(f"{line['name']}: differs by {told}, over {runs} ({MEASURES[key].removesuffix(', %')}): {verdict}.")
     return out
 
 
@@ -95,7 +95,7 @@ def _points(mean: float, error: float) -> str:
 
 
 def markdown(table: list[dict], spread: str) -> str:
-    """The table, with the spread over `spread` as ± one standard deviation, the paper's numbers last, and verdicts."""
+    """The table, with ± one standard deviation over `spread`, the paper's numbers last, and the verdicts."""
     keys = [key for key in MEASURES if any(key in line for line in table)]
     ahead = [key for key in keys if any(key in line["ahead"] for line in table)]
     theirs = list(dict.fromkeys(name for line in table for name in line["paper"]))
@@ -112,8 +112,8 @@ def markdown(table: list[dict], spread: str) -> str:
         names = [line["name"] for line in table]
         to = TUNED if TUNED in names else names[1]
         notes.append(
-            f"Ahead: difference to {to} on the same rows and seeds ± its standard error over rows; in brackets that "
-            "over seeds."
+            f"Ahead: difference from {to} on the same rows and seeds ± its standard error over rows; in brackets the "
+            "standard error over seeds."
         )
     said = [f"- {sentence}" for sentence in verdicts(table)] if any(line["name"] == TUNED for line in table) else []
     return "\n".join([*out, "", " ".join(notes), *([""] if said else []), *said, ""])

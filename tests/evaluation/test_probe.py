@@ -114,7 +114,7 @@ def test_recommendations():
     gains = {"sft": Gain(10.0, 0.0, 0.0), "listwise": Gain(12.0, 2.0, 1.0), "dft": Gain(13.0, 3.0, 1.0)}
     assert recommend(found, gains) == ("dft", "its next step gains +30% compared with SFT's")
     losing = {"sft": Gain(-10.0, 0.0, 0.0), "dft": Gain(2.0, 12.0, 1.0)}
-    assert recommend(found, losing) == ("dft", "SFT's next step loses on held-out rows, and its own gains")
+    assert recommend(found, losing) == ("dft", "its next step gains on held-out rows, while SFT's loses")
     assert recommend(found | {"drift": 5.0}, gains)[0] == "listwise"
     assert "within the error" in recommend(found, gains | {"dft": Gain(11.0, 1.0, 2.0), "listwise": gains["sft"]})[1]
     assert "as much" in recommend(found, {"sft": gains["sft"], "dft": Gain(1.0, -9.0, 1.0)})[1]

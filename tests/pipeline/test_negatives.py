@@ -83,7 +83,7 @@ def test_negatives_file_is_a_data_set(recipe, capsys):
     ]
     capsys.readouterr()
     assert main(["run", *arguments]) == 0
-    assert "the rows bring their own" in capsys.readouterr().out
+    assert "the rows have their own" in capsys.readouterr().out
 
 
 def test_resample_replaces_unusable_negatives(recipe, monkeypatch):

@@ -48,7 +48,7 @@ def test_averages_that_still_are_their_first_value():
 def test_negatives_at_the_cap_and_equal_to_completions():
     facts = {"negatives": 512, "cut_at_max_new_tokens": 473, "equal_to_the_completion": 26, "empty": 25, "rows": 128}
     capped, equal = findings.of_negatives(facts)
-    assert "473 of 512 negatives (92%) end at the length cap" in capped and "26 of 512" in equal
+    assert "473 of 512 negatives (92%) end at the length limit" in capped and "26 of 512" in equal
     assert not list(findings.of_negatives({"negatives": 512, "cut_at_max_new_tokens": 51}))
 
 

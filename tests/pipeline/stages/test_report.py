@@ -150,7 +150,7 @@ def test_other_runs_are_drawn_beside(tmp_path, tiny_folder):
     assert 'value="1" checked> second &lt;run&gt;</label>' in page
     loss = page.split('id="chart-loss"')[1].split("</figure>")[0]
     assert loss.count("<g data-run=") == 2 and "second &lt;run&gt;, step 9: 1.5 nats" in loss
-    with pytest.raises(UserError, match="holds no step yet"):
+    with pytest.raises(UserError, match="has no logged steps yet"):
         report.main(run, beside=[str(tmp_path / "nothing")])
 
 
@@ -205,7 +205,7 @@ def test_smoothing_keeps_length_and_shortens_at_the_ends():
 
 def test_unfinished_training_is_said_and_a_cut_off_line_skipped(tmp_path, tiny_folder):
     run = make_run(tmp_path, tiny_folder, training_done=False)
-    with pytest.raises(UserError, match="holds no step yet; run `lowdft train RECIPE`"):
+    with pytest.raises(UserError, match="has no logged steps yet; run `lowdft train RECIPE`"):
         report.main(run)
     write_metrics(run)
     with open(run.folder / "metrics.jsonl", "a") as file:

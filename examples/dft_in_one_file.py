@@ -1,12 +1,12 @@
 """Discriminative Fine-Tuning on one page: Algorithms 1 and 2 of arXiv 2502.18679, from a prompt to a gradient.
 
-Plain PyTorch and transformers, to be read with the paper beside it. DFT makes an answer y likelier than all the other
-texts that the model could write for a prompt x. It replaces the sum over those by B texts y'_j sampled from the initial
-model, and keeps a moving average u of the importance-weighted estimate for every example. lowdft computes the same
-numbers for large models (packed rows, 4 bit, any number of negatives in bounded memory, several processes, exact
-resuming): tests/examples/test_dft_in_one_file.py holds DFTTrainer to this file, loss for loss.
+Plain PyTorch and transformers, to be read together with the paper. DFT makes an answer y likelier than all other texts
+that the model could write for a prompt x. It estimates the sum over those texts from B texts y'_j sampled from the
+initial model, and keeps a moving average u of the importance-weighted estimate for every example. lowdft computes the
+same numbers for large models (packed rows, 4 bit, any number of negatives in bounded memory, several processes, exact
+resuming); tests/examples/test_dft_in_one_file.py checks that DFTTrainer gives the same losses.
 
-    python examples/dft_in_one_file.py MODEL        # a folder, or a Hub name; a small one
+    python examples/dft_in_one_file.py MODEL        # a folder or a Hub name of a small model
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROWS = [
 
 
 def summed_logps(model, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
-    """log P(y | x) of each completion [K]: the sum over its tokens."""
+    """log P(y | x) of each completion, [K]: the sum over its tokens."""
     sums = []
     for completion in completions:
         logits = model(torch.tensor([[*prompt, *completion]])).logits[0]
@@ -39,26 +39,26 @@ def summed_logps(model, prompt: Sequence[int], completions: Sequence[Sequence[in
 
 @torch.no_grad()
 def sample_negatives(model, prompt: Sequence[int], count: int, end: int) -> list[list[int]]:
-    """`count` completions that the initial model writes itself, with the paper's sampling (Appendix: T 0.7, top-k 50).
+    """`count` completions sampled from the initial model with the paper's settings (Appendix: T 0.7, top-k 50).
 
-    (The paper also tells the model to be unhelpful there, with a system message that training does not see.)
+    (For sampling, the paper also tells the model to be unhelpful, with a system message that training does not use.)
     """
     ids = torch.tensor([list(prompt)])
     settings = dict(do_sample=True, temperature=0.7, top_k=50, max_new_tokens=32, pad_token_id=end, eos_token_id=end)
     written = model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=count, **settings)
     negatives = []
     for row in written[:, len(prompt) :].tolist():
-        negatives.append(row[: row.index(end) + 1] if end in row else row)  # one cut short has no end token
+        negatives.append(row[: row.index(end) + 1] if end in row else row)  # one that was cut has no end token
     return negatives
 
 
 def discriminate(s: Tensor, s_neg: Tensor, log_w: Tensor, log_u: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """The heart of Algorithm 1 for one example: (surrogate loss, new log u).
+    """The core of Algorithm 1 for one example: (surrogate loss, new log u).
 
     Args:
         s, s_neg: scores of the answer (scalar) and of its B negatives [B], with gradient.
-        log_w: the negatives' importance weights [B], as logarithms, without gradient.
-        log_u: the example's moving average so far, as a logarithm: u itself spans hundreds of orders of magnitude.
+        log_w: the logarithms of the negatives' importance weights [B], without gradient.
+        log_u: the logarithm of the example's moving average so far; u itself spans hundreds of orders of magnitude.
     """
     m = torch.logsumexp(log_w, 0) - math.log(len(log_w))  # log of the mean weight: this mini-batch's estimate
     if gamma < 1:  # u <- (1 - gamma) u + gamma * estimate
@@ -80,7 +80,7 @@ def train(
     """Trains all parameters; yields (objective, surrogate, log u of every example) of each step.
 
     Args:
-        rows: `prompt_ids`, `completion_ids` and `negative_ids`, the set S_i that an example's negatives are drawn from.
+        rows: `prompt_ids`, `completion_ids` and `negative_ids`, the set S_i from which an example's negatives come.
         steps: the examples of each mini-batch.
     """
     with torch.no_grad():  # P_g0: the initial model scores the negatives once, before the first step
@@ -94,14 +94,14 @@ def train(
         for i in examples:
             row = rows[i]
             pool, first = len(row["negative_ids"]), visits[i] * negatives_per_step
-            drawn = [(first + j) % pool for j in range(negatives_per_step)]  # every visit takes the next B
+            drawn = [(first + j) % pool for j in range(negatives_per_step)]  # every visit uses the next B
             visits[i] += 1
             negatives = [row["negative_ids"][j] for j in drawn]
             *s_neg, s = summed_logps(model, row["prompt_ids"], [*negatives, row["completion_ids"]])
             s_neg = torch.stack(s_neg)
             if objective == "dft":  # w_j = P(y'_j)^(1/tau) / P_g0(y'_j), Eq. 7
                 log_w = s_neg.detach() / tau - ref[i][drawn]
-            else:  # DFT2 scores by the mean per token, and needs no reference, Eq. 11
+            else:  # DFT2 uses the mean per token and needs no reference, Eq. 11
                 s, s_neg = s / len(row["completion_ids"]), s_neg / torch.tensor([len(ids) for ids in negatives])
                 log_w = s_neg.detach() / tau
             loss, log_u[i] = discriminate(s, s_neg, log_w, log_u[i].clone(), gamma)

@@ -1,4 +1,4 @@
-"""DFTTrainer in Python, in the place of transformers' Trainer or TRL's SFTTrainer: a LoRA adapter from rows of text.
+"""Trains a LoRA adapter on rows of text with DFTTrainer, which replaces transformers' Trainer or TRL's SFTTrainer.
 
 python examples/trainer.py [MODEL] [OUTPUT]
 """
@@ -23,7 +23,7 @@ def main(model: str = "HuggingFaceTB/SmolLM2-135M-Instruct", output: str = "runs
         "objective": "listwise",  # dft, sft, dpo, ...: docs, "Objectives"
         "negatives_per_step": 2,
         "num_train_epochs": 1,
-        "per_device_train_batch_size": 4,  # prompts per optimizer step; tokens_per_pass bounds the memory
+        "per_device_train_batch_size": 4,  # prompts per optimizer step; tokens_per_pass limits the memory
         "learning_rate": 4e-4,
         "logging_steps": 1,
     }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs lowdft with what the tests need into the active environment, then runs lint and tests.
-#   tests/run.sh          everything that takes seconds, and the real model's tests
-#   tests/run.sh -m "not slow"    seconds only; other arguments go to pytest too
+# Installs lowdft and what the tests need into the active environment, then runs lint and tests.
+#   tests/run.sh                  all tests, including those with the real model
+#   tests/run.sh -m "not slow"    only tests that take seconds; other arguments are also passed to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pip install -q -c constraints.txt -e ".[dev,deepspeed]"

@@ -63,7 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
             verb.add_argument("--push-negatives", action="store_true", help="upload the negatives to negatives.push")
         if name in ("run", *ON_ALL_RANKS):
             verb.add_argument("--launch", choices=LAUNCHERS, help="run on all GPUs: full copies (ddp) or sharded")
-            verb.add_argument("--processes", type=int, metavar="N", help="for --launch (default: one per GPU)")
+            verb.add_argument(
+                "--processes", type=int, metavar="N", help="how many with --launch (default: one per GPU)"
+            )
         if name == "inspect":
             verb.add_argument("--row", type=int, default=0, metavar="N", help="which row to show, from 0")
         if name == "probe":

@@ -31,12 +31,12 @@ from lowdft.sampling.draw import (
 
 
 class ContinuousSampler:
-    """transformers' continuous batching: a sample that ends makes room for the next at once.
+    """transformers' continuous batching: when a sample ends, the next one starts at once.
 
     The cache has room for `batch_size` samples (fewer if there are fewer requests) of the longest prompt and
-    `max_new_tokens` each, and on a GPU takes at most half of the free memory: what does not fit waits. A forward pass
-    takes up to 512 tokens, or one per sample if `batch_size` is larger. Eager attention is paged for the time of a run.
-    On a GPU flash attention is used where it is installed. After out-of-memory the rest runs with half as many samples.
+    `max_new_tokens` each. On a GPU it takes at most half of the free memory, and other requests wait. A forward pass
+    has up to 512 tokens, or one per sample if `batch_size` is larger. During a run, eager attention is paged. On a GPU
+    flash attention is used if it is installed. If memory runs out, the rest runs with half as many samples.
     """
 
     def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int | None):

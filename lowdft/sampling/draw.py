@@ -104,8 +104,8 @@ def finish(ids: list[int], end_ids: list[int]) -> Sample:
 
 @contextmanager
 def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterator:
-    """The model without its peft wrapper (adapter layers stay), in eval mode and with generation settings of ours:
-    transformers fills up what `generate` is given with the model's own, such as a repetition penalty."""
+    """A context with the model without its peft wrapper (adapter layers stay), in eval mode and with neutral generation
+    settings; otherwise `generate` would add the model's own settings, such as a repetition penalty."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     training, own = [module for module in model.modules() if module.training], plain.generation_config
     plain.generation_config = GenerationConfig(
@@ -127,7 +127,7 @@ def generating(model, end_ids: list[int], settings: SamplingSettings) -> Iterato
 
 
 def fitting(model, requests: Sequence[Request], settings: SamplingSettings) -> int:
-    """Samples at work at once: 32 on a CPU; on a GPU as many of the longest as half of its free memory holds."""
+    """Samples generated at once: 32 on a CPU; on a GPU, as many of the longest as half of its free memory holds."""
     if model.device.type != "cuda":
         return SAMPLES_ON_A_CPU
     longest = max(len(request.prompt_ids) for request in requests) + settings.max_new_tokens
@@ -137,7 +137,7 @@ def fitting(model, requests: Sequence[Request], settings: SamplingSettings) -> i
 
 
 def sample_bytes(config, size: int, tokens: int) -> int:
-    """Bytes that a sample of so many tokens takes: keys and values of `size` bytes a number, and its logits."""
+    """Bytes of a sample with this many tokens: keys and values with `size` bytes per number, and its logits."""
     return tokens * cache_bytes(config, size) + 32 * config.get_text_config().vocab_size  # logits, and their copies
 
 
@@ -150,10 +150,10 @@ def cache_bytes(config, size: int) -> int:
 
 
 def fewer(batch_size: int, error: BaseException) -> int:
-    """Half as many samples at once after memory ran out, with a warning.
+    """Halves the number of samples at once after memory ran out, with a warning.
 
     Raises:
-        UserError: it ran out with one.
+        UserError: memory ran out with a single sample.
     """
     if batch_size == 1:
         raise UserError(

@@ -26,10 +26,10 @@ from lowdft.sampling.draw import (
 
 
 class PaddedSampler:
-    """transformers' `generate` on left-padded batches of prompts of like length.
+    """transformers' `generate` on left-padded batches of prompts of similar length.
 
-    A prompt with several samples in a batch is computed once, and its keys and values are copied. After out-of-memory
-    batches have half as many samples.
+    A prompt with several samples in a batch is computed once, and its keys and values are copied. If memory runs out,
+    batches get half as many samples.
     """
 
     def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int | None):
@@ -74,7 +74,7 @@ class PaddedSampler:
 
 
 def _prefilled(model, ids_UP: Tensor, mask_UP: Tensor, row_R: Tensor) -> DynamicCache | None:
-    """Keys and values of all tokens of the prompts but the last, computed once per prompt, for rows `row_R`.
+    """Keys and values of all prompt tokens except the last, computed once per prompt, for rows `row_R`.
 
     None for models with another kind of cache (recurrent states), and for prompts of one token.
     """

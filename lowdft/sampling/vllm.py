@@ -24,15 +24,15 @@ SAMPLES_AT_WORK = 256
 
 @dataclass(frozen=True)
 class VllmModel:
-    """What vLLM loads.
+    """The model that vLLM loads.
 
     Args:
-        path, revision: of the base.
-        dtype: of the arithmetic.
-        load_in_4bit: quantize it to NF4.
-        max_length: longest prompt and answer in tokens, which the cache must have room for; None: the model's context.
-        memory: share of the GPU's memory that vLLM takes.
-        adapter: a LoRA adapter's folder.
+        path, revision: where the base is.
+        dtype: the dtype in which it computes.
+        load_in_4bit: quantize the base to NF4.
+        max_length: maximum tokens of prompt and answer, for the size of the cache; None means the model's context.
+        memory: share of the GPU's memory for vLLM.
+        adapter: the folder of a LoRA adapter.
     """
 
     path: str
@@ -67,7 +67,7 @@ def served_rank(adapter: str | Path) -> int:
     """The max_lora_rank that vLLM needs for an adapter.
 
     Raises:
-        UserError: the adapter is none of LoRA, trains more than that, or its rank is too high for vLLM.
+        UserError: the adapter is not plain LoRA, or its rank is too high for vLLM.
     """
     config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
@@ -143,7 +143,7 @@ def _end(connection: Connection, process) -> None:
 
 
 def _serve(connection: Connection, engine_arguments: dict, common: dict, adapter: str | None) -> None:
-    """The child process: answers lists of (prompt ids, seed) by lists of (token ids, finish reason), or an error."""
+    """The child process: takes lists of (prompt ids, seed) and returns lists of (token ids, finish reason), or an error."""
     try:
         import vllm
         from vllm.lora.request import LoRARequest

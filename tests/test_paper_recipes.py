@@ -94,11 +94,11 @@ def test_plan_over_four_gpus(mistral, tmp_path, capsys):
     assert parts["layers gathered whole"] == 2.0
     assert 32 < parts["total (estimate)"] < 60
     out = " ".join(out.split())  # a table wraps its title
-    assert "of each of 4 GPUs" in out and "fits 80 GB" in out
+    assert "on each of 4 GPUs" in out and "fits into 80 GB" in out
     assert "generate 1,024 negatives of up to 320 tokens" in out and "4 steps" in out and "warning" not in out
     assert main(command) == 0
     alone = capsys.readouterr().out
-    assert "does not fit 80 GB" in alone and "rounding loses small steps" in alone
+    assert "does not fit into 80 GB" in alone and "rounding loses small steps" in alone
 
 
 def test_plan_of_the_qlora_twin(mistral, tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_plan_of_the_qlora_twin(mistral, tmp_path, capsys):
     command = plan("metamathqa-qlora.yaml", 24, tmp_path, local(mistral, data))
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "layout: query+response" in out and "fits 24 GB" in out
+    assert "layout: query+response" in out and "fits into 24 GB" in out
     assert "generate 3,072 negatives of up to 256 tokens" in out and "6 steps" in out
 
 

@@ -143,7 +143,7 @@ def _end(connection: Connection, process) -> None:
 
 
 def _serve(connection: Connection, engine_arguments: dict, common: dict, adapter: str | None) -> None:
-    """The child process: takes lists of (prompt ids, seed) and returns lists of (token ids, finish reason), or an error."""
+    """The child process: maps lists of (prompt ids, seed) to lists of (token ids, finish reason), or to an error."""
     try:
         import vllm
         from vllm.lora.request import LoRARequest

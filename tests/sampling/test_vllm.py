@@ -60,7 +60,7 @@ def test_an_adapter_is_served_with_its_rank(log, tmp_path):
     (engine,) = log()
     assert engine["enable_lora"] and engine["max_lora_rank"] == 32 and "quantization" not in engine
     for config, words in (
-        ({"r": 1024}, "vLLM takes 512"),
+        ({"r": 1024}, "vLLM allows 512"),
         ({"r": 8, "modules_to_save": ["lm_head"]}, "modules_to_save"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -12,10 +12,10 @@ def test_plan_before_and_after_negatives_are_written(recipe, capsys):
     assert main(["plan", recipe, "--gpu", "1", "--probe"]) == 0
     out = capsys.readouterr().out
     assert "6 steps" in out and "tokens/s" in out and "h to generate negatives" in out
-    assert "fits 1 GB, fastest with training.gradient_checkpointing=false training.tokens_per_pass=" in out
+    assert "fits into 1 GB, fastest with training.gradient_checkpointing=false training.tokens_per_pass=" in out
     assert not (folder(recipe) / "recipe.yaml").exists()
     assert main(["plan", recipe, "--gpu", "0.6"]) == 0
-    assert "does not fit 0.6 GB" in capsys.readouterr().out
+    assert "does not fit into 0.6 GB" in capsys.readouterr().out
 
 
 def test_a_plan_for_a_gpu_is_of_its_arithmetic(recipe, monkeypatch):

@@ -9,7 +9,7 @@ from lowdft.data.read import REMOVE, cut
 from lowdft.errors import UserError
 from lowdft.text import nearest
 
-LAYOUTS = {  # beside these: multiple choice, see `choices`
+LAYOUTS = {  # multiple choice is separate, see `choices`
     "messages": ("messages",),
     "conversations": ("conversations",),
     "prompt+completion": ("prompt", "completion"),

@@ -116,10 +116,10 @@ def _doubling(n: int, least: int) -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """x[index] along the first dimension, with gradients added in an order of their own, in float32 or better.
+    """x[index] along the first dimension, with gradients added in a fixed order, in float32 or better.
 
-    `index_select` alone goes back through atomic additions on a GPU: another order, and in bfloat16 other rounding,
-    every time.
+    On a GPU the backward pass of `index_select` uses atomic additions, in a different order every time and, in
+    bfloat16, with different rounding.
     """
 
     @staticmethod
@@ -143,7 +143,7 @@ class _Gather(torch.autograd.Function):
 
 @contextlib.contextmanager
 def packed_attention(causal_lm: nn.Module) -> Iterator[None]:
-    """While this lasts the model's layers take packed rows, also those that a checkpointed backward recomputes."""
+    """A context in which the model's layers accept packed rows, also when gradient checkpointing recomputes them."""
     config = causal_lm.config.get_text_config()
     original = config._attn_implementation
     config._attn_implementation = NAME

@@ -189,8 +189,8 @@ def _partly_predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chun
 def _predictors(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, embeddings_RLD: Tensor | None = None) -> Tensor:
     """[S, D]: the hidden states that predict the scored tokens, in the head's dtype."""
     half = dtype if dtype in HALF else _LAYERS_IN.get() or torch.float32
-    # adapters keep float32 weights beside a half base; one region a pass, because older versions of torch would take
-    # autocast's copies of them from a pass without gradient into the next
+    # adapters have float32 weights on a half-precision base; one autocast region per pass, because older versions of
+    # torch would reuse copies of weights from a pass without gradient in the next pass
     with torch.autocast(rows.input_ids_RL.device.type, half, enabled=half in HALF):
         return _hidden_states(causal_lm, rows, embeddings_RLD).flatten(0, 1)[rows.predictor_S].to(dtype)
 
@@ -224,7 +224,7 @@ def _before_head(causal_lm: nn.Module, inputs: dict) -> Tensor:
 
     head.forward = caught
     try:
-        type(causal_lm).forward(causal_lm, **inputs)  # in place of its own there may stand `from_rows`
+        type(causal_lm).forward(causal_lm, **inputs)  # its own attribute `forward` may be replaced by `from_rows`
     finally:
         del head.forward
     return found[0]

@@ -20,7 +20,7 @@ LIBRARIES = 0.1e9  # bytes that the first step's libraries add to a process on a
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what takes them; `offloaded` are bytes that a GPU's training keeps in CPU memory, no part of them."""
+    """Bytes by what takes them. `offloaded` bytes are kept in CPU memory when training on a GPU, and not included."""
 
     parts: dict[str, float]
     offloaded: float = 0.0
@@ -42,7 +42,8 @@ def estimate(
 ) -> Memory:
     """Peak memory of training whose largest pass is over `groups`.
 
-    Over several GPUs all parameters are spread by ZeRO-3, while each has a whole copy of a base under an adapter.
+    With several GPUs, ZeRO-3 shards the training of all parameters; with an adapter, each GPU has a full copy of the
+    base.
     """
     is_sharded = gpus > 1 and adapter is None
     found = pass_memory(config, model, adapter, args, groups, on_gpu=on_gpu, lift=not is_sharded)
@@ -60,8 +61,8 @@ def estimate(
 
 
 def _sharded(parts: dict[str, float], gpus: int, size: int) -> dict[str, float]:
-    """What each GPU takes under ZeRO-3: its part of weights, gradients and optimizer and of a float32 copy of weights
-    in half precision, and the layers at work whole."""
+    """The memory of each GPU under ZeRO-3: its part of weights, gradients, optimizer and of the float32 copy of
+    half-precision weights, and the layers that are gathered while they run."""
     numbers = parts["weights"] / size
     mine = {name: parts[name] / gpus for name in ("weights", "gradients", "optimizer")}
     if size < 4:
@@ -76,7 +77,7 @@ def scoring_memory(
     args: DFTConfig,
     groups: Sequence[Group],
 ) -> float:
-    """Peak bytes of a pass without gradient over `groups`, weights included: a reference's, or an evaluation's."""
+    """Peak bytes, including weights, of a pass without gradient over `groups`, for the reference or an evaluation."""
     found = pass_memory(config, model, adapter, args, groups, backward=False)
     return found.weights + found.peak
 
@@ -84,7 +85,7 @@ def scoring_memory(
 def generation_memory(
     config: PreTrainedConfig, model: ModelSection, prompts: int, samples: int, prompt_tokens: int, new_tokens: int
 ) -> float:
-    """Peak bytes of writing `samples` answers at once to `prompts` prompts of like length, weights included."""
+    """Peak bytes, including weights, of generating `samples` answers at once to `prompts` prompts of similar length."""
     layers = config.get_text_config().num_hidden_layers
     sizes = (prompts, samples, prompt_tokens, new_tokens)
     if layers <= 3:

@@ -34,8 +34,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Bytes of the model's `weights`, of the `trained` ones among them, and of the peak above them in a pass (`peak`;
-    gradients of weights not counted). `offloaded` went to CPU memory. `trainable` is a number of weights.
+    """Bytes of the model's `weights`, of the `trained` ones among them, and of the peak of a pass on top of them
+    (`peak`, without gradients of weights). `offloaded` bytes went to CPU memory. `trainable` is a number of weights.
     """
 
     weights: float
@@ -63,9 +63,9 @@ def pass_memory(
     """Memory of one pass over all groups, measured with few layers; each further layer takes as much as the last one.
 
     Args:
-        backward: with gradients; else as an evaluation scores.
-        on_gpu: `offload_checkpoints` moves something.
-        lift: trained weights in bfloat16 become float32, as the trainer does unless they are sharded.
+        backward: with gradients; otherwise as in evaluation.
+        on_gpu: `offload_checkpoints` has an effect.
+        lift: convert trained bfloat16 weights to float32, as the trainer does unless they are sharded.
     """
     layers, settings = config.get_text_config().num_hidden_layers, (backward, on_gpu, lift)
     every = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
@@ -87,7 +87,7 @@ def simulate(
     on_gpu: bool = False,
     lift: bool = True,
 ) -> PassMemory:
-    """See `pass_memory`; of a model of so many layers."""
+    """See `pass_memory`, for a model with `layers` layers."""
     dtype = getattr(torch, model.dtype)
     with LiveBytes() as count, FakeTensorMode():
         policy = fake_model(config, layers, dtype, model.load_in_4bit, adapter)
@@ -118,7 +118,7 @@ def simulate_generation(
     prompt_tokens: int,
     new_tokens: int,
 ) -> tuple[float, float]:
-    """Peak bytes, weights included, of a padded batch: of its prompts, each computed once, and of the last token."""
+    """Peak bytes, including weights, of generating a padded batch: of its prompts (each once), and of the last token."""
     dtype, total = getattr(torch, model.dtype), prompt_tokens + new_tokens
     attention = mock.patch.object(nn.functional, "scaled_dot_product_attention", _efficient_attention)
     with LiveBytes() as count, FakeTensorMode(), torch.no_grad(), attention:
@@ -147,7 +147,7 @@ def simulate_generation(
 
 
 class _Offload:
-    """What `save_on_cpu` does: saved tensors leave, and come back as others."""
+    """Simulates `save_on_cpu`: saved tensors are moved to CPU memory, and copied back as new tensors."""
 
     def __init__(self):
         self.bytes = 0
@@ -165,14 +165,14 @@ class _Offload:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that live, and their peak."""
+    """Counts the bytes of all live storages, and their peak."""
 
     def __init__(self):
         super().__init__()
         self.live, self.peak, self._sizes = 0, 0, {}
 
     def begin(self) -> int:
-        """Begins the peak anew; returns the bytes that live."""
+        """Resets the peak; returns the bytes of live storages."""
         self.peak = self.live
         return self.live
 
@@ -197,7 +197,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _inside(func, args) -> int:
-    """Bytes that a kernel allocates for its own time."""
+    """Bytes that a kernel allocates temporarily."""
     name = func._schema.name
     if name == "aten::logsumexp":  # the exponentials
         return args[0].nbytes

@@ -1,15 +1,14 @@
-"""What the numbers of every artifact depend on: one function per artifact, from the resolved recipe and from contents.
+"""The identity of every artifact: what its numbers depend on, from the resolved recipe and from contents.
 
-An identity is a flat dictionary of plain values. It identifies weights, adapters and data by content, and holds
-settings as they are after defaults, so that spelling a default out, moving a folder or renaming a file changes nothing.
-It leaves
-out what moves only memory, speed, logging or the number of processes: such settings may change between interruption and
-resume. The batch enters as prompts per optimizer step, however it is split over devices and micro-batches. A base's
-`attn_implementation` is named: in bfloat16 another one moves sums by nats, and policy and reference must share it.
+An identity is a flat dictionary of plain values, with one function per artifact. It identifies weights, adapters and
+data by content, and has settings with defaults filled in, so that spelling out a default, moving a folder or renaming a
+file makes no difference. Settings that only affect memory, speed, logging or the number of processes are left out: they
+may change when a run resumes. The batch size is given as prompts per optimizer step, however it is split over devices
+and micro-batches. `attn_implementation` of a base is included: in bfloat16 another one changes sums by nats, and policy
+and reference must use the same.
 
 Versions of packages are recorded under `version.NAME`. A different version changes numbers by rounding, so `Product`
-only
-warns: an error would throw away hours of work at every upgrade.
+only warns: an error would throw away hours of work at every upgrade.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lowdft.models.adapters import adapter_digest, adapter_identity
 from lowdft.models.reference import REFERENCE_NEEDS
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-NOT_OF_SAMPLES = (  # of negatives: where they come from and go to, and how many are drawn at once
+NOT_OF_SAMPLES = (  # settings of negatives that do not affect a sample
     "source",
     "push",
     "private",
@@ -60,10 +59,10 @@ TRAINING = (
     "seed",
     "data_seed",
 )
-# settings that change no number of the training: by name, and by how a name begins
+# settings that do not change numbers of training: by name, and by prefix
 INCIDENTAL = {
     "output_dir",
-    "objective",  # these six enter in another form
+    "objective",  # these six are included in another form
     "tau",
     "gamma",
     "objective_args",
@@ -123,16 +122,16 @@ INCIDENTAL_PREFIXES = (
 
 
 def negatives(run, split: str) -> dict:
-    """Of the negatives that the base (or base + `negatives.adapter`) writes for the rows of a split."""
+    """The identity of the negatives that the base (or base + `negatives.adapter`) writes for the rows of a split."""
     section = dataclasses.asdict(run.recipe.negatives)
     how = {f"negatives.{k}": v for k, v in section.items() if k not in NOT_OF_SAMPLES}
-    if section["strategy"] == "few_shot":  # which rows are shots hangs on all of them
+    if section["strategy"] == "few_shot":  # the choice of shots depends on all training rows
         how["negatives.shots_from"] = run.splits.digests["train"]
     else:
         del how["negatives.shots"]
     if section["keep"] == "wrong":
         how |= {f"evaluation.{name}": getattr(run.recipe.evaluation, name) for name in ("answer", "pattern")}
-    trained = section["adapter"] if split == "train" else None  # held-out ones are the base's: runs and rounds compare
+    trained = section["adapter"] if split == "train" else None  # held-out negatives always come from the base
     how["negatives.adapter"] = trained and adapter_digest(trained, "negatives.adapter")
     how["negatives.per_prompt"] = run.negatives_wanted(split)
     lengths = {"max_prompt_length": run.encoder.prompt_limit, "end_ids": run.encoder.end_ids}
@@ -140,7 +139,7 @@ def negatives(run, split: str) -> dict:
 
 
 def rows(run, split: str, with_negatives: bool = True) -> dict:
-    """Of a split's encoded rows."""
+    """The identity of a split's encoded rows."""
     generated = with_negatives and not run.ready_negatives(split) and run.negatives_wanted(split)
     made = negatives(run, split) if generated else _base(run) | _data(run, split)
     made |= {"max_length": run.encoder.max_length, "max_prompt_length": run.encoder.prompt_limit}
@@ -149,7 +148,7 @@ def rows(run, split: str, with_negatives: bool = True) -> dict:
 
 
 def encoding(run, split: str, with_negatives: bool) -> dict:
-    """Of the file that keeps a split's encoded rows, which holds the sampling prompts too where they are used."""
+    """The identity of the file with a split's encoded rows, which also has the sampling prompts if they are used."""
     section = run.recipe.negatives
     prompts = {name: getattr(section, name) for name in ("strategy", "system_prompt", "template", "shots", "seed")}
     sampled = run.args.reference_prompt != "training"
@@ -157,33 +156,33 @@ def encoding(run, split: str, with_negatives: bool) -> dict:
 
 
 def reference(run) -> dict:
-    """Of the reference's log-probabilities of the training rows."""
+    """The identity of the reference's log-probabilities of the training rows."""
     return rows(run, "train") | _reference(run)
 
 
 def training(run) -> dict:
-    """Of the trained adapter (or the whole model)."""
+    """The identity of the trained adapter (or the whole model)."""
     args = run.args
     settings = {"objective": args.objective, **args.hyperparameters()}
     settings |= {name: getattr(args, name) for name in TRAINING}
     defaults = {field.name: field.default for field in dataclasses.fields(DFTConfig)}
-    for name, value in run.recipe.training.items():  # of the many others those that this recipe sets
+    for name, value in run.recipe.training.items():  # of all other settings, only those that this recipe sets
         if not (name in INCIDENTAL or name.startswith(INCIDENTAL_PREFIXES) or value == defaults[name]):
             settings[name] = value
     made = rows(run, "train") | (_reference(run) if run.objective.uses_any_reference else {})
-    made |= {"reference_model": _reference_model(run)}  # where training starts, also without a reference in the loss
+    made |= {"reference_model": _reference_model(run)}  # training starts from it, even if the loss has no reference
     return made | {f"training.{k}": _plain(v) for k, v in settings.items()} | _adapter(run.recipe.adapter)
 
 
 def base_evaluation(run) -> dict:
-    """Of what is measured of the base alone: the same for every training on the same held-out rows."""
+    """The identity of the base's evaluation, which is the same for all runs with the same held-out rows."""
     section = run.recipe.evaluation
     how = {f"evaluation.{name}": getattr(section, name) for name in ("answer", "pattern", "max_new_tokens")}
     return rows(run, "heldout") | how
 
 
 def evaluation(run) -> dict:
-    """Of what is measured on the held-out rows: the base, the trained model and the compared ones."""
+    """The identity of the evaluation of the base, the trained model and the compared ones."""
     made = base_evaluation(run)
     for name, path in run.recipe.evaluation.compare.items():
         made[f"evaluation.compare.{name}"] = adapter_digest(adapter_folder(path), f"evaluation.compare.{name}")
@@ -204,7 +203,7 @@ def _base(run) -> dict:
 
 @functools.cache
 def _version(package: str) -> str:
-    """Reading a package's metadata takes 15 ms, and every look at a product asks for it."""
+    """A package's version, cached: reading its metadata takes 15 ms, and every check of a product needs it."""
     return importlib.metadata.version(package)
 
 
@@ -240,5 +239,5 @@ def _adapter(section: AdapterSection | None) -> dict:
 
 
 def _plain(value: object) -> object:
-    """As a manifest gives it back: enumerations by value, sequences as lists."""
+    """The value as it would be read from a manifest: enumerations by value, sequences as lists."""
     return json.loads(json.dumps(getattr(value, "value", value), default=str))

@@ -1,4 +1,4 @@
-"""The report's page: one HTML file that needs nothing beside it. Every value is escaped by the template engine."""
+"""The report page: one HTML file without external files. The template engine escapes every value."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def simulate_generation(
     prompt_tokens: int,
     new_tokens: int,
 ) -> tuple[float, float]:
-    """Peak bytes, including weights, of generating a padded batch: of its prompts (each once), and of the last token."""
+    """Peak bytes, including weights, of generating a padded batch: of its prompts (each once) and the last token."""
     dtype, total = getattr(torch, model.dtype), prompt_tokens + new_tokens
     attention = mock.patch.object(nn.functional, "scaled_dot_product_attention", _efficient_attention)
     with LiveBytes() as count, FakeTensorMode(), torch.no_grad(), attention:

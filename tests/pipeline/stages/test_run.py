@@ -62,7 +62,7 @@ def test_other_settings_are_refused_in_words(recipe, capsys):
     assert main(["generate", recipe]) == 0
     assert main(["generate", recipe, "negatives.temperature=1.5"]) == 1
     error = capsys.readouterr().err
-    assert "negatives.parquet: was made with other settings (negatives.temperature was 0.7, is now 1.5)" in error
+    assert "negatives.parquet was made with other settings (negatives.temperature was 0.7, is now 1.5)" in error
     assert "Traceback" not in error
 
 

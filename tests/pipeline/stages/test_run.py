@@ -202,7 +202,7 @@ def test_wrong_references_are_told(recipe, tmp_path, capsys):
     assert main(["train", recipe, f"training.reference_model=adapter:{tmp_path}"]) == 1
     assert "not a trained adapter" in capsys.readouterr().err
     assert main(["train", recipe, "training.reference_model=adapter:x", "adapter=null"]) == 1
-    assert "with `adapter: null`" in capsys.readouterr().err
+    assert "but `adapter: null` trains all parameters" in capsys.readouterr().err
     assert main(["train", recipe, "training.reference_model=somewhere"]) == 1
     assert "base or adapter:PATH" in capsys.readouterr().err
 
@@ -225,7 +225,7 @@ def test_extrapolation_scales_the_adapters_change(recipe, tiny_folder):
         for start, end in zip(base.parameters(), trained.parameters(), strict=True):
             end.add_(0.5 * (end - start))
         torch.testing.assert_close(found(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-5)
-    assert "1.5 times" in (target / "README.md").read_text()
+    assert "scaled by 1.5" in (target / "README.md").read_text()
 
 
 def test_rounds(recipe, tmp_path):

@@ -23,6 +23,7 @@ from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.models.adapters import adapter_digest, adapter_identity
 from lowdft.models.reference import REFERENCE_NEEDS
+from lowdft.training.log_u import TRAINED_WITH
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 NOT_OF_SAMPLES = (  # of negatives: where they come from and go to, and how many are drawn at once
@@ -35,29 +36,7 @@ NOT_OF_SAMPLES = (  # of negatives: where they come from and go to, and how many
     "gpu_memory_utilization",
     "adapter",
 )
-TRAINING = (
-    "log_u_init",
-    "negatives_per_step",
-    "reference",
-    "freeze_half",
-    "prompts_per_step",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "dataloader_drop_last",
-    "seed",
-    "data_seed",
-)
+TRAINING = (*TRAINED_WITH, "num_train_epochs", "max_steps")
 # settings that change no number of the training: by name, and by how a name begins
 INCIDENTAL = {
     "output_dir",

@@ -13,6 +13,7 @@ from lowdft.compat import use_one_gpu
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 from lowdft.logprobs import bare
+from lowdft.models.adapters import trained_beside
 
 ARGUMENTS = {
     "compute_metrics": "evaluation never makes whole logits. Take the logged eval_* metrics, or use a callback",
@@ -91,6 +92,12 @@ def check_model(model: nn.Module, args: DFTConfig) -> None:
             f"the model is a {type(causal_lm).__name__}; a causal language model with its output head is wanted. Load "
             "it with AutoModelForCausalLM."
         )
+    if names := [name for name in trained_beside(model) if not _saved_bias(name, model)]:
+        raise UserError(
+            f"{len(names)} parameters of the base itself are trained beside the adapter (the first: {names[0]}), which "
+            "peft neither saves nor takes back when the adapter is off. Freeze them (requires_grad_(False)), or name "
+            "their modules in the adapter's modules_to_save."
+        )
     if getattr(config, "output_router_logits", False):
         raise UserError(
             "the model's output_router_logits is on, which asks for a loss that balances experts; lowdft does not add "
@@ -103,6 +110,10 @@ def check_model(model: nn.Module, args: DFTConfig) -> None:
         )
     if args.fp16 and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
         raise UserError("fp16: true scales the gradients of float32 weights only; the trained weights are in float16")
+
+
+def _saved_bias(name: str, model: PeftModel) -> bool:
+    return name.endswith("bias") and getattr(model.active_peft_config, "bias", "none") != "none"
 
 
 def peft_config_of(model: object, peft_config: object) -> object:

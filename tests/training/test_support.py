@@ -111,6 +111,30 @@ def test_trained_biases_and_a_reference_that_needs_the_base(fresh, tmp_path):
         DFTTrainer(model, arguments(tmp_path, reference="online"), make_rows(), peft_config=config)
 
 
+@pytest.mark.parametrize("reference", ["online", "precomputed"])
+def test_parameters_of_the_base_trained_beside_an_adapter(reference, tmp_path):
+    """peft would not save them, and with the adapter off they would stay changed."""
+    model = get_peft_model(make_llama(), lora())
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(UserError, match="1 parameters of the base itself .*embed_tokens.weight.*modules_to_save"):
+        DFTTrainer(model, arguments(tmp_path, reference=reference), make_rows())
+
+
+def test_trained_biases_leave_no_base_to_score_new_rows_with(tmp_path):
+    """They are allowed beside a precomputed reference, but after the training that base is gone."""
+    config, model, rows = (
+        lora(),
+        GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4)),
+        make_rows(),
+    )
+    config.bias = "all"
+    trainer = DFTTrainer(model, arguments(tmp_path, max_steps=1), rows[:4], peft_config=config)
+    assert trainer.evaluate(rows[4:])["eval_loss"] > 0  # before a step it is still there
+    trainer.train()
+    with pytest.raises(UserError, match="no longer there to score them"):
+        trainer.evaluate(rows[4:])
+
+
 def test_router_losses(tmp_path):
     model = make_llama()
     model.config.output_router_logits = True

@@ -5,11 +5,10 @@ What needs no model is checked before one is loaded.
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -64,8 +63,20 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
+        self._check_templates()
         if collectives.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")
+
+    def _check_templates(self) -> None:
+        """Tokenizes every row now, so that no stage finds hours later that the chat template refuses some."""
+        faults = []
+        for split in filter(self.examples, SPLITS):
+            try:
+                self.encoded(split, self.negatives(split).path.is_file())
+            except UserError as error:
+                faults.append(str(error))
+        if faults:
+            raise UserError("\n".join(faults))
 
     def _requirements(self) -> list[str]:
         args, has_adapter = self.args, self.recipe.adapter is not None
@@ -83,16 +94,16 @@ class Run:
         ready = self.ready_negatives()
         requirements.check_proposal(self.recipe.negatives, args, self.objective, ready)
         notes += requirements.check_rows(RowFacts.of_examples(rows, ready), self.objective, args)
-        if self.objective.uses_negatives and not ready and (some := int((rows.negatives_N > 0).sum())):
+        if not self.objective.uses_negatives or ready:
+            return notes
+        if some := int((rows.negatives_N > 0).sum()):
             notes.append(
                 f"{some} of {len(rows)} rows bring negatives, which are not used: the base writes those of all rows "
                 f"(negatives.source: {self.recipe.negatives.source})"
             )
-        if self.objective.uses_negatives and not ready:
-            if self.recipe.negatives.keep == "wrong":
-                _ = self.right_answer  # raises where answers cannot be checked
-            notes += requirements.check_generated(self.recipe.negatives.per_prompt, args, len(rows))
-        return notes
+        if self.recipe.negatives.keep == "wrong":
+            _ = self.right_answer  # raises where answers cannot be checked
+        return notes + requirements.check_generated(self.recipe.negatives.per_prompt, args, len(rows))
 
     def _faults(self, valid: Examples) -> list[str]:
         """What the objective requires and the valid rows do not have."""
@@ -115,11 +126,6 @@ class Run:
     def examples(self, split: str) -> Examples:
         """The rows of "train" or "heldout"."""
         return getattr(self.splits, split)
-
-    @property
-    def layout(self) -> str:
-        """How the rows of the training data are laid out."""
-        return self.splits.layout
 
     def ready_negatives(self, split: str = "train") -> bool:
         """Do the rows bring their own negatives, or does the base write them? Held-out rows may do so alone."""
@@ -195,15 +201,17 @@ class Run:
         generated = None
         if with_negatives and not ready and self.negatives_wanted(split):
             generated = _made(self.negatives(split), "generate").path
-        sampled = self.args.reference_prompt != "training"
-        shots_from = self.examples("train") if self.recipe.negatives.strategy == "few_shot" else ()
-        prompts = functools.partial(sampling_ids, self.recipe.negatives, shots_from) if sampled else None
+        prompts = None
+        if self.args.reference_prompt != "training":
+            shots_from = self.examples("train") if self.recipe.negatives.strategy == "few_shot" else ()
+            prompts = partial(sampling_ids, self.recipe.negatives, shots_from)
         rows, self.encoder.truncation = prepare(
             self.folder / "data" / f"{split}_ids.arrow",
             identity.encoding(self, split, with_negatives),
             self.examples(split),
             Tokenizing(self.encoder, ready, prompts),
             generated,
+            identity.encoding(self, split, with_negatives=False),
         )
         return rows
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -56,18 +58,27 @@ def guard_four_bit(model: nn.Module) -> None:
         UserError: a layer's gradient is not that of its dequantized weight.
     """
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    repacked = 0
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
-        _unpack(layer)
+        repacked += _unpack(layer)
+    if repacked:
+        warnings.warn(
+            f"{repacked} 4-bit layers have run before, which rounded the scales of their weights to bfloat16: load the "
+            "model anew for the exact weights",
+            stacklevel=3,
+        )
     if layers:
         _check_gradient(layers[0])
 
 
-def _unpack(layer: nn.Module) -> None:
-    """A layer that was repacked for inference, as it was before."""
+def _unpack(layer: nn.Module) -> bool:
+    """Gives a layer that was repacked for inference its former layout; was it?"""
     state = getattr(layer.weight, "quant_state", None)
-    if state is not None and getattr(state, "packing_format_for_cpu", False):
-        layer.weight.data, layer.weight.quant_state = compat.unpacked_four_bit(layer.weight.data, state)
+    if state is None or not getattr(state, "packing_format_for_cpu", False):
+        return False
+    layer.weight.data, layer.weight.quant_state = compat.unpacked_four_bit(layer.weight.data, state)
+    return True
 
 
 def _check_gradient(layer: nn.Module) -> None:

@@ -55,12 +55,11 @@ def main(run: Run, push_data: str | None = None) -> None:
 
 
 def samples_per_part(section: NegativesSection) -> int:
-    """Samples between two files, which an interruption loses at most; vLLM schedules by itself and takes many."""
+    """Samples between two files, which an interruption loses at most; engines that schedule by themselves take many."""
     if section.backend == "vllm":
         return 8192
-    if section.batch_size:
-        return 2 * section.batch_size
-    return 2048 if torch.cuda.is_available() else 128
+    usual, given = 2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0)
+    return max(usual, given) if section.backend == "continuous" else given or usual
 
 
 def count(table: pa.Table) -> dict[str, int]:

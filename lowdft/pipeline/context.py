@@ -85,6 +85,7 @@ class Run:
         except InvalidRows as error:  # what is wrong with the others is reported in the same go
             raise UserError("\n".join([str(error), *self._faults(error.valid)])) from error
         notes = requirements.check_steps(args, len(rows))
+        requirements.check_precision(args, self.recipe.model.dtype)
         requirements.check_evaluations(args, len(self.examples("heldout")))
         if args.reference_adapter and not has_adapter:
             raise UserError(
@@ -92,7 +93,7 @@ class Run:
             )
         requirements.check_adapter(args, self.objective, has_adapter)
         ready = self.ready_negatives()
-        requirements.check_proposal(self.recipe.negatives, args, self.objective, ready)
+        requirements.check_proposal(self.recipe.negatives, args, self.objective, rows, ready)
         notes += requirements.check_rows(RowFacts.of_examples(rows, ready), self.objective, args)
         if not self.objective.uses_negatives or ready:
             return notes

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from lowdft.compat import use_one_gpu
+from lowdft.config.requirements import check_precision
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 from lowdft.logprobs import bare
@@ -43,6 +44,7 @@ def check_arguments(args: object, given: Mapping[str, object], has_eval: bool) -
             f"args is a {type(args).__name__}; DFTTrainer requires a lowdft.DFTConfig, which takes the same fields and "
             "adds objective, tau, gamma and others"
         )
+    check_precision(args)
     for name, reason in ARGUMENTS.items():
         if given.get(name) is not None:
             raise UserError(f"DFTTrainer does not support {name}: {reason}.")

@@ -31,6 +31,12 @@ def arguments(folder, **settings) -> DFTConfig:
     [
         {"label_smoothing_factor": 0.1},
         {"torch_compile": True},
+        {"torch_compile_backend": "inductor"},
+        {"torch_compile_mode": "default"},
+        {"auto_find_batch_size": True},
+        {"include_for_metrics": ["inputs"]},
+        {"batch_eval_metrics": True},
+        {"parallelism_config": {"tp_size": 2}},
         {"use_liger_kernel": True},
         {"neftune_noise_alpha": 5.0},
         {"train_sampling_strategy": "group_by_length"},
@@ -145,6 +151,15 @@ def test_router_losses(tmp_path):
 def test_float16_without_loss_scaling(tmp_path):
     with pytest.raises(UserError, match="float16, whose gradients vanish"):
         DFTTrainer(make_llama().half(), arguments(tmp_path), make_rows(), peft_config=lora())
+
+
+def test_fp16_on_a_cpu_has_no_loss_scaling(tmp_path, recipe, capsys):
+    """There accelerate would train in float16 without a scaler; a recipe is told before negatives are written."""
+    with pytest.raises(UserError, match="fp16 is true, and there is no loss scaling on a CPU"):
+        DFTTrainer(make_llama(), arguments(tmp_path, fp16=True), make_rows(), peft_config=lora())
+    for override in ("training.fp16=true", "model.dtype=float16"):
+        assert main(["generate", recipe, override]) == 1
+        assert "loss scaling" in capsys.readouterr().err and not (tmp_path / "run" / "negatives.parquet").exists()
 
 
 def test_several_visible_gpus_without_a_launcher(tmp_path):

@@ -7,6 +7,7 @@ import warnings
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig
 
 from lowdft import compat
 from lowdft.errors import UserError
@@ -16,18 +17,19 @@ def switch_off_dropout(model: nn.Module) -> float:
     """Switches off the base's own dropout, as TRL's DPO does; an adapter's stays. Returns the largest that was on.
 
     With it, policy and reference would differ at the first step, and the two passes of a long micro-batch from each
-    other. Many models keep the probability as a number beside their layers rather than in a Dropout module.
+    other. Many models keep the probability as a number beside their layers rather than in a Dropout module, and some
+    (Falcon) read it from their configuration in every pass.
     """
     of_adapters = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in _own(layer)}
+    of_base = [m for m in model.modules() if id(m) not in of_adapters and not isinstance(m, BaseTunerLayer)]
+    configurations = {id(c): c for m in of_base if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     largest = 0.0
-    for module in model.modules():
-        if id(module) in of_adapters or isinstance(module, BaseTunerLayer):
-            continue
-        is_dropout = "Dropout" in type(module).__name__
-        for name, value in list(vars(module).items()):
+    for owner in (*of_base, *configurations.values()):
+        is_dropout = "Dropout" in type(owner).__name__
+        for name, value in list(vars(owner).items()):
             if (is_dropout and name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
                 largest = max(largest, value)
-                setattr(module, name, 0.0)
+                setattr(owner, name, 0.0)
     return largest
 
 

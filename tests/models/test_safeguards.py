@@ -6,11 +6,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from helpers import lora, make_llama, make_rows
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig, FalconForCausalLM
 
 from lowdft import DFTConfig, DFTTrainer
 from lowdft.errors import UserError
-from lowdft.models.safeguards import guard_four_bit
+from lowdft.models.safeguards import guard_four_bit, switch_off_dropout
 
 
 @pytest.fixture
@@ -19,6 +19,16 @@ def four_bit(tmp_path):
     make_llama().save_pretrained(tmp_path / "base")
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, dtype=torch.float32)
+
+
+def test_dropout_that_a_model_reads_from_its_configuration_is_off():
+    """Falcon's between its layers stands in no module."""
+    sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(FalconConfig(hidden_dropout=0.3, attention_dropout=0.1, **sizes)).train()
+    ids = torch.arange(9)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert switch_off_dropout(model) == 0.3
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def layers(model) -> list[torch.nn.Module]:

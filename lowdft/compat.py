@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed
 
 
@@ -63,8 +63,19 @@ def without_deepspeed() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
+def takes_other_attention(model: PreTrainedModel) -> bool:
+    """Does transformers set another attention for a model? For others `set_attn_implementation` does nothing."""
+    return model._can_set_attn_implementation()
+
+
 def unpacked_four_bit(data, state):
-    """A 4-bit weight and its state as they were before bitsandbytes repacked them for CPU inference."""
+    """A 4-bit weight and its state as they were before bitsandbytes repacked them for CPU inference.
+
+    bitsandbytes' own inverse leaves the scales of weights without double quantization in the packed order.
+    """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    return _convert_weight_packed_for_cpu_inverse(data, state)
+    data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    if state.absmax.dim() == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return data, state

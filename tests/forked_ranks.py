@@ -60,5 +60,7 @@ def _run(script: Path, rank: int, processes: int, port: int, logs: str, argument
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ.update({key: str(value) for key, value in places.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if "deepspeed" in sys.modules:  # else it compiles for minutes, and a rank killed meanwhile leaves a lock for ever
+        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

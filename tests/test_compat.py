@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 
 import torch
-from helpers import make_rows, make_trainer
-from transformers import Trainer, TrainingArguments
+from helpers import make_llama, make_rows, make_trainer
+from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import deepspeed
 
-from lowdft.compat import use_one_gpu, without_deepspeed
+from lowdft.compat import takes_other_attention, use_one_gpu, without_deepspeed
 
 
 def test_hooks_are_called_in_their_order(tmp_path):
@@ -34,6 +34,11 @@ def test_private_methods_are_there():
     wanted = {"_prepare_for_training": 3, "_get_grad_norm": 2, "_save_checkpoint": 2, "_get_output_dir": 1}
     for name, count in wanted.items():
         assert len(inspect.signature(getattr(Trainer, name)).parameters) == count + 1, name
+
+
+def test_attention_that_transformers_can_exchange():
+    assert takes_other_attention(make_llama())
+    assert not takes_other_attention(GPTJForCausalLM(GPTJConfig(n_embd=8, n_layer=1, n_head=1, rotary_dim=4)))
 
 
 def test_one_gpu(tmp_path):

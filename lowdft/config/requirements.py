@@ -155,6 +155,24 @@ def check_steps(args: DFTConfig, n: int) -> list[str]:
     return [f"{n} rows are fewer than the {per_step} of one optimizer step; every epoch is one smaller step"]
 
 
+def check_precision(args: DFTConfig, dtype: str | None = None) -> None:
+    """Raises UserError for float16 without loss scaling, in which small gradients vanish.
+
+    Args:
+        dtype: of the base, in a recipe.
+    """
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError(
+            "training.fp16 is true, and there is no loss scaling on a CPU, without which small gradients vanish. Set "
+            "training.bf16: true, or neither."
+        )
+    if dtype == "float16" and not args.fp16:
+        raise UserError(
+            "model.dtype is float16, whose gradients vanish without loss scaling. Set model.dtype: bfloat16 or float32,"
+            " or training.fp16: true with an adapter (GPU only)."
+        )
+
+
 def check_evaluations(args: DFTConfig, held_out: int) -> None:
     """Raises UserError if a recipe asks for evaluation during training but has no rows for it."""
     if args.eval_strategy != "no" and not held_out:
@@ -176,7 +194,9 @@ def check_generated(per_prompt: int | None, args: DFTConfig, n: int) -> list[str
     return _reuse(n if per_prompt < negatives_used(args, n) else 0, args, n)
 
 
-def check_proposal(negatives: NegativesSection, args: DFTConfig, objective: Objective, ready: bool) -> None:
+def check_proposal(
+    negatives: NegativesSection, args: DFTConfig, objective: Objective, rows: Examples, ready: bool
+) -> None:
     """Raises UserError if `reference_prompt: proposal` does not match how the negatives were made.
 
     Args:
@@ -187,6 +207,9 @@ def check_proposal(negatives: NegativesSection, args: DFTConfig, objective: Obje
     unlike = {
         "the rows have their own negatives": ready,
         "negatives.stop ends them early": bool(negatives.stop),
+        "negatives.strategy few_shot ends them at a line break": (
+            negatives.strategy == "few_shot" and any(isinstance(row.completion, str) for row in rows)
+        ),
         "negatives.resample replaces some of them": negatives.resample > 0,
         "negatives.temperature is 0, so nothing is sampled": negatives.temperature == 0,
         "they are sampled from negatives.adapter, which is not training.reference_model": (

@@ -12,11 +12,17 @@ REFERENCES = ("precomputed", "online")
 UNSUPPORTED = {  # fields of transformers that only its own training step uses, and the values that are allowed
     "label_smoothing_factor": (0.0,),
     "torch_compile": (False,),
+    "torch_compile_backend": (None,),  # it, or the mode, turns torch_compile on
+    "torch_compile_mode": (None,),
     "use_liger_kernel": (False,),
     "neftune_noise_alpha": (0.0,),
     "bf16_full_eval": (False,),  # would convert the trained weights themselves to half precision
     "fp16_full_eval": (False,),
     "train_sampling_strategy": ("random", "sequential"),
+    "auto_find_batch_size": (False,),  # tokens_per_pass shrinks by itself
+    "include_for_metrics": ([],),
+    "batch_eval_metrics": (False,),
+    "parallelism_config": (None,),
 }
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 

@@ -24,18 +24,19 @@ def cached(note: Path, made_from: dict, files: Sequence[Path], make: Callable[[]
         files: names of the files that `make` writes, next to the note.
         again: call `make` even if the note matches.
     """
-    if collectives.rank() == 0 and (again or _facts(note, made_from) is None):
+    if collectives.rank() == 0 and (again or facts_of(note, made_from) is None):
         note.unlink(missing_ok=True)
         facts = make()
         value = {"made_from": made_from, "facts": facts, "contents": {p.name: contents_of(p)["."] for p in files}}
         value = as_written(value)
         write_json(note, value | {"checksum": checksum_of(value)})
-    while (facts := _facts(note, made_from)) is None:
+    while (facts := facts_of(note, made_from)) is None:
         time.sleep(0.1)
     return facts
 
 
-def _facts(note: Path, made_from: dict) -> dict | None:
+def facts_of(note: Path, made_from: dict) -> dict | None:
+    """The facts in `note`, if it and its files are whole and made from this; else None."""
     try:
         found = read_json(note)
     except UserError:  # missing or damaged

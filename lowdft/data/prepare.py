@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from lowdft.data.arrow import BATCH, map_table, write_table
-from lowdft.data.cache import cached
+from lowdft.data.cache import cached, facts_of
 from lowdft.data.encode import Encoder, Truncation
 from lowdft.data.encoded import IDS, SCHEMA, EncodedRows, drop_unused, record_batch
 from lowdft.data.example import Example
@@ -58,13 +58,20 @@ class Tokenizing:
 
 
 def prepare(
-    path: Path, made_from: dict, examples: Examples, how: Tokenizing, negatives: Path | None = None
+    path: Path,
+    made_from: dict,
+    examples: Examples,
+    how: Tokenizing,
+    negatives: Path | None = None,
+    without: dict | None = None,
 ) -> tuple[EncodedRows, Truncation]:
     """The encoded rows at `path`, memory-mapped; made first if they are missing or were made from other things.
 
     Args:
         made_from: what they depend on: data, tokenizer, lengths, negatives.
         negatives: a parquet file with generated `negative_ids` by `example_id`, for every example.
+        without: what the same rows depend on but for these negatives: where `path` has them so, they are not tokenized
+            again.
 
     Returns:
         the rows, and what was cut to length when they were made.
@@ -73,15 +80,18 @@ def prepare(
         UserError: the chat template rejects rows; all of them are in one message.
     """
 
+    note = path.with_suffix(".json")
+    tokenized = facts_of(note, without) if negatives and without else None
+
     def make() -> dict:
-        truncation = Truncation()
-        parts = _tokenized(examples, how, truncation)
+        truncation = Truncation(**tokenized or {})
+        parts = map_table(path).to_batches() if tokenized else _tokenized(examples, how, truncation)
         if negatives:
             parts = _with_negatives(parts, negatives, how.encoder.max_length, truncation)
         write_table(path, SCHEMA, parts)
         return dataclasses.asdict(truncation)
 
-    facts = cached(path.with_suffix(".json"), made_from, [path], make)
+    facts = cached(note, made_from, [path], make)
     return EncodedRows(drop_unused(map_table(path))), Truncation(**facts)
 
 

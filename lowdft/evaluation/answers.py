@@ -24,7 +24,7 @@ STATED = re.compile(
     + r"|(?i:\b(?:choose|chose|pick|picked|select|go\s+with))"
     + _LETTER
     + _ENDS
-    + r"|(?<![\w'])([A-Z])[)\]\"'*_]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))\b"
+    + r"|(?<![\w'])([A-Z])[)\]\"'*_]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best|answer))\b"
     + r"|\\boxed\{[({\s]*(?:\\text\{)?\(?([A-Z])\b"
 )
 LEADING = re.compile(r"^[\s(\[\"'*_]*(?:([A-Z])[)\]\"'*_]*\s*$|([A-HJ-Z])(?:[).:,\]*_]|[ \t]*\n)|\(([A-Z])\))")

@@ -129,6 +129,11 @@ def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter: {error}") from error
     check_config(config)
+    if getattr(config, "bias", "none") != "none":
+        raise UserError(
+            f"adapter.bias is {config.bias}, which trains biases of the base itself: with the adapter off they stay "
+            "changed, and the base that a run scores and measures would not be the base. Leave it out."
+        )
     return config
 
 
@@ -170,11 +175,32 @@ def _refuse_megatron(config: dict, key: str) -> None:
 
 
 def adapter_identity(section: AdapterSection) -> dict:
-    """The fields in which an adapter's configuration differs from peft's default for its type."""
-    config = adapter_config(section)
+    """The type, and the fields in which an adapter's configuration differs from peft's default for its type."""
+    return {"type": section.type} | config_identity(adapter_config(section))
+
+
+def config_identity(config: PeftConfig) -> dict:
+    """The fields in which a configuration differs from peft's default for its type."""
     default = type(config)().to_dict()
     found = {k: v for k, v in config.to_dict().items() if v != default.get(k)}
-    return {"type": section.type} | {k: sorted(v) if isinstance(v, set) else v for k, v in found.items()}
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in found.items()}
+
+
+def identity_of(model: nn.Module) -> dict | None:
+    """What the numbers of a model's adapter depend on beside its weights, as JSON has it; None without an adapter."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.active_peft_config
+    found = {k: v for k, v in config_identity(config).items() if k == "target_modules" or k not in NOT_OF_RECIPES}
+    return json.loads(json.dumps({"type": config.peft_type, **found}, default=lambda v: type(v).__name__))
+
+
+def trained_beside(model: nn.Module) -> list[str]:
+    """Names of the base's own parameters that are trained beside an adapter, and stay changed when it is off."""
+    if not isinstance(model, PeftModel):
+        return []
+    adapters = set(model.active_adapters)
+    return [name for name, p in model.named_parameters() if p.requires_grad and not adapters & set(name.split("."))]
 
 
 def load_adapter(base, path: str | Path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig
 
 from lowdft import compat
 from lowdft.errors import UserError
@@ -14,18 +17,19 @@ def switch_off_dropout(model: nn.Module) -> float:
     """Switches off the base's dropout, as TRL's DPO does, but not the adapter's. Returns the largest rate that was on.
 
     With dropout, policy and reference would differ at the first step, and so would the two passes of a long
-    micro-batch. Many models store the probability as a number in their layers and not in a Dropout module.
+    micro-batch. Many models store the probability as a number in their layers and not in a Dropout module, and some
+    (Falcon) read it from their configuration in every pass.
     """
     of_adapters = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in _own(layer)}
+    of_base = [m for m in model.modules() if id(m) not in of_adapters and not isinstance(m, BaseTunerLayer)]
+    configurations = {id(c): c for m in of_base if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     largest = 0.0
-    for module in model.modules():
-        if id(module) in of_adapters or isinstance(module, BaseTunerLayer):
-            continue
-        is_dropout = "Dropout" in type(module).__name__
-        for name, value in list(vars(module).items()):
+    for owner in (*of_base, *configurations.values()):
+        is_dropout = "Dropout" in type(owner).__name__
+        for name, value in list(vars(owner).items()):
             if (is_dropout and name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
                 largest = max(largest, value)
-                setattr(module, name, 0.0)
+                setattr(owner, name, 0.0)
     return largest
 
 
@@ -56,18 +60,27 @@ def guard_four_bit(model: nn.Module) -> None:
         UserError: a layer's gradient differs from that of its dequantized weight.
     """
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    repacked = 0
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
-        _unpack(layer)
+        repacked += _unpack(layer)
+    if repacked:
+        warnings.warn(
+            f"{repacked} 4-bit layers have run before, which rounded the scales of their weights to bfloat16: load the "
+            "model anew for the exact weights",
+            stacklevel=3,
+        )
     if layers:
         _check_gradient(layers[0])
 
 
-def _unpack(layer: nn.Module) -> None:
-    """Undoes the repacking of a layer for inference."""
+def _unpack(layer: nn.Module) -> bool:
+    """Undoes the repacking of a layer for inference. Returns whether it was repacked."""
     state = getattr(layer.weight, "quant_state", None)
-    if state is not None and getattr(state, "packing_format_for_cpu", False):
-        layer.weight.data, layer.weight.quant_state = compat.unpacked_four_bit(layer.weight.data, state)
+    if state is None or not getattr(state, "packing_format_for_cpu", False):
+        return False
+    layer.weight.data, layer.weight.quant_state = compat.unpacked_four_bit(layer.weight.data, state)
+    return True
 
 
 def _check_gradient(layer: nn.Module) -> None:

@@ -5,11 +5,10 @@ All checks that need no model are made before one is loaded.
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -64,8 +63,20 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
+        self._check_templates()
         if collectives.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")
+
+    def _check_templates(self) -> None:
+        """Tokenizes every row now, so that no stage finds hours later that the chat template refuses some."""
+        faults = []
+        for split in filter(self.examples, SPLITS):
+            try:
+                self.encoded(split, self.negatives(split).path.is_file())
+            except UserError as error:
+                faults.append(str(error))
+        if faults:
+            raise UserError("\n".join(faults))
 
     def _requirements(self) -> list[str]:
         args, has_adapter = self.args, self.recipe.adapter is not None
@@ -74,6 +85,7 @@ class Run:
         except InvalidRows as error:  # problems of the other rows are reported together with these
             raise UserError("\n".join([str(error), *self._faults(error.valid)])) from error
         notes = requirements.check_steps(args, len(rows))
+        requirements.check_precision(args, self.recipe.model.dtype)
         requirements.check_evaluations(args, len(self.examples("heldout")))
         if args.reference_adapter and not has_adapter:
             raise UserError(
@@ -82,18 +94,18 @@ class Run:
             )
         requirements.check_adapter(args, self.objective, has_adapter)
         ready = self.ready_negatives()
-        requirements.check_proposal(self.recipe.negatives, args, self.objective, ready)
+        requirements.check_proposal(self.recipe.negatives, args, self.objective, rows, ready)
         notes += requirements.check_rows(RowFacts.of_examples(rows, ready), self.objective, args)
-        if self.objective.uses_negatives and not ready and (some := int((rows.negatives_N > 0).sum())):
+        if not self.objective.uses_negatives or ready:
+            return notes
+        if some := int((rows.negatives_N > 0).sum()):
             notes.append(
                 f"{some} of {len(rows)} rows have negatives, which are not used: the base writes them for all rows "
                 f"(negatives.source: {self.recipe.negatives.source})"
             )
-        if self.objective.uses_negatives and not ready:
-            if self.recipe.negatives.keep == "wrong":
-                _ = self.right_answer  # raises if answers cannot be checked
-            notes += requirements.check_generated(self.recipe.negatives.per_prompt, args, len(rows))
-        return notes
+        if self.recipe.negatives.keep == "wrong":
+            _ = self.right_answer  # raises if answers cannot be checked
+        return notes + requirements.check_generated(self.recipe.negatives.per_prompt, args, len(rows))
 
     def _faults(self, valid: Examples) -> list[str]:
         """The objective's requirements that the valid rows do not meet."""
@@ -116,11 +128,6 @@ class Run:
     def examples(self, split: str) -> Examples:
         """The rows of "train" or "heldout"."""
         return getattr(self.splits, split)
-
-    @property
-    def layout(self) -> str:
-        """The layout of the training rows."""
-        return self.splits.layout
 
     def ready_negatives(self, split: str = "train") -> bool:
         """Whether the rows have their own negatives, instead of the base writing them; perhaps only held-out rows."""
@@ -196,15 +203,17 @@ class Run:
         generated = None
         if with_negatives and not ready and self.negatives_wanted(split):
             generated = _made(self.negatives(split), "generate").path
-        sampled = self.args.reference_prompt != "training"
-        shots_from = self.examples("train") if self.recipe.negatives.strategy == "few_shot" else ()
-        prompts = functools.partial(sampling_ids, self.recipe.negatives, shots_from) if sampled else None
+        prompts = None
+        if self.args.reference_prompt != "training":
+            shots_from = self.examples("train") if self.recipe.negatives.strategy == "few_shot" else ()
+            prompts = partial(sampling_ids, self.recipe.negatives, shots_from)
         rows, self.encoder.truncation = prepare(
             self.folder / "data" / f"{split}_ids.arrow",
             identity.encoding(self, split, with_negatives),
             self.examples(split),
             Tokenizing(self.encoder, ready, prompts),
             generated,
+            identity.encoding(self, split, with_negatives=False),
         )
         return rows
 

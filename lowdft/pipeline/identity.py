@@ -24,6 +24,7 @@ from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.models.adapters import adapter_digest, adapter_identity
 from lowdft.models.reference import REFERENCE_NEEDS
+from lowdft.training.log_u import TRAINED_WITH
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 NOT_OF_SAMPLES = (  # settings of negatives that do not affect a sample
@@ -36,29 +37,7 @@ NOT_OF_SAMPLES = (  # settings of negatives that do not affect a sample
     "gpu_memory_utilization",
     "adapter",
 )
-TRAINING = (
-    "log_u_init",
-    "negatives_per_step",
-    "reference",
-    "freeze_half",
-    "prompts_per_step",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "dataloader_drop_last",
-    "seed",
-    "data_seed",
-)
+TRAINING = (*TRAINED_WITH, "num_train_epochs", "max_steps")
 # settings that do not change numbers of training: by name, and by prefix
 INCIDENTAL = {
     "output_dir",

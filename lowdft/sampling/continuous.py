@@ -14,6 +14,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from lowdft.compat import takes_other_attention
 from lowdft.errors import UserError, is_out_of_memory
 from lowdft.sampling.draw import (
     Request,
@@ -52,10 +53,11 @@ class ContinuousSampler:
             return []
         samples: dict[int, Sample] = {}
         with generating(self.model, self.end_ids, self.settings) as model:
-            if _has_alibi(model.config.get_text_config()):
+            if not takes_other_attention(model):
                 raise UserError(
                     f"negatives.backend is continuous, which writes wrong tokens for {model.config.model_type}: its "
-                    "positions are a bias on attention (ALiBi). Set negatives.backend=padded."
+                    "attention is code of its own (for ALiBi, say), which transformers cannot exchange for a paged "
+                    "one. Set negatives.backend=padded."
                 )
             attention = model.config._attn_implementation
             batch_size = self.batch_size or fitting(model, requests, self.settings)
@@ -124,12 +126,6 @@ class ContinuousSampler:
             max_requests_per_batch=at_once,
             auto_switch_to_flash=flash,
         )
-
-
-def _has_alibi(config) -> bool:
-    attention = getattr(config, "attn_config", None)
-    own = attention.get("alibi") if isinstance(attention, dict) else getattr(attention, "alibi", False)
-    return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or own)
 
 
 class _ContinuousDraw(ContinuousBatchingLogitsProcessor):

@@ -19,6 +19,29 @@ from torch import Tensor
 from lowdft.errors import UserError
 from lowdft.files import replacing
 
+# what the order of examples and the optimizer's steps depend on; of most of it a checkpoint brings the old value back
+TRAINED_WITH = (
+    "negatives_per_step",
+    "log_u_init",
+    "reference",
+    "freeze_half",
+    "prompts_per_step",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "dataloader_drop_last",
+    "seed",
+    "data_seed",
+)
+
 
 class LogU:
     """`values`: float32 [n], `visits`: int64 [n], both on the CPU.
@@ -55,17 +78,19 @@ class LogU:
         self.values, self.visits = state["values"], state["visits"]
 
 
-def table_identity(rows, args, reference: str) -> dict:
-    """Identifies a `log_u` table: a hash of all rows, and the settings that its values depend on.
+def table_identity(rows, args, reference: str, adapter: dict | None = None) -> dict:
+    """Identifies the state of a training: a hash of all rows, and the settings that its numbers depend on.
 
     Args:
         rows: the training set, `EncodedRows`.
         args: the `DFTConfig`.
         reference: identifies the reference model by its content.
+        adapter: identifies the adapter's configuration (`models.adapters.identity_of`).
     """
-    names = ("objective", "tau", "gamma", "negatives_per_step", "log_u_init", "reference", "reference_prompt")
-    settings = {name: getattr(args, name) for name in (*names, "objective_args", "prompts_per_step")}
-    return {"data": rows.fingerprint(), "reference_model": reference} | settings
+    names = ("objective", "tau", "gamma", "objective_args", "reference_prompt", "train_sampling_strategy")
+    settings = {name: getattr(args, name) for name in (*names, *TRAINED_WITH)}
+    settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations
+    return {"data": rows.fingerprint(), "reference_model": reference, "adapter": adapter} | settings
 
 
 def save_table(path: str | Path, tensors: Mapping[str, Tensor], fingerprint: dict) -> None:
@@ -88,8 +113,8 @@ def load_table(path: str | Path, fingerprint: dict) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing, so training cannot resume exactly from here. Train from the start.")
     with safe_open(path, framework="pt") as file:
         saved = json.loads(file.metadata()["fingerprint"])
-        differing = sorted(k for k in saved.keys() | fingerprint.keys() if saved.get(k) != fingerprint.get(k))
+        differing = sorted(k for k in saved if saved[k] != fingerprint.get(k))
         if differing:
-            found = "; ".join(f"{k} was {saved.get(k)}, is now {fingerprint.get(k)}" for k in differing)
+            found = "; ".join(f"{k} was {saved[k]}, is now {fingerprint.get(k)}" for k in differing)
             raise UserError(f"{path} belongs to another run ({found}). Use the old settings, or another output_dir.")
         return {name: file.get_tensor(name) for name in file.keys()}

@@ -10,9 +10,11 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from lowdft.compat import use_one_gpu
+from lowdft.config.requirements import check_precision
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 from lowdft.logprobs import bare
+from lowdft.models.adapters import trained_beside
 
 ARGUMENTS = {
     "compute_metrics": "evaluation never computes full logits. Use the logged eval_* metrics, or a callback",
@@ -42,6 +44,7 @@ def check_arguments(args: object, given: Mapping[str, object], has_eval: bool) -
             f"args is a {type(args).__name__}; DFTTrainer requires a lowdft.DFTConfig, which has the same fields, and "
             "objective, tau, gamma and others"
         )
+    check_precision(args)
     for name, reason in ARGUMENTS.items():
         if given.get(name) is not None:
             raise UserError(f"DFTTrainer does not support {name}: {reason}.")
@@ -91,6 +94,12 @@ def check_model(model: nn.Module, args: DFTConfig) -> None:
             f"the model is a {type(causal_lm).__name__}; wanted a causal language model with its output head. Load it "
             "with AutoModelForCausalLM."
         )
+    if names := [name for name in trained_beside(model) if not _saved_bias(name, model)]:
+        raise UserError(
+            f"{len(names)} parameters of the base itself are trained beside the adapter (the first: {names[0]}), which "
+            "peft neither saves nor takes back when the adapter is off. Freeze them (requires_grad_(False)), or name "
+            "their modules in the adapter's modules_to_save."
+        )
     if getattr(config, "output_router_logits", False):
         raise UserError(
             "the model's output_router_logits is on, which adds a loss that balances experts; lowdft does not have it. "
@@ -103,6 +112,10 @@ def check_model(model: nn.Module, args: DFTConfig) -> None:
         )
     if args.fp16 and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
         raise UserError("fp16: true needs trained weights in float32, but they are in float16; load them in float32")
+
+
+def _saved_bias(name: str, model: PeftModel) -> bool:
+    return name.endswith("bias") and getattr(model.active_peft_config, "bias", "none") != "none"
 
 
 def peft_config_of(model: object, peft_config: object) -> object:

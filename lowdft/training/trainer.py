@@ -22,7 +22,7 @@ from lowdft.data.encoded import EncodedRows
 from lowdft.distributed import sharding
 from lowdft.errors import UserError
 from lowdft.logprobs import layers_in
-from lowdft.models.adapters import adapter_digest
+from lowdft.models.adapters import adapter_digest, identity_of, trained_beside
 from lowdft.models.fused_lora import fused_lora
 from lowdft.models.reference import attach_reference, check_reference
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
@@ -98,7 +98,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         self.sharded = sharding.is_sharded(self.accelerator)
         self._layers_in = choose_precision(model, args, self.sharded)
         reference = adapter_digest(args.reference_adapter) if args.reference_adapter else "base"
-        self._fingerprint, self._faded = table_identity(train_rows, args, reference), Faded()
+        self._fingerprint, self._faded = table_identity(train_rows, args, reference, identity_of(model)), Faded()
         self.engine = StepEngine(
             model,
             self.objective,
@@ -242,6 +242,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
         """Computes missing reference scores of the rows with the initial weights, sharded or not."""
         self._drive(model)
+        self._checked = None
         if self.sharded:
             self._choose_layout(self.engine.policy)
         if self.objective.uses_any_reference:
@@ -257,13 +258,15 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         self.engine.check_gradient(float(gradient_norm), scaled=self.args.fp16)
 
     def before_saving(self) -> None:
-        """Stops before saving weights that no longer give finite scores."""
-        self.engine.check_weights()
+        """Stops before saving weights that no longer give finite scores; checks them once per step."""
+        if self._checked != self.state.global_step:
+            self.engine.check_weights()
+        self._checked = self.state.global_step
 
     @property
     def _at_hand(self) -> bool:
         """Whether the reference is the model with its adapter off, even after training."""
-        return self._starts_from_base and isinstance(self.model, PeftModel)
+        return self._starts_from_base and isinstance(self.model, PeftModel) and not trained_beside(self.model)
 
     def _drive(self, model: nn.Module) -> None:
         """The engine's model: DDP's copies without the wrapper, because gradients are averaged once per step."""

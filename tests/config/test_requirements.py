@@ -9,6 +9,7 @@ from lowdft import DFTConfig, objectives
 from lowdft.config.requirements import check_datasets, check_proposal
 from lowdft.config.sections import NegativesSection
 from lowdft.data.encode import Encoder
+from lowdft.data.example import Example
 from lowdft.data.python_rows import encode_rows
 from lowdft.errors import UserError
 
@@ -18,6 +19,7 @@ from lowdft.errors import UserError
     [
         ({}, {}, True, "the rows have their own negatives"),
         (dict(stop=["\n"]), {}, False, "negatives.stop ends them early"),
+        (dict(strategy="few_shot"), {}, False, "negatives.strategy few_shot ends them at a line break"),
         (dict(resample=1), {}, False, "negatives.resample replaces some"),
         (dict(temperature=0.0), {}, False, "negatives.temperature is 0, so nothing is sampled"),
         (dict(adapter="a"), {}, False, "they are sampled from negatives.adapter"),
@@ -30,13 +32,13 @@ def test_a_proposal_is_that_of_the_sampler(tmp_path, negatives, training, ready,
     objective = objectives.get("dft")
     section = NegativesSection(**negatives)
     settings = dict(output_dir=str(tmp_path), use_cpu=True) | training
-    check_proposal(section, DFTConfig(**settings), objective, ready)  # nothing to ask of other references
+    check_proposal(section, DFTConfig(**settings), objective, [], ready)  # nothing to ask of other references
     args = DFTConfig(**settings, reference_prompt="proposal")
     if said is None:
-        check_proposal(section, args, objective, ready)
+        check_proposal(section, args, objective, [Example("0", "1?", "1", [])], ready)
     else:
         with pytest.raises(UserError, match=f"reference_prompt: proposal.*{said}.*training or sampling"):
-            check_proposal(section, args, objective, ready)
+            check_proposal(section, args, objective, [Example("0", "1?", "1", [])], ready)
 
 
 def test_a_sampling_prompt_is_in_the_rows_or_refused(tmp_path):

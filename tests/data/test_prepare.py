@@ -49,8 +49,8 @@ def test_several_processes_make_the_rows_that_one_makes(tmp_path, monkeypatch):
     assert again.fingerprint() == one.fingerprint() and cut_again == cut
 
 
-def test_generated_negatives_are_joined_by_example_id(tmp_path):
-    """In whatever order the file has them; one that is missing is named."""
+def test_generated_negatives_are_joined_by_example_id(tmp_path, monkeypatch):
+    """In whatever order the file has them, to rows that are not tokenized again; one that is missing is named."""
     rows, how = examples(tmp_path, 3), Tokenizing(Encoder(make_tokenizer(), max_length=5), ready_negatives=False)
     ids = {"row 0": [[9] * 9], "row 1": [[5], [6, 7]], "row 2": [[8]]}
     table = pa.table({"negative_ids": [*ids.values()][::-1], "example_id": [*ids][::-1]})
@@ -58,6 +58,12 @@ def test_generated_negatives_are_joined_by_example_id(tmp_path):
     found, cut = prepare(tmp_path / "j.arrow", {}, rows, how, tmp_path / "n.parquet")
     assert [row["negative_ids"] for row in found] == [[[9] * 3], [[5], [6, 7]], [[8]]]  # two tokens are the prompt's
     assert cut.negatives == 1
+    bare, cut_bare = prepare(tmp_path / "b.arrow", {"bare": 1}, rows, how)
+    assert bare[0]["negative_ids"] == [] and cut_bare.negatives == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizing, "row", lambda *_: pytest.fail("tokenized again"))
+        joined, cut_joined = prepare(tmp_path / "b.arrow", {}, rows, how, tmp_path / "n.parquet", {"bare": 1})
+    assert joined.fingerprint() == found.fingerprint() and cut_joined == cut
     pq.write_table(table[:2], tmp_path / "n.parquet")
     with pytest.raises(UserError, match="no negatives for row 0"):
         prepare(tmp_path / "j.arrow", {"other": 1}, rows, how, tmp_path / "n.parquet")

@@ -59,6 +59,7 @@ def test_numbers(answer, truth, right):
         ("The correct answer: **C**", "C"),
         ("Let A be a set. The answer is C", "C"),
         ("A is wrong, B is right", "B"),
+        ("I would say that A is the answer", "A"),
         ("I would choose option D.", "D"),
         ("First I said the answer is A. No: the answer is B.", "B"),
         ("\\boxed{B}", "B"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROWS, folder
+from helpers import CHAT_TEMPLATE, ROWS, folder
 from safetensors.torch import load_file, save_file
 
 from lowdft.cli import main
@@ -47,6 +47,23 @@ def test_small_all_row_errors_in_one_go(recipe, capsys):
     error = capsys.readouterr().err
     assert "rows.jsonl:3: completion is only whitespace" in error and "held.jsonl:2: completion is a number" in error
     assert "rows.jsonl:2) have too few negatives (the fewest: 1)" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("verb", ["run", "generate", "train"])
+def test_16_rows_that_the_template_refuses_are_told_before_any_work(verb, recipe, tiny_folder, capsys, monkeypatch):
+    """Training and held-out rows in one go; a later stage would meet them after hours."""
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    monkeypatch.setattr(Run, "base", lambda self: pytest.fail("a model was loaded"))
+    said = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}]
+    system = {"role": "system", "content": "Be brief."}
+    write(recipe, [{"messages": [system, *said] if i in (2, 10) else said} for i in range(12)])
+    assert main([verb, recipe, f"model.chat_template={json.dumps(refusing)}"]) == 1
+    error = capsys.readouterr().err
+    for line in (3, 11):
+        assert f"rows.jsonl:{line}: the chat template refuses this row (roles: system, user): no system role" in error
+    assert "rows.jsonl:4" not in error
 
 
 def test_small_negatives_that_are_not_used_are_told(recipe, capsys):

@@ -158,12 +158,23 @@ def test_no_memory_for_one_sample_says_what_to_do(backend, monkeypatch):
         get_sampler(backend, sharp_llama(), END, SETTINGS, 1).sample(make_requests(2))
 
 
-@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
-def test_continuous_batching_is_refused_for_alibi(family):
-    settings = {"bloom": dict(n_head=4), "mpt": dict(n_heads=4, d_model=32), "falcon": dict(alibi=True)}[family]
+OWN_ATTENTION = {  # and what sizes of them are called otherwise
+    "bloom": dict(n_head=4),
+    "mpt": dict(n_heads=4, d_model=32),
+    "falcon": dict(alibi=True),
+    "gptj": dict(n_embd=32, n_head=4, rotary_dim=4),
+    "codegen": dict(n_embd=32, n_head=4, rotary_dim=4),
+    "gpt_neo": dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+    "xglm": dict(d_model=32, ffn_dim=32, num_layers=2, attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_continuous_batching_is_refused_for_models_with_attention_of_their_own(family):
+    """transformers would go on with the model's own attention, which knows no pages, and write wrong tokens."""
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, n_layers=2,
-        n_layer=2, eos_token_id=2, bos_token_id=1, pad_token_id=0, **settings,
+        n_layer=2, eos_token_id=2, bos_token_id=1, pad_token_id=0, **OWN_ATTENTION[family],
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match="ALiBi.*negatives.backend=padded"):

@@ -31,6 +31,12 @@ def arguments(folder, **settings) -> DFTConfig:
     [
         {"label_smoothing_factor": 0.1},
         {"torch_compile": True},
+        {"torch_compile_backend": "inductor"},
+        {"torch_compile_mode": "default"},
+        {"auto_find_batch_size": True},
+        {"include_for_metrics": ["inputs"]},
+        {"batch_eval_metrics": True},
+        {"parallelism_config": {"tp_size": 2}},
         {"use_liger_kernel": True},
         {"neftune_noise_alpha": 5.0},
         {"train_sampling_strategy": "group_by_length"},
@@ -114,6 +120,30 @@ def test_trained_biases_and_a_reference_that_needs_the_base(fresh, tmp_path):
         DFTTrainer(model, arguments(tmp_path, reference="online"), make_rows(), peft_config=config)
 
 
+@pytest.mark.parametrize("reference", ["online", "precomputed"])
+def test_parameters_of_the_base_trained_beside_an_adapter(reference, tmp_path):
+    """peft would not save them, and with the adapter off they would stay changed."""
+    model = get_peft_model(make_llama(), lora())
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(UserError, match="1 parameters of the base itself .*embed_tokens.weight.*modules_to_save"):
+        DFTTrainer(model, arguments(tmp_path, reference=reference), make_rows())
+
+
+def test_trained_biases_leave_no_base_to_score_new_rows_with(tmp_path):
+    """They are allowed beside a precomputed reference, but after the training that base is gone."""
+    config, model, rows = (
+        lora(),
+        GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4)),
+        make_rows(),
+    )
+    config.bias = "all"
+    trainer = DFTTrainer(model, arguments(tmp_path, max_steps=1), rows[:4], peft_config=config)
+    assert trainer.evaluate(rows[4:])["eval_loss"] > 0  # before a step it is still there
+    trainer.train()
+    with pytest.raises(UserError, match="no longer there to score them"):
+        trainer.evaluate(rows[4:])
+
+
 def test_router_losses(tmp_path):
     model = make_llama()
     model.config.output_router_logits = True
@@ -124,6 +154,15 @@ def test_router_losses(tmp_path):
 def test_float16_without_loss_scaling(tmp_path):
     with pytest.raises(UserError, match="float16, whose gradients vanish"):
         DFTTrainer(make_llama().half(), arguments(tmp_path), make_rows(), peft_config=lora())
+
+
+def test_fp16_on_a_cpu_has_no_loss_scaling(tmp_path, recipe, capsys):
+    """There accelerate would train in float16 without a scaler; a recipe is told before negatives are written."""
+    with pytest.raises(UserError, match="fp16 is true, and there is no loss scaling on a CPU"):
+        DFTTrainer(make_llama(), arguments(tmp_path, fp16=True), make_rows(), peft_config=lora())
+    for override in ("training.fp16=true", "model.dtype=float16"):
+        assert main(["generate", recipe, override]) == 1
+        assert "loss scaling" in capsys.readouterr().err and not (tmp_path / "run" / "negatives.parquet").exists()
 
 
 def test_several_visible_gpus_without_a_launcher(tmp_path):

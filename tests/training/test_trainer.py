@@ -212,9 +212,34 @@ def test_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_resume_with_other_settings_is_refused(tmp_path):
-    make_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(UserError, match="tau was 1.0, is now 0.5"):
-        make_trainer(tmp_path, save_strategy="steps", save_steps=1, tau=0.5).train(resume_from_checkpoint=True)
+    """Those that would change the order of rows, and those whose old value the checkpoint would bring back unsaid."""
+    saved = dict(save_strategy="steps", save_steps=1, max_steps=1)
+    make_trainer(tmp_path, **saved).train()
+    for name, was, now in (
+        ("tau", "1.0", 0.5),
+        ("seed", "42", 7),
+        ("data_seed", "None", 7),
+        ("train_sampling_strategy", "random", "sequential"),
+        ("dataloader_drop_last", "False", True),
+        ("learning_rate", "0.01", 0.02),
+        ("lr_scheduler_type", "cosine", "linear"),
+        ("weight_decay", "0.0", 0.1),
+    ):
+        with pytest.raises(UserError, match=rf"another run \({name} was {was}, is now {now}\)"):
+            make_trainer(tmp_path, **(saved | {name: now})).train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match=r"another run \(adapter was \{.*'lora_dropout': 0.5"):
+        make_trainer(tmp_path, dropout=0.5, **saved).train(resume_from_checkpoint=True)
+    split = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=2)
+    make_trainer(tmp_path, **(saved | split)).train(resume_from_checkpoint=True)  # the same steps in other portions
+
+
+@pytest.mark.parametrize("strategy, checks", [("steps", 2), ("no", 1)])
+def test_weights_are_checked_once_for_every_step_that_is_saved(strategy, checks, tmp_path, monkeypatch):
+    trainer, seen = make_trainer(tmp_path, save_strategy=strategy, save_steps=1, max_steps=2), []
+    check = trainer.engine.check_weights
+    monkeypatch.setattr(trainer.engine, "check_weights", lambda: (seen.append(trainer.state.global_step), check()))
+    trainer.train()
+    assert seen == [1, 2][-checks:]
 
 
 def test_a_frozen_half_stays_frozen_under_an_online_reference(tmp_path):

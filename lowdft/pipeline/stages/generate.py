@@ -58,9 +58,8 @@ def samples_per_part(section: NegativesSection) -> int:
     """Samples per part file, the most that an interruption loses; more for vLLM, which schedules its own batches."""
     if section.backend == "vllm":
         return 8192
-    if section.batch_size:
-        return 2 * section.batch_size
-    return 2048 if torch.cuda.is_available() else 128
+    usual, given = 2048 if torch.cuda.is_available() else 128, 2 * (section.batch_size or 0)
+    return max(usual, given) if section.backend == "continuous" else given or usual
 
 
 def count(table: pa.Table) -> dict[str, int]:

@@ -52,7 +52,7 @@ def show_row(console: Console, run: Run, example, row: dict) -> None:
 
 def show_summary(console: Console, run: Run, rows: list[dict]) -> None:
     """Prints lengths, duplicate rows, and negatives equal to the completion, over all training rows."""
-    table = Table(title=f"{len(rows)} training rows (layout {run.layout})", title_justify="left")
+    table = Table(title=f"{len(rows)} training rows (layout {run.splits.layout})", title_justify="left")
     for column in ("tokens", "shortest", "median", "longest"):
         table.add_column(column, justify="left" if column == "tokens" else "right")
     lengths = {

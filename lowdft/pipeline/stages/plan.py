@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd.graph import save_on_cpu
 
 from lowdft import models
-from lowdft.errors import UserError
+from lowdft.config.training import DFTConfig
+from lowdft.errors import UserError, is_out_of_memory
 from lowdft.files.process import peak_bytes
 from lowdft.logprobs import Group, choose_layout
 from lowdft.models.memory import LIBRARIES, Memory, estimate, generation_memory, scoring_memory
 from lowdft.pipeline.context import Run, say
-from lowdft.pipeline.fitting import fits, largest_pass
+from lowdft.pipeline.fitting import Fit, fits, largest_pass, with_settings
 from lowdft.pipeline.negatives import negatives_sampler
 from lowdft.sampling import Request
 from lowdft.sampling.draw import SAMPLES_ON_A_CPU, sample_bytes
@@ -30,7 +33,8 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
     Args:
         gpu: memory of a GPU in GB (10^9 bytes), to find the fastest setting that fits.
         gpus: how many GPUs share the training: all parameters with ZeRO-3, adapters as full copies.
-        probe: load the base and time one pass, and one batch of negatives if they are still to be generated.
+        probe: load the base and time one pass, and one batch of negatives if they are still to be generated; with
+            `gpu`, under the fastest setting that fits it.
     """
     config, args = models.configuration(run.source, run.recipe.model), run.args
     groups = expected_groups(run)
@@ -38,9 +42,13 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
     base = GPU_CONTEXT if on_gpu else process_bytes()
     largest = largest_pass(args, groups, args.tokens_per_pass)
     memory = estimate(config, run.recipe.model, run.recipe.adapter, args, largest, on_gpu, gpus)
-    show_memory(memory, base, sum(num_tokens(group, "packed") for group in largest), gpus)
+    budget = sum(num_tokens(group, "packed") for group in largest)
+    show_memory(memory, base, budget, gpus)
     if gpu is not None:
-        show_fits(run, config, groups, gpu, base, gpus)
+        best = show_fits(run, config, groups, gpu, base, gpus)
+        args, budget, probe = (
+            (with_settings(args, best.settings), best.tokens, probe) if best else (args, budget, False)
+        )
     scoring = scoring_memory(config, run.recipe.model, run.recipe.adapter, args, largest)
     say(f"evaluation and reference: {(base + scoring) / 1e9:.2f} GB")
     to_write = negatives_to_write(run)
@@ -54,11 +62,11 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
     over = f", over {gpus} GPUs" if gpus > 1 else ""
     say(f"{steps} steps; {tokens:,} tokens, scored and backpropagated once each{over}")
     if probe:
-        show_times(run, groups, largest, tokens, to_write, gpus)
+        show_times(run, args, groups, budget, tokens, to_write, gpus)
 
 
-def show_fits(run: Run, config, groups: list[Group], gpu: float, base: float, gpus: int) -> None:
-    """The settings that fit a GPU, fastest first, or what to change."""
+def show_fits(run: Run, config, groups: list[Group], gpu: float, base: float, gpus: int) -> Fit | None:
+    """The settings that fit a GPU, fastest first, or what to change; returns the fastest."""
     found = fits(run.recipe, run.args, config, groups, gpu * 1e9 - base, gpus)
     if not found:
         longest = max(len(g.prompt_ids) + max(map(len, g.completions)) for g in groups)
@@ -66,7 +74,7 @@ def show_fits(run: Run, config, groups: list[Group], gpu: float, base: float, gp
             f"does not fit into {gpu:g} GB: one prompt with one completion has up to {longest} tokens. Lower "
             "training.max_length, load the base in 4 bit, use a smaller adapter or training.optim=paged_adamw_8bit."
         )
-        return
+        return None
     table = Table(title=f"settings that fit into {gpu:g} GB, fastest first (computed)", title_justify="left")
     for name in ("training.", "tokens_per_pass", "GB", "time"):
         table.add_column(name, justify="left" if name == "training." else "right", overflow="fold")
@@ -76,6 +84,7 @@ def show_fits(run: Run, config, groups: list[Group], gpu: float, base: float, gp
     Console().print(table)
     best = [*setting_words(found[0].settings), f"tokens_per_pass={found[0].tokens}"]
     say(f"fits into {gpu:g} GB, fastest with " + " ".join(f"training.{word}" for word in best))
+    return found[0]
 
 
 def setting_words(settings: dict) -> list[str]:
@@ -112,8 +121,11 @@ def generation(run: Run, config, room: float | None) -> tuple[int, float]:
     return samples, needed(samples)
 
 
-def show_times(run: Run, groups: list[Group], largest: list[Group], tokens: int, to_write: int, gpus: int) -> None:
-    """Prints the hours of training and of generating negatives, from one pass and one batch timed on this machine."""
+def show_times(
+    run: Run, args: DFTConfig, groups: list[Group], budget: int, tokens: int, to_write: int, gpus: int
+) -> None:
+    """Prints the hours of training and of generating negatives, from one pass of up to `budget` tokens and one batch,
+    both timed on this machine."""
     model = run.base()
     each = " each" * (gpus > 1)
     if to_write:
@@ -124,7 +136,7 @@ def show_times(run: Run, groups: list[Group], largest: list[Group], tokens: int,
         )
     if run.recipe.adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
-    rate = tokens_per_second(run, model, groups, sum(num_tokens(group, "packed") for group in largest))
+    rate = tokens_per_second(args, model, groups, budget)
     hours = tokens / rate / gpus / 3600
     say(f"about {hours:.2f} h of training at {rate:.0f} tokens/s{each} (a pass, timed on this machine)")
 
@@ -191,16 +203,34 @@ def show_memory(memory: Memory, base: float, tokens: int, gpus: int) -> None:
     Console().print(table)
 
 
-def tokens_per_second(run: Run, model, groups: list[Group], tokens: int) -> float:
-    """The speed of one forward and backward pass over the first groups, up to 4 of them and `tokens` tokens."""
+def tokens_per_second(args: DFTConfig, model, groups: list[Group], tokens: int) -> float:
+    """The speed of a forward and backward pass over the first 4 groups, with the training's checkpointing and budget.
+
+    Raises:
+        UserError: a pass of one prompt with one completion does not fit into memory.
+    """
     model.train()
-    passes = Passes(choose_layout(model, run.args.layout), run.args.logits_chunk_size, tokens)
-    some = groups[:4]
-    seconds = 0.0
-    for _ in range(2):  # the first pass warms up
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+    passes = Passes(choose_layout(model, args.layout), args.logits_chunk_size, tokens)
+    offloaded = save_on_cpu(pin_memory=torch.cuda.is_available()) if args.offload_checkpoints else nullcontext()
+    some, seconds, timed = groups[:4], 0.0, 0
+    while timed < 2:  # the first pass warms up
         start = time.perf_counter()
-        passes.backpropagate(model, some, lambda numbers, logps: logps.sum(), lambda loss, last: loss.backward())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        try:
+            with offloaded:
+                passes.backpropagate(
+                    model, some, lambda numbers, logps: logps.sum(), lambda loss, last: loss.backward()
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error.with_traceback(None)  # its frames hold on to the tensors of the failed pass
+        else:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds, timed = time.perf_counter() - start, timed + 1
+            continue
+        model.zero_grad(set_to_none=True)
+        passes.shrink(some, failure)
     return sum(num_tokens(group, passes.layout) for group in some) / seconds

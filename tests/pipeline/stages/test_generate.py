@@ -10,6 +10,7 @@ import pytest
 
 from lowdft.cli import main
 from lowdft.config.recipe import load_recipe
+from lowdft.config.sections import NegativesSection
 from lowdft.errors import UserError
 from lowdft.pipeline.context import Run
 from lowdft.pipeline.stages import generate
@@ -119,6 +120,15 @@ def test_a_trained_copy_writes(recipe, tmp_path):
             assert main([stage, recipe, *own]) == 0
         texts.append(pq.read_table(tmp_path / name / "negatives.parquet")["negatives"].to_pylist())
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    "backend, given, samples",
+    [("vllm", 32, 8192), ("continuous", 32, 128), ("continuous", 512, 1024), ("padded", 32, 64)],
+)
+def test_memory_engines_with_a_scheduler_of_their_own_get_large_parts(backend, given, samples):
+    """Small ones would run dry at the end of each of tens of thousands."""
+    assert generate.samples_per_part(NegativesSection(backend=backend, batch_size=given)) == samples
 
 
 def test_negatives_that_mostly_hit_the_length_cap_are_warned_of():

@@ -28,7 +28,8 @@ class AdapterSection:
     """An adapter of peft; `adapter: null` trains all parameters.
 
     Every other field of peft's configuration of that type may stand beside these (`use_rslora: true`, `use_dora: true`,
-    `modules_to_save: [...]`, `layers_to_transform: [...]`); loading the recipe gathers them in `options`.
+    `modules_to_save: [...]`, `layers_to_transform: [...]`); loading the recipe gathers them in `options`. With
+    `type: shira`, `mask_type: gradient` puts the sparse weights where the first rows' gradients are largest (SIFT).
     """
 
     type: str = "lora"  # or ia3, oft, loha, lokr, vera, shira

@@ -7,8 +7,8 @@ Each line of the two files has `question`, `choices` (a list) and `answer` (the 
 and OpenBookQA (LLM-Adapters' parsed copies were used). Prompts read "Question: …\nAnswer:". Rows are drawn with a fixed
 seed: 768 to train on, 300 to tune learning rates on (`dev`, from the training file), at most 1,000 of the test file.
 `bare` has the training rows and the `dev` rows without their other options, for negatives that the model writes itself.
-`shown` is `bare` with the options, in their order in the file, standing in the prompt, so that the model's answers can be
-checked; `shown-test` is the test rows likewise, with their other options.
+`shown` is `bare` with all options in the prompt, in the file's order, so that the model's answers can be checked;
+`shown-test` has the test rows with such prompts.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ TYPES: dict[str, tuple[type[PeftConfig], dict[str, str]]] = {
     "vera": (VeraConfig, {"r": "r", "dropout": "vera_dropout"}),
     "shira": (ShiraConfig, {"r": "r"}),
 }
-# On a base in 4 bit peft has no layers of these, and IA3's turn hidden states to float32, which a bfloat16 head refuses.
+# For a base in 4 bit peft has no layers of these, and IA3's give float32 hidden states, which a bfloat16 head refuses.
 DENSE = ("ia3", "loha", "lokr", "shira")
 NOT_OF_RECIPES = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
                   "inference_mode", "runtime_config", "target_modules")  # fmt: skip

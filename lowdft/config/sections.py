@@ -28,7 +28,8 @@ class AdapterSection:
     """A peft adapter; `adapter: null` trains all parameters.
 
     You can add every other field of peft's configuration of that type (`use_rslora: true`, `use_dora: true`,
-    `modules_to_save: [...]`, `layers_to_transform: [...]`); loading the recipe moves them to `options`.
+    `modules_to_save: [...]`, `layers_to_transform: [...]`); loading the recipe moves them to `options`. With
+    `type: shira`, `mask_type: gradient` trains the weights that have the largest gradients on the first rows (SIFT).
     """
 
     type: str = "lora"  # or ia3, oft, loha, lokr, vera, shira

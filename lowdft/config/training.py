@@ -138,8 +138,8 @@ class DFTConfig(TrainingArguments):
             self.offload_checkpoints,
             "false, or true together with gradient_checkpointing: true",
         )
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.gradient_checkpointing and not isinstance(self.gradient_checkpointing_kwargs, str):
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
         super().__post_init__()
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import (
@@ -21,6 +23,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
@@ -29,7 +32,9 @@ from lowdft.config.sections import AdapterSection
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 from lowdft.files import read_json
+from lowdft.logprobs import Group
 from lowdft.models.base import set_up_cuda
+from lowdft.models.sparse import GRADIENT, ROWS, gradient_mask
 from lowdft.text import did_you_mean
 
 # for each type: peft's configuration class, and peft's names for the recipe's short keys
@@ -42,7 +47,8 @@ TYPES: dict[str, tuple[type[PeftConfig], dict[str, str]]] = {
     "vera": (VeraConfig, {"r": "r", "dropout": "vera_dropout"}),
     "shira": (ShiraConfig, {"r": "r"}),
 }
-DENSE = ("loha", "lokr", "shira")  # peft has no layers of these for a base in 4 bit
+# For a base in 4 bit peft has no layers of these, and IA3's give float32 hidden states, which a bfloat16 head refuses.
+DENSE = ("ia3", "loha", "lokr", "shira")
 NOT_OF_RECIPES = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
                   "inference_mode", "runtime_config", "target_modules")  # fmt: skip
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
@@ -90,10 +96,34 @@ def start_from_adapter(base: nn.Module, path: str) -> nn.Module:
     return model
 
 
-def add_adapter(base, section: AdapterSection, seed: int):
-    """A new adapter on the base, which does not change its output yet."""
+def add_adapter(base, section: AdapterSection, seed: int, rows: Sequence[Mapping] = ()):
+    """A new adapter on the base, which does not change its output yet.
+
+    Args:
+        rows: training rows (`prompt_ids`, `completion_ids`). The first of them choose which weights SHiRA trains with
+            `mask_type: gradient`; without rows that choice is random.
+    """
+    config = adapter_config(section)
+    if rows and mask_type(section) == GRADIENT:
+        some = [rows[i] for i in range(min(ROWS, len(rows)))]
+        config.mask_fn = gradient_mask(base, [Group(r["prompt_ids"], [r["completion_ids"]]) for r in some], section.r)
     set_seed(seed)
-    return get_peft_model(base, adapter_config(section))
+    return get_peft_model(base, config)
+
+
+def mask_type(section: AdapterSection) -> str | None:
+    """How the weights that SHiRA trains are chosen: "random" or "gradient". None for other adapters."""
+    return section.options.get("mask_type", "random") if section.type == "shira" else None
+
+
+def without_input_casts(model: nn.Module) -> contextlib.AbstractContextManager:
+    """A context in which adapter layers do not cast their inputs to float32: autocast casts instead, without copies.
+
+    peft's layers of IA3, OFT, VeRA and SHiRA have no such switch and are left alone.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    have_it = all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
+    return disable_input_dtype_casting(model, active=have_it)
 
 
 def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig:
@@ -117,15 +147,20 @@ def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig
     given |= {name: getattr(section, ours) for ours, name in short.items()}
     if section.dropout and "dropout" not in short:
         raise UserError(f"adapter.dropout is {section.dropout}, but {section.type} has no dropout; remove the key")
+    options = dict(section.options)
+    if section.type == "shira":
+        chosen_by = options.pop("mask_type", "random")
+        if chosen_by not in ("random", GRADIENT):
+            raise UserError(f"adapter.mask_type is {chosen_by!r}; wanted random or {GRADIENT}")
     known = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in NOT_OF_RECIPES]
-    for key in section.options:
+    for key in options:
         if key not in known:
             hint = did_you_mean(key, [*known, *short])
             raise UserError(f"adapter.{key} is not a field of peft's {kind.__name__}.{hint}")
     if section.type == "ia3":
         given["feedforward_modules"] = []  # modules that scale their input; none unless the recipe names some
     try:
-        config = kind(**given | dict(section.options), task_type="CAUSAL_LM")
+        config = kind(**given | options, task_type="CAUSAL_LM")
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter: {error}") from error
     check_config(config)
@@ -176,7 +211,8 @@ def _refuse_megatron(config: dict, key: str) -> None:
 
 def adapter_identity(section: AdapterSection) -> dict:
     """The type, and the fields in which an adapter's configuration differs from peft's default for its type."""
-    return {"type": section.type} | config_identity(adapter_config(section))
+    by = {"mask_type": GRADIENT} if mask_type(section) == GRADIENT else {}
+    return {"type": section.type} | by | config_identity(adapter_config(section))
 
 
 def config_identity(config: PeftConfig) -> dict:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +23,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.config.training import DFTConfig
 from lowdft.logprobs import Group, bare, layers_in, packed_attention, score
+from lowdft.models.adapters import without_input_casts
 from lowdft.models.fake_model import fake_model
 from lowdft.models.fused_lora import fused_lora
 from lowdft.models.safeguards import train_in_float32
@@ -227,7 +227,7 @@ def _as_in_training(policy: nn.Module, layers_dtype: torch.dtype | None) -> Iter
         stack.enter_context(fused_lora(policy))
         stack.enter_context(layers_in(layers_dtype))
         if half and hasattr(policy, "peft_config"):
-            stack.enter_context(disable_input_dtype_casting(policy))
+            stack.enter_context(without_input_casts(policy))
         yield
 
 

@@ -16,12 +16,11 @@ from lowdft.training.token_budget import Passes, num_tokens
 
 DEQUANTIZING = 200  # dequantizing a weight takes as long as its product with this many tokens (3090: 100, H100: 370)
 BATCHES = 50  # micro-batches that represent all
-PLAIN = {"use_reentrant": False}
 # settings of checkpointing, and products with every weight per token: forward, recomputed, backward
 SETTINGS = (
     (dict(gradient_checkpointing=False), 2.0),
-    (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=PLAIN | {"every_n_layers": 2}), 2.5),
-    (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=PLAIN), 3.0),
+    (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"every_n_layers": 2}), 2.5),
+    (dict(gradient_checkpointing=True), 3.0),
     (dict(gradient_checkpointing=True, offload_checkpoints=True), 3.3),  # a guess: waiting for copies was not measured
 )
 
@@ -56,8 +55,9 @@ def fits(
 def with_settings(args: DFTConfig, settings: dict) -> DFTConfig:
     """The same arguments with different checkpointing."""
     changed = copy.copy(args)
-    for name, value in (dict(offload_checkpoints=False, gradient_checkpointing_kwargs=None) | settings).items():
+    for name, value in (dict(offload_checkpoints=False, gradient_checkpointing_kwargs={}) | settings).items():
         setattr(changed, name, value)
+    changed.gradient_checkpointing_kwargs = {"use_reentrant": False} | changed.gradient_checkpointing_kwargs
     return changed
 
 

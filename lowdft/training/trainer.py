@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import AutoTokenizer
@@ -22,7 +21,7 @@ from lowdft.data.encoded import EncodedRows
 from lowdft.distributed import sharding
 from lowdft.errors import UserError
 from lowdft.logprobs import layers_in
-from lowdft.models.adapters import adapter_digest, identity_of, trained_beside
+from lowdft.models.adapters import adapter_digest, identity_of, trained_beside, without_input_casts
 from lowdft.models.fused_lora import fused_lora
 from lowdft.models.reference import attach_reference, check_reference
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
@@ -136,7 +135,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
                 stack.enter_context(fused_lora(self.model))
             stack.enter_context(layers_in(self._layers_in))
             if self._layers_in or self.model.get_output_embeddings().weight.dtype in (torch.bfloat16, torch.float16):
-                stack.enter_context(disable_input_dtype_casting(self.model))  # autocast casts instead, without copies
+                stack.enter_context(without_input_casts(self.model))  # autocast casts instead, without copies
             if self.args.offload_checkpoints and torch.is_grad_enabled():
                 stack.enter_context(save_on_cpu(pin_memory=self.args.device.type == "cuda"))
             yield

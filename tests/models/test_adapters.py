@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from helpers import make_llama, make_rows
-from peft import LoraConfig, PromptTuningConfig, ShiraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from lowdft import DFTConfig, DFTTrainer
 from lowdft.config.sections import AdapterSection
@@ -26,11 +26,11 @@ def arguments(folder, **settings) -> DFTConfig:
     return DFTConfig(str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **settings)
 
 
-def with_adapter(kind: str):
-    """A tiny model under a fresh adapter of a type."""
+def with_adapter(kind: str, dtype: torch.dtype = torch.float32):
+    """A tiny model of this dtype under a fresh adapter of a type."""
     options = {"oft": {"oft_block_size": 8}, "vera": {"d_initial": 0.1}}.get(kind, {})
     section = AdapterSection(type=kind, r=2, target_modules=["q_proj", "o_proj"], options=options)
-    return add_adapter(make_llama(), section, seed=0)
+    return add_adapter(make_llama().to(dtype), section, seed=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,14 +71,15 @@ def test_gradients_under_every_type_are_those_of_the_model_itself(kind, tmp_path
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_type_trains_against_the_base(kind, tmp_path):
+def test_every_type_trains_against_the_base(kind, dtype, tmp_path):
     """A fresh adapter is its own reference; a trained one is known to be none, and is refused as the base."""
-    model = with_adapter(kind)
+    model = with_adapter(kind, dtype)
     trainer = DFTTrainer(model, arguments(tmp_path, max_steps=2, learning_rate=0.05, warmup_steps=0), make_rows(4))
     trainer.train()
     assert trainer.state.log_history[0]["reference/gap"] < 1e-4 and is_trained(model)
-    wanted = score(make_llama(), [Group(r["prompt_ids"], r["negative_ids"]) for r in make_rows(1)]).logps_C
+    wanted = score(make_llama().to(dtype), [Group(r["prompt_ids"], r["negative_ids"]) for r in make_rows(1)]).logps_C
     assert trainer.train_dataset[0]["ref_negative_logps"] == pytest.approx(wanted.tolist(), abs=1e-3)
     again = DFTTrainer(model, arguments(tmp_path, reference="online"), make_rows(4))
     with pytest.raises(UserError, match="already trained"):
@@ -86,27 +87,25 @@ def test_every_type_trains_against_the_base(kind, tmp_path):
 
 
 def test_a_sparse_increment_where_gradients_are_largest(tmp_path):
-    """SIFT: SHiRA with a mask of one's own, chosen by the gradients of some rows; only those places ever move."""
-    model, (row,) = make_llama(), make_rows(1)
-    model(torch.tensor([row["prompt_ids"]]), labels=torch.tensor([row["prompt_ids"]])).loss.backward()
-    chosen = {}
-
-    def largest(layer, r, **_):
-        gradient = layer.weight.grad.abs()
-        places = gradient.flatten().topk(r * sum(gradient.shape)).indices
-        chosen[layer] = torch.zeros(gradient.numel()).index_fill_(0, places, 1.0).view_as(gradient)
-        return chosen[layer]
-
-    config = ShiraConfig(r=1, target_modules=["q_proj"])
-    config.mask_fn = largest
-    args = arguments(tmp_path, max_steps=2, learning_rate=0.05, warmup_steps=0)
-    trainer = DFTTrainer(model, args, make_rows(4), peft_config=config)
-    start = {layer: layer.weight.detach().clone() for layer in chosen}
-    trainer.train()
-    trainer.model.merge_and_unload()
-    for layer, mask in chosen.items():
-        moved = layer.weight != start[layer]
-        assert moved.any() and not (moved & (mask == 0)).any()
+    """SIFT: SHiRA at the places that plain backpropagation finds; only they move, also in a reloaded adapter."""
+    section = AdapterSection(type="shira", r=1, target_modules=["q_proj"], options={"mask_type": "gradient"})
+    plain, rows = make_llama(), make_rows(4)
+    for row in rows:
+        ids, start = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
+        logps = plain(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+        logps[:, start - 1 :].sum().backward()
+    model = add_adapter(make_llama(), section, 0, rows)
+    DFTTrainer(model, arguments(tmp_path, max_steps=2, learning_rate=0.05, warmup_steps=0), rows).train()
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_adapter(make_llama(), tmp_path / "adapter")
+    torch.testing.assert_close(score(again, SOME).logps_C, score(model, SOME).logps_C, rtol=0, atol=0)
+    for one in (model, again):
+        merged = one.merge_and_unload()
+        for layer, start in zip(merged.model.layers, plain.model.layers, strict=True):
+            weight, before = layer.self_attn.q_proj.weight, start.self_attn.q_proj.weight
+            largest = before.grad.abs().flatten().topk(sum(weight.shape)).indices
+            moved = (weight != before).flatten().nonzero()[:, 0]
+            assert len(moved) and set(moved.tolist()) <= set(largest.tolist())
 
 
 def test_every_field_of_peft_may_stand_in_the_section():
@@ -127,7 +126,9 @@ def test_every_field_of_peft_may_stand_in_the_section():
         (AdapterSection(options={"init_lora_weights": "pissa"}), False, "pissa changes the base's weights"),
         (AdapterSection(options={"bias": "all"}), False, "adapter.bias is all, which trains biases of the base itself"),
         (AdapterSection(type="ia3", dropout=0.1), False, "ia3 has none"),
+        (AdapterSection(type="shira", options={"mask_type": "fisher"}), False, "'fisher'; wanted random or gradient"),
         (AdapterSection(type="loha"), True, "set model.load_in_4bit: false"),
+        (AdapterSection(type="ia3"), True, "set model.load_in_4bit: false"),
     ],
 )
 def test_what_cannot_work_is_refused(section, in_4bit, words):
@@ -145,6 +146,8 @@ def test_spelling_out_a_default_names_the_same_adapter():
     plain, spelled = AdapterSection(), AdapterSection(options={"use_rslora": False, "bias": "none"})
     assert adapter_identity(plain) == adapter_identity(spelled)
     assert adapter_identity(plain) != adapter_identity(AdapterSection(options={"use_dora": True}))
+    masks = [AdapterSection(type="shira", options=options) for options in ({}, {"mask_type": "gradient"})]
+    assert adapter_identity(masks[0]) != adapter_identity(masks[1])
 
 
 def test_an_adapter_imports_no_module(tmp_path, monkeypatch):

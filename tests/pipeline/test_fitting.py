@@ -38,6 +38,14 @@ def test_with_room_for_all_nothing_is_checkpointed(find):
     assert found[0].work < found[1].work < found[2].work < found[3].work
 
 
+def test_a_setting_as_it_is_printed_checkpoints_without_reentrant_autograd(find, tmp_path):
+    """torch warns of the other kind, under which adapters on a frozen base get no gradient."""
+    for fit in find(16_000):
+        args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, **fit.settings)
+        assert args.gradient_checkpointing_kwargs is None or not args.gradient_checkpointing_kwargs["use_reentrant"]
+        assert fitting.with_settings(args, fit.settings).gradient_checkpointing_kwargs["use_reentrant"] is False
+
+
 def test_passes_shrink_until_they_fit(find):
     """A pass of one group of 400 tokens: 4,000 bytes without checkpoints."""
     fits = {str(fit.settings): fit for fit in find(4_500)}

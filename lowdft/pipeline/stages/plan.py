@@ -92,7 +92,7 @@ def setting_words(settings: dict) -> list[str]:
     words = []
     for name, value in settings.items():
         if name == "gradient_checkpointing_kwargs":
-            words += [f"{name}.{key}={str(v).lower()}" for key, v in value.items() if "every_n_layers" in value]
+            words += [f"{name}.{key}={v}" for key, v in value.items()]
         else:
             words.append(f"{name}={str(value).lower()}")
     return words

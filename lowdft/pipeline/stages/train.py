@@ -42,7 +42,7 @@ def main(run: Run) -> None:
         say(f"warning: {cut}")
     model = run.base()
     if run.recipe.adapter and not run.args.reference_adapter:
-        model = models.add_adapter(model, run.recipe.adapter, run.args.seed)
+        model = models.add_adapter(model, run.recipe.adapter, run.args.seed, rows)
     if collectives.rank() == 0:
         product.begin()
         mend(metrics, checkpoint, resuming=True)

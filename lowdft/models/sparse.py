@@ -1,0 +1,62 @@
+"""SHiRA on the weights with the largest gradients: the sparse increment of SIFT (arXiv 2312.11875)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowdft.distributed import collectives
+from lowdft.errors import UserError
+from lowdft.logprobs import Group, score
+
+GRADIENT = (
+    "gradient"  # of the recipe's `adapter.mask_type`; peft itself knows only "random", and takes a function for others
+)
+ROWS = 32  # how many training rows choose
+
+
+def gradient_mask(base: nn.Module, groups: Sequence[Group], r: int) -> Callable[..., Tensor]:
+    """peft's mask function: it selects the r (m + n) entries of an (m, n) weight with the largest gradient of the NLL.
+
+    This takes one forward and one backward pass. Each weight's gradient is freed as soon as its entries are selected.
+
+    Args:
+        base: a dense causal language model, without adapter.
+        groups: prompts with their good completions, whose summed NLL it is.
+
+    Raises:
+        UserError: this process holds only a part of the weights.
+    """
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in layers.items() if module is not base.get_output_embeddings()}
+    if any(module.weight.numel() == 0 for module in layers.values()):
+        raise UserError(
+            "adapter.mask_type: gradient needs whole weights on every process; use --launch ddp, or mask_type: random"
+        )
+    names, places = {module.weight: name for name, module in layers.items()}, {}
+
+    def keep(weight: Tensor) -> None:
+        places[names[weight]] = (
+            weight.grad.abs().flatten().topk(min(r * sum(weight.shape), weight.numel())).indices.cpu()
+        )
+        weight.grad = None
+
+    base.requires_grad_(False)
+    hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(keep) for weight in names]
+    try:
+        with torch.enable_grad():
+            score(base, groups).logps_C.sum().backward()
+    finally:
+        base.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
+    places = collectives.from_all(places)[0]  # near-ties may fall differently on other ranks
+    name_of = {module: name for name, module in layers.items()}
+
+    def mask(layer: nn.Module, r: int, **_) -> Tensor:
+        chosen = torch.zeros(layer.weight.numel(), device=layer.weight.device)
+        return chosen.index_fill_(0, places[name_of[layer]].to(chosen.device), 1.0).view_as(layer.weight)
+
+    return mask

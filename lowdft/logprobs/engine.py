@@ -201,17 +201,17 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | No
     inputs |= dict(input_ids=rows.input_ids_RL) if embeddings_RLD is None else dict(inputs_embeds=embeddings_RLD)
     decoder = causal_lm.get_decoder()
     if decoder is causal_lm or decoder is causal_lm.get_output_embeddings():  # it names none (Llama 4, ModernBERT)
-        if rows.parts is not None:
+        if rows.pieces is not None:
             raise ValueError("packed rows need a model that names its decoder")
         return _before_head(causal_lm, inputs)
-    if rows.parts is None:
+    if rows.pieces is None:
         return decoder(attention_mask=torch.ones_like(rows.input_ids_RL), **inputs).last_hidden_state
     # an empty 4-D mask: passed through as it is by every model, and an error for any attention but ours
     empty = torch.empty((1, 1, 0, 0), device=rows.input_ids_RL.device)
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None)
     mask = {kind: empty for kind in kinds} if kinds else empty
     with packed_attention(causal_lm):
-        return decoder(attention_mask=mask, parts=rows.parts, **inputs).last_hidden_state
+        return decoder(attention_mask=mask, pieces=rows.pieces, **inputs).last_hidden_state
 
 
 def _before_head(causal_lm: nn.Module, inputs: dict) -> Tensor:

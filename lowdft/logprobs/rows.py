@@ -1,7 +1,7 @@
 """Prompts with their completions, laid out for one forward pass.
 
 Layout "packed": one row without padding, `[prompt][completion 1]…[completion K][prompt]…`. Positions of a completion
-start right after its prompt; `attention.Part` says which tokens each piece attends to, so that a prompt is computed
+start right after its prompt; `attention.Pieces` says which tokens each piece attends to, so that a prompt is computed
 once for all of its completions. Layout "padded": one row per completion, for models whose attention cannot be told so.
 Both give the same log-probabilities.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lowdft.logprobs.attention import Part, make_parts
+from lowdft.logprobs.attention import Pieces
 
 ROW_ALIGNMENT = 16
 
@@ -53,15 +53,12 @@ class Rows:
     target_S: Tensor  # the token's id
     place_S: Tensor  # flat index into R * L of the token itself
     completion_S: Tensor  # which completion it belongs to, counted through all groups
-    parts: tuple[Part, ...] | None = None  # packed: the attention of prompts, then of completions
+    pieces: Pieces | None = None  # packed: what attends to what
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        if self.parts is not None:
-            moved["parts"] = tuple(part.to(device) for part in self.parts)
-        return Rows(**moved)
+        return Rows(**{name: value if value is None else value.to(device) for name, value in moved.items()})
 
 
 def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
@@ -71,7 +68,7 @@ def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
 
 def _pack(groups: Sequence[Group]) -> Rows:
     ids, positions, predictors, places, owners = [], [], [], [], []
-    prompts, completions = [], []  # (start of the prompt, its length, start of the completion, its length)
+    prompts, completions = [], []
     start = 0
     for group in groups:
         prompt_start, prompt_length = start, len(group.prompt_ids)
@@ -100,7 +97,7 @@ def _pack(groups: Sequence[Group]) -> Rows:
         target_S=input_ids[place_S],
         place_S=place_S,
         completion_S=torch.cat(owners),
-        parts=(*make_parts(prompts), *make_parts(completions)),
+        pieces=Pieces(prompts, completions, len(input_ids)),
     )
 
 

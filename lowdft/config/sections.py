@@ -17,10 +17,16 @@ class ModelSection:
     license: str | None = None  # of the base, for the card; None: what the base's own card says
     hub_id: str | None = None  # what to call a local base in the exported adapter and its card
     load_in_4bit: bool = True  # NF4 with double quantization
+    dequantize: bool = False  # hold the weights that NF4 stands for in `dtype`: dense speed and memory
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where it is fast
     attn_implementation: str | None = None  # None: transformers chooses (SDPA where the model has it)
     trust_remote_code: bool = False
     chat_template: str | None = None  # Jinja; takes the place of the tokenizer's own
+
+    @property
+    def holds_4bit(self) -> bool:
+        """Are the weights in 4 bit in memory?"""
+        return self.load_in_4bit and not self.dequantize
 
 
 @dataclass

@@ -14,6 +14,12 @@ def check_values(recipe: Recipe, path: str) -> None:
     unshown = [name for name in recipe.evaluation.compare if not name.isprintable()]
     if unshown:
         raise UserError(f"{path}: evaluation.compare has the name {unshown[0]!r}; wanted characters that can be shown")
+    if recipe.model.dequantize and not recipe.model.load_in_4bit:
+        raise UserError(f"{path}: model.dequantize is for load_in_4bit: true; this base is held in its dtype already")
+    if recipe.model.dequantize and recipe.adapter is None:
+        raise UserError(
+            f"{path}: model.dequantize is for adapters: all parameters are trained from load_in_4bit: false"
+        )
     n = recipe.negatives
     if "" in n.stop:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts of a character or more")

@@ -90,7 +90,7 @@ def simulate(
     """See `pass_memory`; of a model of so many layers."""
     dtype = getattr(torch, model.dtype)
     with LiveBytes() as count, FakeTensorMode():
-        policy = fake_model(config, layers, dtype, model.load_in_4bit, adapter)
+        policy = fake_model(config, layers, dtype, model.holds_4bit, adapter)
         lifted = lift and train_in_float32(policy)
         _checkpoint(bare(policy), args)
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -122,7 +122,7 @@ def simulate_generation(
     dtype, total = getattr(torch, model.dtype), prompt_tokens + new_tokens
     attention = mock.patch.object(nn.functional, "scaled_dot_product_attention", _efficient_attention)
     with LiveBytes() as count, FakeTensorMode(), torch.no_grad(), attention:
-        base = fake_model(config, layers, dtype, model.load_in_4bit, None).eval()
+        base = fake_model(config, layers, dtype, model.holds_4bit, None).eval()
         text = base.config.get_text_config(decoder=True)
         count.begin()
         cache = DynamicCache(config=text)

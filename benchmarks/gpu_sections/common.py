@@ -102,7 +102,7 @@ class Setting:
 
         return [Group(ids(prompt), [ids(answer) for _ in range(3)]) for _ in range(max(1, tokens // size))]
 
-    def passes(self, tokens: int = 10**6, chunk: int = 256) -> Passes:
+    def passes(self, tokens: int = 10**6, chunk: int | None = None) -> Passes:
         """Packed passes."""
         return Passes("packed", chunk, tokens, device=self.device)
 

@@ -51,7 +51,7 @@ def score(
     model: nn.Module,
     groups: Sequence[Group],
     layout: str = "packed",
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     head_logps: Callable[[Tensor, Head, Tensor], Tensor] | None = None,
     token_weight: Callable[[Tensor, Tensor], Tensor] | None = None,
     predicted_share: float = 0.0,
@@ -67,7 +67,7 @@ def score(
         model: a transformers causal language model, bare or under a peft adapter, whole or sharded (DeepSpeed, FSDP2).
         groups: prompts with their completions; all ids below the vocabulary size.
         layout: "packed" or "padded", see `rows`.
-        chunk_size: tokens whose logits exist at once.
+        chunk_size: tokens whose logits exist at once; None: what `head.chunk_for` says.
         head_logps: what turns (hidden states, head, targets) into log-probabilities; `token_logps` unless given.
         token_weight: weights [S] of the tokens in `logps_C`, from their log-probabilities [S] and the completion [S]
             that each belongs to; 1 unless given.
@@ -168,7 +168,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int) -> Tensor:
+def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int | None) -> Tensor:
     """[S]: what the model itself would have written in the place of every scored token."""
 
     def from_hidden(hidden_SD: Tensor) -> Tensor:
@@ -177,7 +177,9 @@ def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size:
     return in_forward(causal_lm.get_output_embeddings(), from_hidden, _predictors(causal_lm, rows, dtype))
 
 
-def _partly_predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int, share: float) -> Tensor:
+def _partly_predicted(
+    causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int | None, share: float
+) -> Tensor:
     """Input embeddings [R, L, D], those of scored tokens (1 - share) E(token) + share E(prediction)."""
     predicted_S, embed = _predicted(causal_lm, rows, dtype, chunk_size), causal_lm.get_input_embeddings()
     given_RLD = embed(rows.input_ids_RL)

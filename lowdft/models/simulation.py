@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.config.training import DFTConfig
-from lowdft.logprobs import Group, bare, layers_in, packed_attention, score
+from lowdft.logprobs import Group, bare, chunk_for, layers_in, packed_attention, score
 from lowdft.models.fake_model import fake_model
 from lowdft.models.fused_lora import fused_lora
 from lowdft.models.safeguards import train_in_float32
@@ -64,7 +64,7 @@ def pass_memory(
 
     Args:
         backward: with gradients; else as an evaluation scores.
-        on_gpu: `offload_checkpoints` moves something.
+        on_gpu: `offload_checkpoints` moves something, and chunks of logits are those of a GPU.
         lift: trained weights in bfloat16 become float32, as the trainer does unless they are sharded.
     """
     layers, settings = config.get_text_config().num_hidden_layers, (backward, on_gpu, lift)
@@ -93,6 +93,8 @@ def simulate(
         policy = fake_model(config, layers, dtype, model.holds_4bit, adapter)
         lifted = lift and train_in_float32(policy)
         _checkpoint(bare(policy), args)
+        vocabulary = len(bare(policy).get_output_embeddings().weight)
+        chunk = args.logits_chunk_size or chunk_for(vocabulary, "cuda" if on_gpu else "cpu")
         trained = [p for p in policy.parameters() if p.requires_grad]
         weights = count.live
         for parameter in trained:
@@ -101,7 +103,7 @@ def simulate(
         offload = away.hooks() if args.offload_checkpoints and on_gpu else contextlib.nullcontext()
         with _as_in_training(policy, torch.bfloat16 if lifted else None), packed_attention(bare(policy)), offload:
             with torch.set_grad_enabled(backward):
-                loss = score(policy, groups, chunk_size=args.logits_chunk_size).logps_C.sum()
+                loss = score(policy, groups, chunk_size=chunk).logps_C.sum()
             if backward:
                 loss.backward()
         sizes = [(p.numel(), p.numel() * p.element_size()) for p in trained]

@@ -41,7 +41,7 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
     show_memory(memory, base, sum(num_tokens(group, "packed") for group in largest), gpus)
     if gpu is not None:
         show_fits(run, config, groups, gpu, base, gpus)
-    scoring = scoring_memory(config, run.recipe.model, run.recipe.adapter, args, largest)
+    scoring = scoring_memory(config, run.recipe.model, run.recipe.adapter, args, largest, on_gpu)
     say(f"evaluation and reference: {(base + scoring) / 1e9:.2f} GB")
     to_write = negatives_to_write(run)
     if to_write:

@@ -4,6 +4,7 @@ from gpu_sections import exact, speed, whole
 from gpu_sections.common import Skip
 
 SECTIONS = (
+    exact.causality,
     speed.ceilings,
     exact.nf4_codes,
     exact.attention,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import time
+from unittest import mock
 
 import bitsandbytes as bnb
 import torch
@@ -12,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowdft.logprobs import Group
+from lowdft.logprobs import Group, varlen
 from lowdft.models.base import set_up_cuda
 from lowdft.training.token_budget import Passes
 
@@ -100,7 +102,7 @@ class Setting:
 
         return [Group(ids(prompt), [ids(answer) for _ in range(3)]) for _ in range(max(1, tokens // size))]
 
-    def passes(self, tokens: int = 10**6, chunk: int = 256) -> Passes:
+    def passes(self, tokens: int = 10**6, chunk: int | None = None) -> Passes:
         """Packed passes."""
         return Passes("packed", chunk, tokens, device=self.device)
 
@@ -128,3 +130,8 @@ def require_cuda(setting: Setting, question: str) -> None:
     """Skips a section on a CPU."""
     if setting.device.type != "cuda":
         raise Skip(f"{question} is a question for a GPU")
+
+
+def sdpa_alone() -> contextlib.AbstractContextManager:
+    """While this lasts attention is SDPA's by batches of like length, also where `varlen_attn` runs."""
+    return mock.patch.object(varlen, "varlen_is_right", lambda *_: False)

@@ -1,4 +1,4 @@
-"""Sections on what comes out: codes, attention, precision, neighbours, ways to one gradient."""
+"""Sections on what comes out: causality, codes, attention, precision, neighbours, ways to one gradient."""
 
 from __future__ import annotations
 
@@ -9,9 +9,28 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
-from gpu_sections.common import Setting, require_cuda
-from lowdft.logprobs import packed_attention, score
-from lowdft.logprobs.attention import attend, make_parts
+from gpu_sections.common import Setting, require_cuda, sdpa_alone
+from lowdft.logprobs import packed_attention, score, varlen
+from lowdft.logprobs.attention import Pieces, attend
+
+
+def causality(setting: Setting) -> dict:
+    """Where is `varlen_attn` causal: at the end of queries and keys (bottom right) or at their beginning (top left)?"""
+    require_cuda(setting, "varlen_attn")
+    if varlen.varlen_attn is None:
+        return {"passed": False, "why": f"torch {torch.__version__} has no varlen_attn: SDPA is used"}
+    q, k, v = (torch.randn(n, 4, 64, device=setting.device, dtype=torch.bfloat16) for n in (30, 70, 70))
+    ends = [torch.tensor([0, n], device=setting.device, dtype=torch.int32) for n in (30, 70)]
+    out = varlen.varlen_attn(q, k, v, *ends, 30, 70, window_size=(-1, 0)).transpose(0, 1).double()
+    errors = {}
+    for name, first in (("bottom right", 40), ("top left", 0)):
+        seen = torch.ones(30, 70, dtype=torch.bool, device=setting.device).tril(first)
+        wanted = nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1).double() for x in (q, k, v)), seen)
+        errors[name] = ((out - wanted).norm() / wanted.norm()).item()
+    trials = {f"{dtype} {size}": varlen.what_is_wrong(setting.device, dtype, size)
+              for dtype in varlen.HALF for size in (64, 128, 256)}  # fmt: skip
+    return {"passed": not any(trials.values()), "aligned at the": min(errors, key=errors.get), "errors": errors,
+            "trials": {name: wrong or "right" for name, wrong in trials.items()}}  # fmt: skip
 
 
 def nf4_codes(setting: Setting) -> dict:
@@ -40,9 +59,9 @@ def attention(setting: Setting) -> dict:
                     errors[f"{name} {each} {window}"] = f"none: {str(error)[:60]}"
     numbers = [e for name, e in errors.items() if name.startswith("as it is") and isinstance(e, float)]
     most = 2e-2 if setting.dtype == torch.bfloat16 else 1e-5
-    if setting.device.type == "cuda":
-        errors["varlen"] = _varlen_error(setting)
-    return {"passed": len(numbers) == 6 and max(numbers) < most, "largest relative error": errors}
+    by_varlen = varlen.varlen_is_right(setting.device, setting.dtype, 64)
+    return {"passed": len(numbers) == 6 and max(numbers) < most, "as it is": "varlen" if by_varlen else "SDPA",
+            "largest relative error": errors}  # fmt: skip
 
 
 class _Layer:
@@ -52,7 +71,7 @@ class _Layer:
 def _attention_error(setting: Setting, backend, each: int, window: int | None) -> float:
     """The largest relative error of output and gradients of one packed row."""
     shared, size = 2, 64
-    parts = make_parts([(0, 0, 0, 40), (40, 0, 40, 25), (0, 40, 65, 30), (0, 40, 95, 7), (40, 25, 102, 90)])
+    prompts, completions = [(0, 0, 0, 40), (40, 0, 40, 25)], [(0, 40, 65, 30), (0, 40, 95, 7), (40, 25, 102, 90)]
     generator = torch.Generator().manual_seed(0)
     draw = lambda heads: torch.randn(1, heads, 192, size, generator=generator, dtype=torch.float64)  # noqa: E731
     given, pull = [draw(shared * each), draw(shared), draw(shared)], draw(shared * each).transpose(1, 2)
@@ -60,30 +79,18 @@ def _attention_error(setting: Setting, backend, each: int, window: int | None) -
     def run(device, dtype, around):
         x = [t.to(device, dtype).requires_grad_() for t in given]
         with around:
-            out, _ = attend(_Layer, *x, None, tuple(p.to(device) for p in parts), scaling=size**-0.5,
+            out, _ = attend(_Layer, *x, None, Pieces(prompts, completions, 192, device), scaling=size**-0.5,
                             sliding_window=window)  # fmt: skip
             found = [out, *torch.autograd.grad((out * pull.to(out)).sum(), x)]
         return [f.double().cpu() for f in found]
 
     wanted = run("cpu", torch.float64, contextlib.nullcontext())
-    around = contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
-    found = run(setting.device, setting.dtype, around)
+    with contextlib.ExitStack() as around:
+        if backend is not None:
+            around.enter_context(sdpa_alone())
+            around.enter_context(sdpa_kernel(backend))
+        found = run(setting.device, setting.dtype, contextlib.nullcontext())
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
-
-
-def _varlen_error(setting: Setting) -> float | str:
-    """torch's `varlen_attn`: are 30 queries after 40 keys causal at their end (bottom right)? Relative error."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (torch.randn(n, 4, 64, device=setting.device, dtype=torch.bfloat16) for n in (30, 70, 70))
-    ends = [torch.tensor([0, n], device=setting.device, dtype=torch.int32) for n in (30, 70)]
-    try:
-        out = varlen_attn(q, k, v, *ends, 30, 70, window_size=(-1, 0), num_splits=1).transpose(0, 1)
-    except (RuntimeError, NotImplementedError) as error:
-        return f"none: {str(error)[:80]}"
-    seen = torch.ones(30, 70, dtype=torch.bool, device=setting.device).tril(40)
-    wanted = nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1).double() for x in (q, k, v)), seen)
-    return ((out.double() - wanted).norm() / wanted.norm()).item()
 
 
 def two_layers(setting: Setting) -> dict:
@@ -106,17 +113,34 @@ def two_layers(setting: Setting) -> dict:
 
 def neighbours(setting: Setting) -> dict:
     """One group alone and among others: equal bits, nats, and the spread of omega = exp(difference)."""
-    model, alone = setting.policy().eval(), None
+    model, found = setting.policy().eval(), {}
+    for name, around in {"as it is": contextlib.nullcontext, "SDPA": sdpa_alone}.items():
+        alone = None
+        with torch.no_grad(), around():
+            for tokens in setting.tokens:
+                out = score(model, setting.groups(tokens)).logps_C[:3]
+                again = score(model, setting.groups(tokens)).logps_C[:3]
+                alone = out if alone is None else alone
+                apart = (out - alone).abs().max().item()
+                found[f"{name} {tokens}"] = {"same bits twice": torch.equal(out, again), "nats": apart,
+                                             "omega": torch.tensor(apart).exp().item()}  # fmt: skip
+    twice = all(entry["same bits twice"] for entry in found.values())
+    return {"passed": twice, "attention by itself, same bits": _attention_bits(setting)} | found
+
+
+def _attention_bits(setting: Setting) -> dict[str, bool]:
+    """Has a prompt with its completion the same attention, bit for bit, alone and before another group?"""
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(1, heads, 272, 64, generator=generator).to(setting.device, setting.dtype) for heads in (8, 2, 2)]
+    mine, other = ([(0, 0, 0, 40)], [(0, 40, 40, 30)]), ([(70, 0, 70, 99)], [(70, 99, 169, 90)])
     found = {}
-    with torch.no_grad():
-        for tokens in setting.tokens:
-            out = score(model, setting.groups(tokens)).logps_C[:3]
-            again = score(model, setting.groups(tokens)).logps_C[:3]
-            alone = out if alone is None else alone
-            apart = (out - alone).abs().max().item()
-            found[tokens] = {"same bits twice": torch.equal(out, again), "nats": apart,
-                             "omega": torch.tensor(apart).exp().item()}  # fmt: skip
-    return {"passed": all(entry["same bits twice"] for entry in found.values()), "by tokens": found}
+    for name, around in {"as it is": contextlib.nullcontext, "SDPA": sdpa_alone}.items():
+        with torch.no_grad(), around():
+            alone, _ = attend(_Layer, *(t[:, :, :80] for t in x), None, Pieces(*mine, 80, setting.device))
+            both = Pieces(mine[0] + other[0], mine[1] + other[1], 272, setting.device)
+            among, _ = attend(_Layer, *x, None, both)
+        found[name] = torch.equal(alone[:, :70], among[:, :70])
+    return found
 
 
 def ways_to_a_gradient(setting: Setting) -> dict:

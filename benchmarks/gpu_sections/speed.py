@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from gpu_sections.common import Setting
+from gpu_sections.common import Setting, sdpa_alone
 from lowdft import DFTConfig
 from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.models.fused_lora import fused_lora
@@ -105,10 +105,10 @@ def _planned(setting: Setting, checkpointing: bool, groups) -> float:
 
 
 def candidates(setting: Setting) -> dict:
-    """Seconds of a pass with and without the fused LoRA, by head chunk, and with the base dequantized once."""
+    """Seconds of a pass by attention, with and without the fused LoRA, by head chunk, and with a dequantized base."""
     model, groups = setting.policy(), setting.groups(setting.tokens[1])
-    ways = {"as it is": {}, "peft's LoRA": {"fused": False}, "head chunk 1024": {"chunk": 1024},
-            "head chunk 4096": {"chunk": 4096}}  # fmt: skip
+    ways = {"as it is": {}, "SDPA": {"around": sdpa_alone}, "peft's LoRA": {"fused": False},
+            "head chunk 256": {"chunk": 256}, "head chunk 4096": {"chunk": 4096}}  # fmt: skip
     found = {name: [] for name in ways}
     for _ in range(4):  # alternating; the first warms up
         for name, how in ways.items():
@@ -141,8 +141,10 @@ def _dequantized(model, setting: Setting):
             del layer.forward
 
 
-def _step(setting: Setting, model, groups, fused: bool = True, chunk: int = 256) -> None:
-    with fused_lora(model) if fused else contextlib.nullcontext():
+def _step(
+    setting: Setting, model, groups, fused: bool = True, chunk: int | None = None, around=contextlib.nullcontext
+) -> None:
+    with fused_lora(model) if fused else contextlib.nullcontext(), around():
         setting.passes(chunk=chunk).backpropagate(
             model, groups, lambda numbers, logps: logps.sum(), lambda loss, last: loss.backward()
         )

@@ -208,7 +208,7 @@ def training_config(recipe: Recipe):
     from lowdft.models.adapters import adapter_config
 
     if recipe.adapter:
-        adapter_config(recipe.adapter, recipe.model.load_in_4bit)
+        adapter_config(recipe.adapter, recipe.model.holds_4bit)
     known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
     for key, value in recipe.training.items():
         if key not in known:

@@ -17,10 +17,16 @@ class ModelSection:
     license: str | None = None  # of the base, for the model card; None: as in the base's model card
     hub_id: str | None = None  # public name of a local base, for the exported adapter and its model card
     load_in_4bit: bool = True  # NF4 with double quantization
+    dequantize: bool = False  # keep the dequantized NF4 weights in `dtype`: speed and memory of a dense base
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 if it is fast, else float32
     attn_implementation: str | None = None  # None: transformers chooses (SDPA if the model supports it)
     trust_remote_code: bool = False
     chat_template: str | None = None  # Jinja; replaces the tokenizer's chat template
+
+    @property
+    def holds_4bit(self) -> bool:
+        """Are the weights in 4 bit in memory?"""
+        return self.load_in_4bit and not self.dequantize
 
 
 @dataclass

@@ -52,7 +52,8 @@ class DFTConfig(TrainingArguments):
         tokens_per_pass: maximum tokens of one forward pass. A micro-batch (per_device_train_batch_size prompts) takes
             as many passes as it needs; if the completions of one prompt do not fit, they are scored and backpropagated
             in pieces. This affects memory, not results.
-        logits_chunk_size: how many tokens have their logits in memory at the same time.
+        logits_chunk_size: how many tokens have their logits in memory at the same time. None: as many as fit into
+            100 MB (320 MB on a GPU), a power of two, at most 1024.
         offload_checkpoints: keep the activations that gradient checkpointing saves in CPU memory instead of GPU
             memory; slower, with the same results.
         freeze_half: train a random half of the adapted modules, balanced over their types and chosen by `seed` ("Half
@@ -72,7 +73,7 @@ class DFTConfig(TrainingArguments):
     max_prompt_length: int | None = 512
     layout: str | None = None
     tokens_per_pass: int = 8192
-    logits_chunk_size: int = 256
+    logits_chunk_size: int | None = None
     offload_checkpoints: bool = False
     freeze_half: bool = False
 
@@ -112,6 +113,8 @@ class DFTConfig(TrainingArguments):
         _require(longest is None or longest >= 1, "max_prompt_length", longest, "1 or more, or null for no limit")
         _require(self.max_grad_norm is not None, "max_grad_norm", None, "a number; 0 for no clipping")
         _require(self.tokens_per_pass >= 1, "tokens_per_pass", self.tokens_per_pass, "1 or more")
+        chunk = self.logits_chunk_size
+        _require(chunk is None or chunk >= 1, "logits_chunk_size", chunk, "1 or more, or null")
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")

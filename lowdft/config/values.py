@@ -14,6 +14,12 @@ def check_values(recipe: Recipe, path: str) -> None:
     unshown = [name for name in recipe.evaluation.compare if not name.isprintable()]
     if unshown:
         raise UserError(f"{path}: evaluation.compare has the name {unshown[0]!r}; wanted printable characters only")
+    if recipe.model.dequantize and not recipe.model.load_in_4bit:
+        raise UserError(f"{path}: model.dequantize needs model.load_in_4bit: true; this base is not quantized")
+    if recipe.model.dequantize and recipe.adapter is None:
+        raise UserError(
+            f"{path}: model.dequantize needs an adapter; to train all parameters, set model.load_in_4bit: false"
+        )
     n = recipe.negatives
     if "" in n.stop:
         raise UserError(f"{path}: negatives.stop is {n.stop}; wanted texts that are not empty")

@@ -3,7 +3,7 @@
 from lowdft.logprobs.attention import packed_attention
 from lowdft.logprobs.check import choose_layout
 from lowdft.logprobs.engine import CompletionLogps, bare, layers_in, score
-from lowdft.logprobs.head import Head, proposal_logps, token_logps, truncate
+from lowdft.logprobs.head import Head, chunk_for, proposal_logps, token_logps, truncate
 from lowdft.logprobs.rows import Group, lay_out
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Group",
     "Head",
     "bare",
+    "chunk_for",
     "choose_layout",
     "lay_out",
     "layers_in",

@@ -1,10 +1,13 @@
 """Attention of a packed row: every prompt over itself, every completion over its prompt and itself.
 
-The linear layers process the row token by token. Here queries and keys are gathered into small batches of pieces of
-similar length, so that no piece attends to another, or costs time for it. On a CPU a sequence gets the same bits in
-bfloat16 whatever else is in its row (measured: rows and tiles are aligned so that kernels always split their sums in
-the same way), so policy and reference agree exactly. On a GPU matrix products choose their kernels by the number of
-tokens, and the bits may differ.
+The linear layers process the row token by token. Attention keeps the pieces apart, so that no piece attends to another or
+costs time for it, in one of two ways. Where `varlen_attn` runs (`varlen.py`; GPUs in half precision), queries stay in
+place and keys are gathered for each piece, those of the prompt before those of the completion. Elsewhere queries and keys
+are gathered into small batches of pieces of similar length.
+
+On a CPU a sequence gets the same bits in bfloat16 whatever else is in its row (measured: rows and tiles are aligned so that
+kernels always split their sums in the same way), so policy and reference agree exactly. On a GPU matrix products choose
+their kernels by the number of tokens, and the bits may differ.
 
 Shape suffixes: T tokens of the packed row, N pieces (prompts or completions), Q queries, K keys, H query heads,
 J key-value heads, E size of a head.
@@ -13,18 +16,62 @@ J key-value heads, E size of a head.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lowdft.logprobs.varlen import Ends, takes_varlen, varlen_attention
+
 NAME = "lowdft_packed"
 QUERY_ALIGNMENT, KEY_ALIGNMENT = 16, 128
+Piece = tuple[int, int, int, int]  # start of what comes before, its length, start of the piece, its length
 # (places in the packed row, places in a gathered batch): within a turn no place of the row comes twice
 Turns = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Pieces:
+    """The pieces of a packed row on a device, laid out for attention; each layout is made when it is first needed.
+
+    Args:
+        prompts, completions: what there is, in any order; together they fill the row but for its last tokens.
+        length: of the row.
+    """
+
+    def __init__(self, prompts: Sequence[Piece], completions: Sequence[Piece], length: int, device="cpu"):
+        self.prompts, self.completions, self.length, self.device = prompts, completions, length, device
+
+    def to(self, device: torch.device) -> Pieces:
+        """The same pieces for another device."""
+        return Pieces(self.prompts, self.completions, self.length, device)
+
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Prompts, then completions, in batches of like length."""
+        return tuple(part.to(self.device) for some in (self.prompts, self.completions) for part in make_parts(some))
+
+    @functools.cached_property
+    def gathered(self) -> tuple[Tensor, Turns, Ends]:
+        """All pieces end to end: places [K] of every piece's keys, their turns, and where pieces end."""
+        pieces = sorted([*self.prompts, *self.completions], key=lambda piece: piece[2])
+        end = sum(length for *_, length in pieces)
+        if end < self.length:  # the row's filler attends to itself
+            pieces.append((0, 0, end, self.length - end))
+        sizes = [before + length for _, before, _, length in pieces]
+        key_ends = [0, *accumulate(sizes)]
+        places = [(torch.arange(a, a + n), torch.arange(b, b + m)) for a, n, b, m in pieces]
+        turns = _key_turns(pieces, key_ends[:-1])
+        query_ends = [*(start for _, _, start, _ in pieces), self.length]
+        ends = (torch.tensor(some, dtype=torch.int32, device=self.device) for some in (query_ends, key_ends))
+        longest = max(length for *_, length in pieces), max(sizes)
+        keys_K = torch.cat([place for pair in places for place in pair]).to(self.device)
+        turns = tuple((place.to(self.device), source.to(self.device)) for place, source in turns)
+        return keys_K, turns, Ends(*ends, *longest)
 
 
 @dataclass(frozen=True)
@@ -61,8 +108,8 @@ class Part:
         return self.masks[window, dtype, times]
 
 
-def make_parts(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[Part, ...]:
-    """Parts from (start of what comes before, its length, start of the piece, its length) for each piece.
+def make_parts(pieces: Sequence[Piece]) -> tuple[Part, ...]:
+    """Parts of pieces.
 
     Pieces share a part when neither their queries nor their keys are more than twice as long as the others', so one
     long completion does not pad the short ones to its length.
@@ -75,7 +122,7 @@ def make_parts(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[Part, ...]:
     return tuple(make_part(some) for some in alike.values())
 
 
-def make_part(pieces: Sequence[tuple[int, int, int, int]]) -> Part:
+def make_part(pieces: Sequence[Piece]) -> Part:
     """One part of all pieces, padded to the longest; see `make_parts`."""
     num_queries = _aligned(max(length for *_, length in pieces), QUERY_ALIGNMENT)
     num_keys = _aligned(max(before + length for _, before, _, length in pieces), KEY_ALIGNMENT)
@@ -85,24 +132,27 @@ def make_part(pieces: Sequence[tuple[int, int, int, int]]) -> Part:
     query, key = torch.arange(num_queries), torch.arange(num_keys)
     query_NQ = start + query.minimum(length - 1)
     key_NK = torch.where(key < before, before_start + key, start + (key - before).minimum(length - 1))
-    return Part(query_NQ, key_NK, before[:, 0], length[:, 0], places, sources, _key_turns(pieces, num_keys))
+    turns = _key_turns(pieces, range(0, len(pieces) * num_keys, num_keys))
+    return Part(query_NQ, key_NK, before[:, 0], length[:, 0], places, sources, turns)
 
 
-def _key_turns(pieces: Sequence[tuple[int, int, int, int]], num_keys: int) -> Turns:
-    """Every piece once as keys of its own; what comes before it in the turn of as many pieces as had it already."""
-    own, turns, seen = [], [], Counter()
-    for n, (before_start, before, start, length) in enumerate(pieces):
-        first = n * num_keys
-        own.append((torch.arange(start, start + length), torch.arange(first + before, first + before + length)))
+def _key_turns(pieces: Sequence[Piece], firsts: Sequence[int]) -> Turns:
+    """Every piece once as keys of its own; what comes before it in the turn of as many uses as there were already.
+
+    Args:
+        firsts: of each piece, the place of its first key among the gathered ones.
+    """
+    turns, seen = [[]], Counter(start for *_, start, _ in pieces)
+    for first, (_, before, start, length) in zip(firsts, pieces, strict=True):
+        turns[0].append((torch.arange(start, start + length), torch.arange(first + before, first + before + length)))
+    for first, (before_start, before, _, _) in zip(firsts, pieces, strict=True):
         if not before:
             continue
-        turn = seen[before_start]
-        seen[before_start] += 1
-        if turn == len(turns):
+        if seen[before_start] == len(turns):
             turns.append([])
         places = torch.arange(before_start, before_start + before)
-        turns[turn].append((places, torch.arange(first, first + before)))
-    turns = [own + turns[0], *turns[1:]] if turns else [own]
+        turns[seen[before_start]].append((places, torch.arange(first, first + before)))
+        seen[before_start] += 1
     return tuple(tuple(torch.cat(column) for column in zip(*turn, strict=True)) for turn in turns)
 
 
@@ -159,7 +209,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    parts: tuple[Part, ...],
+    pieces: Pieces,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -175,9 +225,13 @@ def attend(
     if s_aux is not None or ("sliding_window" not in kwargs and getattr(module.config, "sliding_window", None)):
         raise ValueError("packed rows do not support this attention (sinks, or a sliding window in the mask)")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if takes_varlen(q, v, dropout, softcap):
+        keys_K, turns, ends = pieces.gathered
+        k, v = (_Gather.apply(x, keys_K, turns) for x in (k, v))
+        return varlen_attention(q, k, v, ends, window, scaling)[None], None
     settings = dict(window=window, scale=scaling, dropout=dropout, softcap=softcap)
-    out = torch.cat([_attend_part(q, k, v, part, **settings) for part in parts])
-    places = torch.cat([part.place_X for part in parts])
+    out = torch.cat([_attend_part(q, k, v, part, **settings) for part in pieces.parts])
+    places = torch.cat([part.place_X for part in pieces.parts])
     return torch.zeros_like(q).index_copy(0, places, out)[None], None
 
 

@@ -51,7 +51,7 @@ def score(
     model: nn.Module,
     groups: Sequence[Group],
     layout: str = "packed",
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     head_logps: Callable[[Tensor, Head, Tensor], Tensor] | None = None,
     token_weight: Callable[[Tensor, Tensor], Tensor] | None = None,
     predicted_share: float = 0.0,
@@ -67,7 +67,7 @@ def score(
         model: a transformers causal language model, with or without peft adapter, whole or sharded (DeepSpeed, FSDP2).
         groups: prompts with their completions; all ids are below the vocabulary size.
         layout: "packed" or "padded", see `rows`.
-        chunk_size: how many tokens have their logits in memory at the same time.
+        chunk_size: how many tokens have their logits in memory at the same time; `head.chunk_for` by default.
         head_logps: maps (hidden states, head, targets) to log-probabilities; `token_logps` by default.
         token_weight: maps the log-probabilities [S] of tokens, and the index [S] of the completion that each belongs
             to, to their weights [S] in `logps_C`; 1 by default.
@@ -168,7 +168,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int) -> Tensor:
+def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int | None) -> Tensor:
     """[S]: the model's greedy prediction for every scored token."""
 
     def from_hidden(hidden_SD: Tensor) -> Tensor:
@@ -177,7 +177,9 @@ def _predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size:
     return in_forward(causal_lm.get_output_embeddings(), from_hidden, _predictors(causal_lm, rows, dtype))
 
 
-def _partly_predicted(causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int, share: float) -> Tensor:
+def _partly_predicted(
+    causal_lm: nn.Module, rows: Rows, dtype: torch.dtype, chunk_size: int | None, share: float
+) -> Tensor:
     """Input embeddings [R, L, D]; for scored tokens, (1 - share) E(token) + share E(prediction)."""
     predicted_S, embed = _predicted(causal_lm, rows, dtype, chunk_size), causal_lm.get_input_embeddings()
     given_RLD = embed(rows.input_ids_RL)
@@ -201,17 +203,17 @@ def _hidden_states(causal_lm: nn.Module, rows: Rows, embeddings_RLD: Tensor | No
     inputs |= dict(input_ids=rows.input_ids_RL) if embeddings_RLD is None else dict(inputs_embeds=embeddings_RLD)
     decoder = causal_lm.get_decoder()
     if decoder is causal_lm or decoder is causal_lm.get_output_embeddings():  # it names none (Llama 4, ModernBERT)
-        if rows.parts is not None:
+        if rows.pieces is not None:
             raise ValueError("packed rows need a model that names its decoder")
         return _before_head(causal_lm, inputs)
-    if rows.parts is None:
+    if rows.pieces is None:
         return decoder(attention_mask=torch.ones_like(rows.input_ids_RL), **inputs).last_hidden_state
     # an empty 4-D mask: every model passes it through, and any attention other than ours raises an error
     empty = torch.empty((1, 1, 0, 0), device=rows.input_ids_RL.device)
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None)
     mask = {kind: empty for kind in kinds} if kinds else empty
     with packed_attention(causal_lm):
-        return decoder(attention_mask=mask, parts=rows.parts, **inputs).last_hidden_state
+        return decoder(attention_mask=mask, pieces=rows.pieces, **inputs).last_hidden_state
 
 
 def _before_head(causal_lm: nn.Module, inputs: dict) -> Tensor:

@@ -1,9 +1,9 @@
 """Lays out prompts with their completions for one forward pass.
 
 Layout "packed": one row without padding, `[prompt][completion 1]…[completion K][prompt]…`. The positions of a
-completion start right after its prompt, and `attention.Part` holds which tokens each piece attends to, so that a prompt
-is computed once for all of its completions. Layout "padded": one row per completion, for models whose attention does
-not support that. Both give the same log-probabilities.
+completion start right after its prompt, and `attention.Pieces` holds which tokens each piece attends to, so that a
+prompt is computed once for all of its completions. Layout "padded": one row per completion, for models whose attention
+does not support that. Both give the same log-probabilities.
 
 Shape suffixes: R rows, L tokens of the longest row, S scored tokens, C completions, G groups.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lowdft.logprobs.attention import Part, make_parts
+from lowdft.logprobs.attention import Pieces
 
 ROW_ALIGNMENT = 16
 
@@ -53,15 +53,12 @@ class Rows:
     target_S: Tensor  # the token's id
     place_S: Tensor  # flat index into R * L of the token itself
     completion_S: Tensor  # index of the completion that it belongs to, counted over all groups
-    parts: tuple[Part, ...] | None = None  # packed: the attention of prompts, then of completions
+    pieces: Pieces | None = None  # packed: which tokens attend to which
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        if self.parts is not None:
-            moved["parts"] = tuple(part.to(device) for part in self.parts)
-        return Rows(**moved)
+        return Rows(**{name: value if value is None else value.to(device) for name, value in moved.items()})
 
 
 def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
@@ -71,7 +68,7 @@ def lay_out(groups: Sequence[Group], layout: str = "packed") -> Rows:
 
 def _pack(groups: Sequence[Group]) -> Rows:
     ids, positions, predictors, places, owners = [], [], [], [], []
-    prompts, completions = [], []  # (start of the prompt, its length, start of the completion, its length)
+    prompts, completions = [], []
     start = 0
     for group in groups:
         prompt_start, prompt_length = start, len(group.prompt_ids)
@@ -100,7 +97,7 @@ def _pack(groups: Sequence[Group]) -> Rows:
         target_S=input_ids[place_S],
         place_S=place_S,
         completion_S=torch.cat(owners),
-        parts=(*make_parts(prompts), *make_parts(completions)),
+        pieces=Pieces(prompts, completions, len(input_ids)),
     )
 
 

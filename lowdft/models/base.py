@@ -81,8 +81,9 @@ def load_tokenizer(source: Source, section: ModelSection):
 def load_base(source: Source, section: ModelSection, device: torch.device | None = None):
     """The base on its device: NF4 with double quantization, or dense in `section.dtype`.
 
-    Embedding and head stay in `section.dtype`; nothing is converted to float32. Under ZeRO-3 each rank loads only its
-    part, except inside `whole_weights`.
+    With `section.dequantize` the dequantized NF4 weights are kept in plain linear layers. Embedding and head stay in
+    `section.dtype`; nothing is converted to float32. Under ZeRO-3 each rank loads only its part, except inside
+    `whole_weights`.
 
     Raises:
         UserError: a 4-bit base under ZeRO-3.
@@ -113,6 +114,8 @@ def load_base(source: Source, section: ModelSection, device: torch.device | None
         device_map=None if in_parts else {"": device},
         **quantization,
     )
+    if section.dequantize:
+        model = model.dequantize(dtype)
     guard_four_bit(model)
     return model
 

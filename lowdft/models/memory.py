@@ -76,9 +76,10 @@ def scoring_memory(
     adapter: AdapterSection | None,
     args: DFTConfig,
     groups: Sequence[Group],
+    on_gpu: bool = False,
 ) -> float:
     """Peak bytes, including weights, of a pass without gradient over `groups`, for the reference or an evaluation."""
-    found = pass_memory(config, model, adapter, args, groups, backward=False)
+    found = pass_memory(config, model, adapter, args, groups, backward=False, on_gpu=on_gpu)
     return found.weights + found.peak
 
 

@@ -5,7 +5,6 @@ It never merges into 4-bit layers themselves, because rounding would erase the a
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 from pathlib import Path
@@ -31,12 +30,9 @@ def merged(source: Source, section: ModelSection, adapter: Path, way: str):
         UserError: a merged weight is not finite.
     """
     if way == "dequantized":
-        base = load_base(source, section).dequantize()
-        base.config = copy.deepcopy(base.config)
-        if hasattr(base.config, "quantization_config"):
-            del base.config.quantization_config
+        base = load_base(source, dataclasses.replace(section, dequantize=True))
     else:
-        base = load_base(source, dataclasses.replace(section, load_in_4bit=False, dtype="bfloat16"))
+        base = load_base(source, dataclasses.replace(section, load_in_4bit=False, dequantize=False, dtype="bfloat16"))
     try:
         model = load_adapter(base, adapter).merge_and_unload(safe_merge=True)
     except ValueError as error:

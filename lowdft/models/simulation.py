@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.config.training import DFTConfig
-from lowdft.logprobs import Group, bare, layers_in, packed_attention, score
+from lowdft.logprobs import Group, bare, chunk_for, layers_in, packed_attention, score
 from lowdft.models.adapters import without_input_casts
 from lowdft.models.fake_model import fake_model
 from lowdft.models.fused_lora import fused_lora
@@ -64,7 +64,7 @@ def pass_memory(
 
     Args:
         backward: with gradients; otherwise as in evaluation.
-        on_gpu: `offload_checkpoints` has an effect.
+        on_gpu: `offload_checkpoints` has an effect, and logits are computed in the chunks of a GPU.
         lift: convert trained bfloat16 weights to float32, as the trainer does unless they are sharded.
     """
     layers, settings = config.get_text_config().num_hidden_layers, (backward, on_gpu, lift)
@@ -90,9 +90,11 @@ def simulate(
     """See `pass_memory`, for a model with `layers` layers."""
     dtype = getattr(torch, model.dtype)
     with LiveBytes() as count, FakeTensorMode():
-        policy = fake_model(config, layers, dtype, model.load_in_4bit, adapter)
+        policy = fake_model(config, layers, dtype, model.holds_4bit, adapter)
         lifted = lift and train_in_float32(policy)
         _checkpoint(bare(policy), args)
+        vocabulary = len(bare(policy).get_output_embeddings().weight)
+        chunk = args.logits_chunk_size or chunk_for(vocabulary, "cuda" if on_gpu else "cpu")
         trained = [p for p in policy.parameters() if p.requires_grad]
         weights = count.live
         for parameter in trained:
@@ -101,7 +103,7 @@ def simulate(
         offload = away.hooks() if args.offload_checkpoints and on_gpu else contextlib.nullcontext()
         with _as_in_training(policy, torch.bfloat16 if lifted else None), packed_attention(bare(policy)), offload:
             with torch.set_grad_enabled(backward):
-                loss = score(policy, groups, chunk_size=args.logits_chunk_size).logps_C.sum()
+                loss = score(policy, groups, chunk_size=chunk).logps_C.sum()
             if backward:
                 loss.backward()
         sizes = [(p.numel(), p.numel() * p.element_size()) for p in trained]
@@ -122,7 +124,7 @@ def simulate_generation(
     dtype, total = getattr(torch, model.dtype), prompt_tokens + new_tokens
     attention = mock.patch.object(nn.functional, "scaled_dot_product_attention", _efficient_attention)
     with LiveBytes() as count, FakeTensorMode(), torch.no_grad(), attention:
-        base = fake_model(config, layers, dtype, model.load_in_4bit, None).eval()
+        base = fake_model(config, layers, dtype, model.holds_4bit, None).eval()
         text = base.config.get_text_config(decoder=True)
         count.begin()
         cache = DynamicCache(config=text)

@@ -11,9 +11,7 @@ from lowdft.distributed import collectives
 from lowdft.errors import UserError
 from lowdft.logprobs import Group, score
 
-GRADIENT = (
-    "gradient"  # of the recipe's `adapter.mask_type`; peft itself knows only "random", and takes a function for others
-)
+GRADIENT = "gradient"  # a value of the recipe's `adapter.mask_type`; of its own, peft knows only "random"
 ROWS = 32  # how many training rows choose
 
 
@@ -38,9 +36,8 @@ def gradient_mask(base: nn.Module, groups: Sequence[Group], r: int) -> Callable[
     names, places = {module.weight: name for name, module in layers.items()}, {}
 
     def keep(weight: Tensor) -> None:
-        places[names[weight]] = (
-            weight.grad.abs().flatten().topk(min(r * sum(weight.shape), weight.numel())).indices.cpu()
-        )
+        gradient_N = weight.grad.abs().flatten()
+        places[names[weight]] = gradient_N.topk(min(r * sum(weight.shape), len(gradient_N))).indices.cpu()
         weight.grad = None
 
     base.requires_grad_(False)

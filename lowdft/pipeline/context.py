@@ -181,6 +181,7 @@ class Run:
         say(
             f"loading {models.public_name(self.source, self.recipe.model)}"
             + (" in 4 bit (NF4)" if self.recipe.model.load_in_4bit else "")
+            + (", dequantized" if self.recipe.model.dequantize else "")
         )
         return models.load_base(self.source, self.recipe.model)
 

@@ -102,7 +102,7 @@ def _largest(recipe, args, config, groups, room, gpus) -> tuple[int, float] | No
 def _work(args: DFTConfig, groups: Sequence[Group], tokens: int, products: float, recipe: Recipe) -> float:
     """Products of a weight with a token in some micro-batches; dequantizing a weight counts as `DEQUANTIZING`."""
     size = args.per_device_train_batch_size
-    each = DEQUANTIZING if recipe.model.load_in_4bit else 0
+    each = DEQUANTIZING if recipe.model.holds_4bit else 0
     batches = [groups[i : i + size] for i in range(0, len(groups), size)]
     total = 0.0
     for batch in batches[:: max(1, len(batches) // BATCHES)]:

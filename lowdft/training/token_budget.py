@@ -46,6 +46,7 @@ class Passes:
     """Forward and backward passes of at most `budget` tokens each.
 
     Args:
+        chunk_size: see `logprobs.score`.
         tokens_per_pass: the initial budget; `shrink` lowers it.
         knows_last: the pull of the last completion does not depend on its score, so it need not be scored first.
         head_logps: a density other than the model's, see `logprobs.score`; for scoring only.
@@ -56,7 +57,7 @@ class Passes:
     """
 
     layout: str
-    chunk_size: int
+    chunk_size: int | None
     tokens_per_pass: int
     knows_last: bool = False
     head_logps: HeadLogps | None = None

@@ -52,6 +52,11 @@ def test_another_objective_leaves_the_hyperparameters_of_the_recipes_own(write):
         ("negatives: {top_p: 0}", "negatives.top_p is 0.0; wanted a number in"),
         ("model: 7", "model is 7; wanted a section"),
         ("evaluation: {answer: regex}", "evaluation.pattern is missing"),
+        (
+            "model: {name_or_path: a/b, dequantize: true, load_in_4bit: false}",
+            "model.dequantize is for load_in_4bit: true",
+        ),
+        ("model: {name_or_path: a/b, dequantize: true}\nadapter: null", "model.dequantize is for adapters"),
     ],
 )
 def test_errors_name_the_key(write, extra, words):

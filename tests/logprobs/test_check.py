@@ -88,9 +88,9 @@ def test_half_a_nat_is_no_rounding():
     decoder = model.get_decoder()
     own = decoder.forward
 
-    def off(*args, parts=None, **kwargs):
-        out = own(*args, **kwargs, **({} if parts is None else {"parts": parts}))
-        if parts is not None:
+    def off(*args, pieces=None, **kwargs):
+        out = own(*args, **kwargs, **({} if pieces is None else {"pieces": pieces}))
+        if pieces is not None:
             out.last_hidden_state = out.last_hidden_state * 1.2
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import stand_in_varlen
 import torch
 from helpers import COMMON
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,6 +25,22 @@ FAMILIES = {
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.5},
 }
+
+
+@pytest.fixture(params=["sdpa", "varlen"])
+def kernel(request, monkeypatch) -> str:
+    """What packed rows attend by: SDPA, or `varlen_attn` as on a GPU."""
+    if request.param == "varlen":
+        stand_in_varlen.use(monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["packed", "packed by varlen", "padded"])
+def layout(request, monkeypatch) -> str:
+    """A layout; packed ones by both kernels."""
+    if request.param == "packed by varlen":
+        stand_in_varlen.use(monkeypatch)
+    return request.param.split()[0]
 
 
 def make(family: str, attention: str | None = None):
@@ -57,7 +74,6 @@ def one_by_one(model, some_groups) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-5), (torch.float64, 1e-5)])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, layout, dtype, close):
     """Within 1e-3 nats a sequence; gradients of every parameter within 1e-5 relative (2e-5 with float32's rounding)."""
@@ -74,7 +90,7 @@ def test_families(family, layout, dtype, close):
             assert (a - b).norm() / b.norm() < close, name
 
 
-def test_eager_attention_gives_the_same():
+def test_eager_attention_gives_the_same(kernel):
     some = groups()
     torch.testing.assert_close(
         score(make("gemma3_text", "eager"), some).logps_C,
@@ -84,7 +100,7 @@ def test_eager_attention_gives_the_same():
     )
 
 
-def test_order_of_negatives_does_not_matter():
+def test_order_of_negatives_does_not_matter(kernel):
     model = make("llama")
     prompt, (a, b, c) = groups()[0].prompt_ids, groups()[0].completions
     forth = score(model, [Group(prompt, [a, b, c])]).logps_C
@@ -107,7 +123,7 @@ def test_rows_worked_by_hand():
     assert rows.target_S.tolist() == [5, 6, 4]
     assert rows.place_S.tolist() == [2, 3, 4]
     assert rows.completion_S.tolist() == [0, 1, 1]
-    prompts, completions = rows.parts
+    prompts, completions = rows.pieces.parts
     assert prompts.key_NK[0, :2].tolist() == [0, 1]
     assert completions.query_NQ[:, :2].tolist() == [[2, 2], [3, 4]]
     assert completions.key_NK[:, :4].tolist() == [[0, 1, 2, 2], [0, 1, 3, 4]]
@@ -129,7 +145,7 @@ def test_neighbours_change_nothing_in_bfloat16():
     assert torch.equal(score(model, [Group(a.prompt_ids, a.completions[:2])]).logps_C, alone[:2])
 
 
-def test_other_attention_fails_loudly():
+def test_other_attention_fails_loudly(kernel):
     """Were the backward pass of a checkpointed layer run without `packed_attention`, it must not go unnoticed."""
     model = make("llama").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -140,15 +156,15 @@ def test_other_attention_fails_loudly():
         score(model, groups()).logps_C.sum().backward()
 
 
-def test_layout_is_chosen_by_trial():
+def test_layout_is_chosen_by_trial(kernel):
     """A model that attends across the packed row gives itself away, and gets padded rows."""
     model = make("llama")
     assert choose_layout(model) == "packed"
     decoder, original = model.get_decoder(), model.get_decoder().forward
 
-    def deaf(parts=None, attention_mask=None, **inputs):
+    def deaf(pieces=None, attention_mask=None, **inputs):
         model.config._attn_implementation = "sdpa"
-        return original(attention_mask=None if parts else attention_mask, **inputs)
+        return original(attention_mask=None if pieces else attention_mask, **inputs)
 
     decoder.forward = deaf
     assert choose_layout(model) == "padded"
@@ -175,7 +191,6 @@ def partly_predicted_by_hand(model, some_groups, share) -> torch.Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma3_text"])
 def test_completions_partly_of_predicted_embeddings(family, layout):
     """Scores and gradients with a fifth of the prediction's embedding in every completion token's."""
@@ -209,20 +224,20 @@ def test_one_long_completion_does_not_pad_the_others():
     """Query rows of a packed row stay near its tokens: at most twice as many, not 37 times."""
     rows = lay_out(mixed_groups())
     tokens = sum(group.num_tokens for group in mixed_groups())
-    assert sum(part.query_NQ.numel() for part in rows.parts) < 2 * tokens
-    assert sum(part.key_NK.numel() for part in rows.parts) < 5 * tokens
-    places = torch.cat([part.place_X for part in rows.parts])
+    assert sum(part.query_NQ.numel() for part in rows.pieces.parts) < 2 * tokens
+    assert sum(part.key_NK.numel() for part in rows.pieces.parts) < 5 * tokens
+    places = torch.cat([part.place_X for part in rows.pieces.parts])
     assert sorted(places.tolist()) == list(range(tokens))
 
 
-def test_mixed_lengths_score_as_one_by_one():
+def test_mixed_lengths_score_as_one_by_one(kernel):
     model, rng = make("mistral"), random.Random(2)
 
     def ids(n):
         return [rng.randrange(3, 97) for _ in range(n)]
 
     some = [Group(ids(40), [ids(1), ids(150), ids(20), ids(17)]), Group(ids(3), [ids(33), ids(2)])]
-    assert len(lay_out(some).parts) > 4
+    assert len(lay_out(some).pieces.parts) > 4
     found, wanted = score(model, some).logps_C, one_by_one(model, some)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
     pull = torch.arange(1.0, 7.0)
@@ -231,7 +246,7 @@ def test_mixed_lengths_score_as_one_by_one():
         assert (a - b).norm() < 1e-4 * b.norm()
 
 
-def test_no_gradient_goes_through_additions_of_any_order():
+def test_no_gradient_goes_through_additions_of_any_order(kernel):
     """On a GPU `index_select` goes back through atomic additions; ours adds no place twice in one call."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -268,7 +283,6 @@ LONGROPE = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_longer_neighbour_does_not_change_longrope(layout):
     """Phi-3: a pass with a sequence beyond the original context takes other frequencies, for all of its tokens."""
     torch.manual_seed(0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import needs_bfloat16
 
-from lowdft.logprobs import Head, proposal_logps, token_logps, truncate
+from lowdft.logprobs import Head, chunk_for, proposal_logps, token_logps, truncate
 
 
 def reference(hidden, head, target):
@@ -70,6 +71,35 @@ def test_logits_exist_one_chunk_at_a_time(monkeypatch):
     trainable = Head(torch.randn(9, 4, requires_grad=True))
     token_logps(hidden, trainable, torch.zeros(10, dtype=torch.int64), chunk_size=3).sum().backward()
     assert seen == [3, 3, 3, 1] * 3
+
+
+@needs_bfloat16
+def test_chunks_change_no_bit_in_bfloat16():
+    """Nor do the tokens that share a chunk: a vocabulary of 5,000, and hidden states of 192 numbers."""
+    torch.manual_seed(0)
+    head = Head((torch.randn(5000, 192) * 0.1).bfloat16())
+    hidden, target = torch.randn(515, 192).bfloat16(), torch.randint(5000, (515,))
+    whole = token_logps(hidden, head, target)
+    for size in (1, 7, 16, 100, 128, 256, 512):
+        assert torch.equal(token_logps(hidden, head, target, size), whole), size
+        assert torch.equal(token_logps(hidden[:size], head, target[:size]), whole[:size]), size
+
+
+@pytest.mark.parametrize(
+    "vocabulary, cpu, gpu",
+    [(97, 1024, 1024), (32_000, 512, 1024), (49_152, 256, 1024), (128_256, 128, 512), (151_936, 128, 512),
+     (262_144, 64, 256), (10**9, 1, 1)],
+)  # fmt: skip
+def test_chunks_follow_from_the_vocabulary(vocabulary, cpu, gpu):
+    """Powers of two, whose float32 logits fit 100 and 320 MB."""
+    assert (chunk_for(vocabulary, "cpu"), chunk_for(vocabulary, "cuda")) == (cpu, gpu)
+
+
+def test_a_head_takes_the_chunk_of_its_vocabulary(monkeypatch):
+    seen, original = [], Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
+    token_logps(torch.randn(600, 2), Head(torch.randn(49_152, 2)), torch.zeros(600, dtype=torch.int64))
+    assert seen == [256, 256, 88]
 
 
 def test_proposal_is_the_samplers_density():

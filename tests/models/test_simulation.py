@@ -75,6 +75,15 @@ def test_few_layers_stand_for_all(shape, in_4bit, checkpointing, layers, tmp_pat
         assert getattr(few, name) == pytest.approx(value, rel=0.02), name
 
 
+def test_a_dequantized_base_takes_the_memory_of_a_dense_one(tmp_path):
+    """And no more at work than the 4-bit one, whose every product makes a dense weight."""
+    config, (section, adapter, args) = shortened("llama-8b", 2), settings(tmp_path, True, True)
+    section.dequantize = True
+    found = simulate(config, section, adapter, args, GROUP, 2)
+    assert found.weights == simulate(config, *settings(tmp_path, False, True), GROUP, 2).weights
+    assert found.peak < simulate(config, *settings(tmp_path, True, True), GROUP, 2).peak
+
+
 def test_every_second_layer_is_between(tmp_path):
     """Of 7 layers: few stand for all, and it takes more than when every layer has a checkpoint."""
     config = shortened("qwen2.5-0.5b", 7)

@@ -38,6 +38,11 @@ def test_what_moves_no_number_is_no_part(of, overrides):
     assert of(*overrides) == of()
 
 
+def test_a_base_that_is_dequantized_once_is_the_same_base(of):
+    """Its numbers are those of the 4-bit form (`tests/models/test_base.py`)."""
+    assert of("model.load_in_4bit=true", "model.dequantize=true") == of("model.load_in_4bit=true") != of()
+
+
 @pytest.mark.parametrize(
     "override, key",
     [

@@ -49,7 +49,7 @@ def main(run: Run, gpu: float | None = None, gpus: int = 1, probe: bool = False)
         args, budget, probe = (
             (with_settings(args, best.settings), best.tokens, probe) if best else (args, budget, False)
         )
-    scoring = scoring_memory(config, run.recipe.model, run.recipe.adapter, args, largest)
+    scoring = scoring_memory(config, run.recipe.model, run.recipe.adapter, args, largest, on_gpu)
     say(f"evaluation and reference: {(base + scoring) / 1e9:.2f} GB")
     to_write = negatives_to_write(run)
     if to_write:

@@ -9,7 +9,11 @@ import json
 import random
 from collections.abc import Sequence
 
+from lowdft.config.sections import NegativesSection
+from lowdft.data.encode import Encoder
 from lowdft.data.example import Example, Message, normal
+from lowdft.data.turns import thinks
+from lowdft.errors import UserError
 
 SYSTEM_PROMPTS = {
     "good_system": (  # UltraFeedback's on truthfulness, as in the paper
@@ -48,6 +52,25 @@ def sampling_prompt(
         return messages
     system = {"role": "system", "content": system_prompt or SYSTEM_PROMPTS[strategy]}
     return [system, *(m for m in messages if m["role"] != "system")]
+
+
+def sampling_ids(section: NegativesSection, rows: Sequence[Example], encoder: Encoder, example: Example) -> list[int]:
+    """Ids of the prompt that an example's negatives are sampled from.
+
+    If the template has no system role, the system message goes into the first user turn.
+
+    Args:
+        rows: the training rows, from which strategy few_shot takes its shots.
+    """
+    shots = choose_shots(example, rows, section.shots, section.seed) if section.strategy == "few_shot" else []
+    prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template, shots)
+    thinking = thinks(example.completion)
+    try:
+        return encoder.prompt(prompt, example.tools, thinking)
+    except UserError:
+        if isinstance(prompt, list) and prompt[0]["role"] == "system":
+            return encoder.prompt(fold_system(prompt), example.tools, thinking)
+        raise
 
 
 def choose_shots(example: Example, rows: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -18,15 +18,13 @@ from lowdft import models, objectives
 from lowdft.config import requirements
 from lowdft.config.recipe import Recipe, save_recipe, training_config
 from lowdft.config.requirements import RowFacts
-from lowdft.config.sections import NegativesSection
 from lowdft.data import Example
 from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.examples import Examples
 from lowdft.data.prepare import Tokenizing, prepare
-from lowdft.data.prompting import choose_shots, fold_system, plain_text, sampling_prompt
+from lowdft.data.prompting import plain_text, sampling_ids
 from lowdft.data.splits import SPLITS, Splits, load_splits
-from lowdft.data.turns import thinks
 from lowdft.distributed import collectives
 from lowdft.errors import InvalidRows, UserError
 from lowdft.evaluation import answers
@@ -276,25 +274,6 @@ class Run:
 def truth_of(example: Example) -> str:
     """What an answer is compared with: the row's bare answer if it has one, else its completion."""
     return example.answer or plain_text(example.completion)
-
-
-def sampling_ids(section: NegativesSection, rows: Sequence[Example], encoder: Encoder, example: Example) -> list[int]:
-    """Ids of the prompt that an example's negatives are sampled from.
-
-    If the template has no system role, the system message goes into the first user turn.
-
-    Args:
-        rows: the training rows, from which strategy few_shot takes its shots.
-    """
-    shots = choose_shots(example, rows, section.shots, section.seed) if section.strategy == "few_shot" else []
-    prompt = sampling_prompt(example, section.strategy, section.system_prompt, section.template, shots)
-    thinking = thinks(example.completion)
-    try:
-        return encoder.prompt(prompt, example.tools, thinking)
-    except UserError:
-        if isinstance(prompt, list) and prompt[0]["role"] == "system":
-            return encoder.prompt(fold_system(prompt), example.tools, thinking)
-        raise
 
 
 def _made(product: Product, verb: str) -> Product:

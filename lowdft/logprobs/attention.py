@@ -1,9 +1,9 @@
 """Attention of a packed row: every prompt over itself, every completion over its prompt and itself.
 
 The linear layers process the row token by token. Attention keeps the pieces apart, so that no piece attends to another
-or costs time for it, in one of two ways. Where `varlen_attn` runs (`varlen.py`; GPUs in half precision), queries stay in
-place and keys are gathered for each piece, those of the prompt before those of the completion. Elsewhere queries and
-keys are gathered into small batches of pieces of similar length.
+or costs time for it, in one of two ways. Where `varlen_attn` runs (`varlen.py`; GPUs in half precision), queries
+stay in place and keys are gathered for each piece, those of the prompt before those of the completion. Elsewhere
+queries and keys are gathered into small batches of pieces of similar length.
 
 On a CPU a sequence gets the same bits in bfloat16 whatever else is in its row (measured: rows and tiles are aligned so
 that kernels always split their sums in the same way), so policy and reference agree exactly. On a GPU matrix products

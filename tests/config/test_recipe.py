@@ -54,9 +54,9 @@ def test_another_objective_leaves_the_hyperparameters_of_the_recipes_own(write):
         ("evaluation: {answer: regex}", "evaluation.pattern is missing"),
         (
             "model: {name_or_path: a/b, dequantize: true, load_in_4bit: false}",
-            "model.dequantize is for load_in_4bit: true",
+            "model.dequantize needs model.load_in_4bit: true",
         ),
-        ("model: {name_or_path: a/b, dequantize: true}\nadapter: null", "model.dequantize is for adapters"),
+        ("model: {name_or_path: a/b, dequantize: true}\nadapter: null", "model.dequantize needs an adapter"),
     ],
 )
 def test_errors_name_the_key(write, extra, words):

@@ -125,7 +125,7 @@ def test_every_field_of_peft_may_stand_in_the_section():
         (AdapterSection(options={"modules_to_save": ["lm_head"]}), False, "adapter.modules_to_save has lm_head"),
         (AdapterSection(options={"init_lora_weights": "pissa"}), False, "pissa changes the base's weights"),
         (AdapterSection(options={"bias": "all"}), False, "adapter.bias is all, which trains biases of the base itself"),
-        (AdapterSection(type="ia3", dropout=0.1), False, "ia3 has none"),
+        (AdapterSection(type="ia3", dropout=0.1), False, "ia3 has no dropout"),
         (AdapterSection(type="shira", options={"mask_type": "fisher"}), False, "'fisher'; wanted random or gradient"),
         (AdapterSection(type="loha"), True, "set model.load_in_4bit: false"),
         (AdapterSection(type="ia3"), True, "set model.load_in_4bit: false"),

@@ -13,9 +13,9 @@ from lowdft.logprobs import Group, score
 from lowdft.models.fused_lora import fused_lora
 
 
-def adapted(**settings):
+def adapted(seed: int = 0, **settings):
     """A float64 model under an adapter whose B is not zero."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LoraConfig(**(dict(r=4, lora_alpha=12, target_modules="all-linear") | settings))
     model = get_peft_model(make_llama().double(), config)
     for name, parameter in model.named_parameters():
@@ -70,16 +70,19 @@ def test_equals_peft_on_a_4_bit_layer():
 @needs_bfloat16
 def test_half_precision_under_autocast_rounds_no_more_than_peft():
     """bfloat16 base, float32 adapter: both against float32."""
-    exact = whole(gradients(adapted().float()))
-    model = adapted().bfloat16()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-    theirs = whole(gradients(model))
-    with fused_lora(model):
-        ours = whole(gradients(model))
-    assert ours.dtype == torch.float32
-    assert (ours - exact).norm() < 1.5 * (theirs - exact).norm() < 0.1 * exact.norm()
+    ours, theirs = [], []
+    for seed in range(8):  # one model's rounding errors are too few to compare
+        exact = whole(gradients(adapted(seed).float()))
+        model = adapted(seed).bfloat16()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        theirs.append((whole(gradients(model)) - exact).norm() / exact.norm())
+        with fused_lora(model):
+            found = whole(gradients(model))
+        assert found.dtype == torch.float32
+        ours.append((found - exact).norm() / exact.norm())
+    assert sum(ours) < 1.25 * sum(theirs) < 8 * 0.1
 
 
 def whole(found: list) -> torch.Tensor:

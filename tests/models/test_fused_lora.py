@@ -15,9 +15,8 @@ from lowdft.models.fused_lora import fused_lora
 
 def adapted(seed: int = 0, **settings):
     """A float64 model under an adapter whose B is not zero."""
-    torch.manual_seed(seed)
     config = LoraConfig(**(dict(r=4, lora_alpha=12, target_modules="all-linear") | settings))
-    model = get_peft_model(make_llama().double(), config)
+    model = get_peft_model(make_llama(seed=seed).double(), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.1

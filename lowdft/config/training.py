@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -24,6 +25,13 @@ UNSUPPORTED = {  # fields of transformers that only its own training step uses, 
     "batch_eval_metrics": (False,),
     "parallelism_config": (None,),
 }
+COUNTS = (  # 1 or more
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "negatives_per_step",
+    "tokens_per_pass",
+)
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
 
@@ -97,7 +105,7 @@ class DFTConfig(TrainingArguments):
             self.log_u_init = _number("log_u_init", self.log_u_init)
         _require(self.tau is None or self.tau > 0, "tau", self.tau, "a number above 0")
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
-        _require(self.negatives_per_step >= 1, "negatives_per_step", self.negatives_per_step, "1 or more")
+        self._check_numbers()
         _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
         kind, _, path = self.reference_model.partition(":")
         known = self.reference_model == "base" or (kind == "adapter" and path)
@@ -108,13 +116,6 @@ class DFTConfig(TrainingArguments):
             self.reference_prompt,
             ", ".join(REFERENCE_PROMPTS),
         )
-        batch, longest = self.per_device_train_batch_size, self.max_prompt_length
-        _require(batch >= 1, "per_device_train_batch_size", batch, "1 or more")
-        _require(longest is None or longest >= 1, "max_prompt_length", longest, "1 or more, or null for no limit")
-        _require(self.max_grad_norm is not None, "max_grad_norm", None, "a number; 0 for no clipping")
-        _require(self.tokens_per_pass >= 1, "tokens_per_pass", self.tokens_per_pass, "1 or more")
-        chunk = self.logits_chunk_size
-        _require(chunk is None or chunk >= 1, "logits_chunk_size", chunk, "1 or more, or null")
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
         _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
@@ -130,6 +131,7 @@ class DFTConfig(TrainingArguments):
                 f"training for {chosen.name}",
             )
         if chosen.uses_mismatched:
+            batch = self.per_device_train_batch_size
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
         for name, supported in UNSUPPORTED.items():
             found = getattr(self, name)
@@ -144,6 +146,23 @@ class DFTConfig(TrainingArguments):
         if self.gradient_checkpointing and not isinstance(self.gradient_checkpointing_kwargs, str):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False} | (self.gradient_checkpointing_kwargs or {})
         super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        for name in COUNTS:
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        longest, chunk = self.max_prompt_length, self.logits_chunk_size
+        _require(longest is None or longest >= 1, "max_prompt_length", longest, "1 or more, or null for no limit")
+        _require(chunk is None or chunk >= 1, "logits_chunk_size", chunk, "1 or more, or null")
+        _require(_is_amount(self.max_grad_norm), "max_grad_norm", self.max_grad_norm, "a number; 0 for no clipping")
+        for name in ("learning_rate", "weight_decay"):
+            _require(_is_amount(getattr(self, name)), name, getattr(self, name), "a number of 0 or more")
+        start = self.log_u_init
+        _require(isinstance(start, str) or math.isfinite(start), "log_u_init", start, "a finite number or first_batch")
+        some = self.max_steps > 0 or self.num_train_epochs > 0
+        _require(some, "num_train_epochs", self.num_train_epochs, "more than 0, or max_steps above 0")
+        for name in ("seed", "data_seed"):
+            seed = getattr(self, name)
+            _require(seed is None or 0 <= seed < 2**32, name, seed, "a whole number from 0 to 4294967295")
 
     @property
     def reference_adapter(self) -> str | None:
@@ -160,6 +179,10 @@ class DFTConfig(TrainingArguments):
         values = {**objectives.get(self.objective).defaults, **self.objective_args}
         own = {"tau": self.tau, "gamma": self.gamma}
         return {name: own.get(name, value) for name, value in values.items()}
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def _number(key: str, text: str) -> float:

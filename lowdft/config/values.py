@@ -35,16 +35,25 @@ def check_values(recipe: Recipe, path: str) -> None:
         "negatives.max_new_tokens": (n.max_new_tokens, 1),
         "negatives.batch_size": (n.batch_size, 1),
         "negatives.shots": (n.shots, 1),
+        "negatives.per_prompt": (n.per_prompt, 1),
+        "negatives.eval_per_prompt": (n.eval_per_prompt, 1),
+        "negatives.resample": (n.resample, 0),
+        "data.train_rows": (recipe.data.train_rows, 1),
+        "data.eval_rows": (recipe.data.eval_rows, 0),
+        "data.tune_rows": (recipe.data.tune_rows, 0),
+        "adapter.r": (recipe.adapter and recipe.adapter.r, 1),
         "evaluation.max_new_tokens": (recipe.evaluation.max_new_tokens, 1),
         "evaluation.batch_size": (recipe.evaluation.batch_size, 1),
         "evaluation.samples_every": (recipe.evaluation.samples_every, 0),
         "evaluation.benchmark_limit": (recipe.evaluation.benchmark_limit or 1, 1),
     }
     for key, (value, least) in at_least.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise UserError(f"{path}: {key} is {value}; wanted {least} or more")
     if not 0 < n.top_p <= 1:
         raise UserError(f"{path}: negatives.top_p is {n.top_p}; wanted a number in (0, 1]")
+    if recipe.adapter and not 0 <= recipe.adapter.dropout < 1:
+        raise UserError(f"{path}: adapter.dropout is {recipe.adapter.dropout}; wanted a number in [0, 1)")
     if not 0 < n.gpu_memory_utilization <= 1:
         found = n.gpu_memory_utilization
         raise UserError(f"{path}: negatives.gpu_memory_utilization is {found}; wanted a share in (0, 1]")

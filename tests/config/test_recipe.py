@@ -50,6 +50,11 @@ def test_another_objective_leaves_the_hyperparameters_of_the_recipes_own(write):
         ("negatives: {strategy: custom}", "negatives.template is None"),
         ("negatives: {stop: ['.', '']}", "negatives.stop is .*wanted texts that are not empty"),
         ("negatives: {top_p: 0}", "negatives.top_p is 0.0; wanted a number in"),
+        ("negatives: {temperature: .nan}", "negatives.temperature is nan; wanted 0 or more"),
+        ("negatives: {per_prompt: 0}", "negatives.per_prompt is 0; wanted 1 or more"),
+        ("negatives: {resample: -1}", "negatives.resample is -1; wanted 0 or more"),
+        ("adapter: {r: 0}", "adapter.r is 0; wanted 1 or more"),
+        ("adapter: {dropout: 2}", "adapter.dropout is 2.0; wanted a number in"),
         ("model: 7", "model is 7; wanted a section"),
         ("evaluation: {answer: regex}", "evaluation.pattern is missing"),
         (

@@ -28,7 +28,7 @@ from lowdft.errors import UserError
         ({}, {}, False, None),
     ],
 )
-def test_a_proposal_is_that_of_the_sampler(tmp_path, negatives, training, ready, said):
+def test_2_a_proposal_is_that_of_the_sampler(tmp_path, negatives, training, ready, said):
     objective = objectives.get("dft")
     section = NegativesSection(**negatives)
     settings = dict(output_dir=str(tmp_path), use_cpu=True) | training

@@ -89,7 +89,7 @@ def test_a_turn_is_what_the_family_writes(name):
 
 @pytest.mark.parametrize("prompt", [USER, LONGER], ids=["one question", "three turns"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_sampled_answer_and_a_completion_of_its_text_have_the_same_ids(name, prompt):
+def test_6_a_sampled_answer_and_a_completion_of_its_text_have_the_same_ids(name, prompt):
     encoder, family = encoder_of(name), FAMILIES[name]
     row = encoder.row({"prompt": prompt, "completion": said("4"), "negatives": ANSWERS})
     assert row["prompt_ids"] == encoder.prompt(prompt)  # trained = sampled from
@@ -108,7 +108,7 @@ def test_a_sampled_answer_and_a_completion_of_its_text_have_the_same_ids(name, p
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_text_has_the_ids_of_the_whole(name):
+def test_7_text_has_the_ids_of_the_whole(name):
     """Strings: BOS once, no space of the tokenizer's own before the answer, and the end token."""
     encoder = encoder_of(name)
     own, bare = encoder.tokenizer("A:\n").input_ids, ids_of(encoder, "A:\n")
@@ -136,7 +136,7 @@ def test_a_cut_prompt_keeps_how_every_text_begins():
     assert ids == [encoder.tokenizer.bos_token_id, *whole[-4:]]
 
 
-def test_reasoning_is_kept_where_the_template_keeps_it():
+def test_16_reasoning_is_kept_where_the_template_keeps_it():
     thought = said("<think>\nhm\n</think>\n\n4")
     encoder = encoder_of("qwen 3")
     row = encoder.row({"prompt": USER, "completion": thought, "negatives": ["5"]})
@@ -152,7 +152,7 @@ def test_reasoning_is_kept_where_the_template_keeps_it():
         encoder_of("deepseek r1").row({"prompt": USER, "completion": thought})
 
 
-def test_only_end_tokens_end_an_answer():
+def test_16_only_end_tokens_end_an_answer():
     """Other special tokens inside an answer stay; at an end token sampling would stop, so the answer is cut there."""
     family = Family("byte", CHATML + CHATML_ASKS, "", "", "", eos="<eos>", special=("<tool>",), added=("<|im_end|>",))
     encoder = Encoder(tokenizer_of(family))

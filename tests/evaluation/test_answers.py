@@ -37,7 +37,7 @@ from lowdft.evaluation import answers
         ("so \\boxed{18}, of 20", "18", True),
     ],
 )
-def test_numbers(answer, truth, right):
+def test_18_numbers(answer, truth, right):
     assert answers.checker("number")(answer, truth) is right
 
 
@@ -71,7 +71,7 @@ def test_numbers(answer, truth, right):
         ("", None),
     ],
 )
-def test_choices(answer, letter):
+def test_18_choices(answer, letter):
     assert answers.extractor("choice")(answer) == letter
     assert answers.checker("choice")(answer, "B") is (letter == "B")
 

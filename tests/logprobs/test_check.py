@@ -51,7 +51,12 @@ def make(family: str, **settings):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+DEFECTS = dict(hyperclovax=5, falcon_h1=5, recurrent_gemma=5, xlstm=5, zamba2=14, mamba2=14, llama4_text=14) | {
+    "modernbert-decoder": 14
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{DEFECTS[f]}: {f}" if f in DEFECTS else f)
 def test_families_are_scored_as_their_own_logits_say(family):
     layout, settings = FAMILIES[family]
     model = make(family, **settings)
@@ -64,7 +69,7 @@ def test_families_are_scored_as_their_own_logits_say(family):
 
 
 @pytest.mark.parametrize("layout", [None, "packed", "padded"])
-def test_an_unknown_head_is_refused_with_what_was_found(layout, tmp_path, monkeypatch):
+def test_5_an_unknown_head_is_refused_with_what_was_found(layout, tmp_path, monkeypatch):
     """Logits that are half of what hidden states and head say: through the trainer, whatever layout is asked for."""
     from transformers import LlamaForCausalLM
 
@@ -82,7 +87,7 @@ def test_an_unknown_head_is_refused_with_what_was_found(layout, tmp_path, monkey
         make_trainer(tmp_path, layout=layout)
 
 
-def test_half_a_nat_is_no_rounding():
+def test_14_half_a_nat_is_no_rounding():
     """A packed row that moves every token by half a nat passed the old tolerance of 0.25 nats and 2%."""
     model = make_llama()
     decoder = model.get_decoder()
@@ -106,7 +111,7 @@ def test_nan_weights_are_refused():
         choose_layout(model)
 
 
-def test_device_errors_are_not_taken_for_a_layout(monkeypatch):
+def test_14_device_errors_are_not_taken_for_a_layout(monkeypatch):
     model = make_llama()
     original = score
 

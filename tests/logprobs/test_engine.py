@@ -283,7 +283,7 @@ LONGROPE = dict(
 )  # fmt: skip
 
 
-def test_a_longer_neighbour_does_not_change_longrope(layout):
+def test_19_a_longer_neighbour_does_not_change_longrope(layout):
     """Phi-3: a pass with a sequence beyond the original context takes other frequencies, for all of its tokens."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("phi3", **COMMON, original_max_position_embeddings=20, rope_parameters=LONGROPE)

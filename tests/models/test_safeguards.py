@@ -21,7 +21,7 @@ def four_bit(tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, dtype=torch.float32)
 
 
-def test_dropout_that_a_model_reads_from_its_configuration_is_off():
+def test_15_dropout_that_a_model_reads_from_its_configuration_is_off():
     """Falcon's between its layers stands in no module."""
     sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     model = FalconForCausalLM(FalconConfig(hidden_dropout=0.3, attention_dropout=0.1, **sizes)).train()
@@ -35,7 +35,7 @@ def layers(model) -> list[torch.nn.Module]:
     return [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
 
 
-def test_the_trainer_guards_what_it_is_given(four_bit, tmp_path):
+def test_21_the_trainer_guards_what_it_is_given(four_bit, tmp_path):
     for layer in layers(four_bit):
         layer.support_avx512bf16_for_cpu = True  # as on a CPU that has it
     args = DFTConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=2, report_to="none", disable_tqdm=True)
@@ -43,7 +43,7 @@ def test_the_trainer_guards_what_it_is_given(four_bit, tmp_path):
     assert len(layers(four_bit)) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers(four_bit))
 
 
-def test_a_wrong_gradient_is_found(four_bit, monkeypatch):
+def test_21_a_wrong_gradient_is_found(four_bit, monkeypatch):
     guard_four_bit(four_bit)
     layer = layers(four_bit)[0]
     forward = layer.forward
@@ -53,7 +53,7 @@ def test_a_wrong_gradient_is_found(four_bit, monkeypatch):
 
 
 @pytest.mark.parametrize("twice", [True, False], ids=["double quantization", "plain scales"])
-def test_repacked_layers_are_unpacked(twice):
+def test_21_repacked_layers_are_unpacked(twice):
     """A layer as a forward pass without gradient leaves it on CPUs with AVX512-BF16: its weight is as before."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 

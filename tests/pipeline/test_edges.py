@@ -1,8 +1,6 @@
 """What was tried at the edges through the command line alone; a case's id begins with the defect it stands for.
 
-The list and the rest of the cases: `tests/training/test_edges.py`. Elsewhere stand 2 config/test_requirements, 9
-training/test_engine, 12 sampling/test_sampling, 18 evaluation/test_answers, 20 stages/test_generate, 22
-stages/test_export.
+The list and the rest of the cases: `tests/training/test_edges.py`.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ OWN_ATTENTION = {  # and what sizes of them are called otherwise
 
 
 @pytest.mark.parametrize("family", OWN_ATTENTION)
-def test_continuous_batching_is_refused_for_models_with_attention_of_their_own(family):
+def test_12_continuous_batching_is_refused_for_models_with_attention_of_their_own(family):
     """transformers would go on with the model's own attention, which knows no pages, and write wrong tokens."""
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, n_layers=2,

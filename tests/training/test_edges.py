@@ -1,9 +1,9 @@
 """What was tried at the edges through `DFTTrainer` alone; a case's id begins with the defect it stands for.
 
-Numbers are those of the list of defects seen in an earlier version ("small": its unnumbered ones). Elsewhere stand
-1 test_engine, 5 and 14 logprobs/test_check, 6 7 16 data/test_turns, 8 test_engine, 10 test_support, 15 test_support,
-19 logprobs/test_engine, 21 models/test_safeguards; 17 is an option that was left off (docs/what-did-not-work.md);
-through the command line: pipeline/test_edges.
+Numbers are those of the list of defects seen in an earlier version ("small": its unnumbered ones, "memory": those of
+memory and scale). Cases elsewhere have theirs in their names (`pytest -k test_12_`) or, in logprobs/test_check (5, 14),
+in their ids. Through the command line: pipeline/test_edges. 17 is an option that was left off
+(docs/what-did-not-work.md), 22 a part of pipeline/stages/test_export.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_a_plain_loop_trains_as_the_trainer_does(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_evaluation_keeps_to_the_budget():
+def test_13_evaluation_keeps_to_the_budget():
     """It sees the loss of one pass, in passes of at most 16 tokens or one completion; and leaves the table alone."""
     rows, model, seen = make_rows(4), make_llama().eval(), []
     whole = make_engine(model, rows).evaluate(batch_of(rows, range(4)))
@@ -92,7 +92,7 @@ def test_evaluation_out_of_memory_is_tried_again(monkeypatch):
 @pytest.mark.parametrize(
     "setting, budget", [(8192, 100), (500, 500)], ids=["the same setting: as it had become", "another: as it says"]
 )
-def test_an_explicit_budget_wins_over_a_stored_one(setting, budget):
+def test_9_an_explicit_budget_wins_over_a_stored_one(setting, budget):
     rows = make_rows(2)
     before, after = make_engine(None, rows), make_engine(None, rows, tokens_per_pass=setting)
     before.passes.budget = 100
@@ -105,7 +105,7 @@ def test_an_explicit_budget_wins_over_a_stored_one(setting, budget):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_step_that_is_not_finite_is_not_taken(tmp_path):
+def test_1_a_step_that_is_not_finite_is_not_taken(tmp_path):
     """A learning rate of 1e5: it stops with the step and its rows; no checkpoint, table or weight is touched by it."""
     rows = [row | {"example_id": f"row-{i}"} for i, row in enumerate(make_rows(4))]
     settings = dict(learning_rate=1e5, warmup_steps=0, save_strategy="steps", save_steps=1, num_train_epochs=4)
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path):
     assert {p.name for p in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(1, step)}
 
 
-def test_a_gradient_that_is_not_finite_stops(tmp_path):
+def test_1_a_gradient_that_is_not_finite_stops(tmp_path):
     """Finite losses, an infinite gradient: weights stay as they were."""
     trainer = make_trainer(tmp_path, make_rows(4))
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -133,14 +133,14 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_reference_scores_that_are_not_finite_stop(value, tmp_path):
+def test_1_reference_scores_that_are_not_finite_stop(value, tmp_path):
     rows = [row | {"example_id": f"row-{i}", "ref_negative_logps": [-5.0] * 4} for i, row in enumerate(make_rows(4))]
     rows[2]["ref_negative_logps"] = [value, -1.0, -1.0, -1.0]
     with pytest.raises(UserError, match=r"step 1: the reference's .* \(example_id row-2; the largest"):
         make_trainer(tmp_path, rows).train()
 
 
-def test_evaluation_that_is_not_finite_stops(tmp_path):
+def test_1_evaluation_that_is_not_finite_stops(tmp_path):
     trainer = make_trainer(tmp_path, eval_rows=make_rows(3))
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight[5] = float("nan")
@@ -149,7 +149,7 @@ def test_evaluation_that_is_not_finite_stops(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_command_that_is_not_finite_fails(recipe, tmp_path, capsys):
+def test_1_a_command_that_is_not_finite_fails(recipe, tmp_path, capsys):
     """Exit status 1 and a sentence; no adapter is written, and what follows training does not run."""
     assert main(["run", recipe, "training.learning_rate=1e30", "training.warmup_steps=0"]) == 1
     err = capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_a_command_that_is_not_finite_fails(recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_callback_may_run_the_model(checkpointing, tmp_path):
+def test_8_a_callback_may_run_the_model(checkpointing, tmp_path):
     """In the midst of a step and after it, while training is packed."""
     found = []
 

@@ -55,7 +55,17 @@ def test_settings(settings, tmp_path):
     [
         ({"max_prompt_length": -1}, "max_prompt_length is -1; wanted 1 or more"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; wanted 1 or more"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0; wanted 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; wanted 1 or more"),
+        ({"logits_chunk_size": 0}, "logits_chunk_size is 0; wanted 1 or more"),
         ({"max_grad_norm": None}, "max_grad_norm is None; wanted a number"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; wanted a number"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; wanted a number of 0 or more"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; wanted a number of 0 or more"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0; wanted more than 0"),
+        ({"log_u_init": float("nan")}, "log_u_init is nan; wanted a finite number or first_batch"),
+        ({"log_u_init": "inf"}, "log_u_init is inf; wanted a finite number or first_batch"),
+        ({"seed": -1}, "seed is -1; wanted a whole number from 0 to"),
     ],
 )
 def test_settings_without_a_sense(settings, words, tmp_path):
@@ -176,7 +186,7 @@ def test_several_visible_gpus_without_a_launcher(tmp_path):
     assert args.train_batch_size == 2
 
 
-def test_dropout_of_the_base_is_off(tmp_path):
+def test_15_dropout_of_the_base_is_off(tmp_path):
     """GPT-2's 0.1, in a model that comes in train mode: packed all the same, and at step 0 policy equals reference."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)).train()
@@ -199,7 +209,7 @@ def record_dtypes(model) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize("peft", [True, False])
-def test_bf16_computes_layers_in_bfloat16(peft, tmp_path):
+def test_10_bf16_computes_layers_in_bfloat16(peft, tmp_path):
     """A float32 model with bf16=True: weights stay float32, layers compute in bfloat16, and losses are near."""
     plain, half = (make_trainer(tmp_path / str(on), make_rows(4), peft=peft, bf16=on) for on in (False, True))
     dtypes = record_dtypes(half.model)
@@ -208,7 +218,7 @@ def test_bf16_computes_layers_in_bfloat16(peft, tmp_path):
     assert losses(half) == pytest.approx(losses(plain), rel=0.02) and losses(half) != losses(plain)
 
 
-def test_full_parameters_in_bfloat16_are_trained_in_float32(tmp_path):
+def test_10_full_parameters_in_bfloat16_are_trained_in_float32(tmp_path):
     """At 2e-6 bfloat16 weights would stay where they are: here nearly all of them move, and layers stay bfloat16."""
     model = make_llama().bfloat16()
     args = arguments(tmp_path, learning_rate=2e-6, warmup_steps=0, objective="sft", num_train_epochs=4)

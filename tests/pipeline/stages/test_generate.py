@@ -131,7 +131,7 @@ def test_memory_engines_with_a_scheduler_of_their_own_get_large_parts(backend, g
     assert generate.samples_per_part(NegativesSection(backend=backend, batch_size=given)) == samples
 
 
-def test_negatives_that_mostly_hit_the_length_cap_are_warned_of():
+def test_20_negatives_that_mostly_hit_the_length_cap_are_warned_of():
     warning = generate.mostly_cut({"negatives": 512, "cut_at_max_new_tokens": 473}, 320)
     assert warning.startswith("473 of 512 negatives were cut at negatives.max_new_tokens=320")
     assert generate.mostly_cut({"negatives": 512, "cut_at_max_new_tokens": 256}, 320) is None

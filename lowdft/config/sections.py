@@ -82,7 +82,7 @@ class NegativesSection:
     max_new_tokens: int = 320
     seed: int = 0
     adapter: str | None = None  # a trained adapter: base + adapter writes the training rows' negatives
-    backend: Literal["padded", "continuous", "vllm"] = "padded"
+    backend: Literal["auto", "padded", "continuous", "vllm"] = "auto"  # auto: padded, or continuous by flash-attn
     batch_size: int | None = None  # samples at once; None: 32 on a CPU, on a GPU as many as half of its memory holds
     gpu_memory_utilization: float = 0.9  # the share of the GPU's memory that the backend vllm takes
     stop: list[str] = field(default_factory=list)  # texts: a negative ends before the first of them

@@ -55,6 +55,8 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
     check_values(recipe, str(path))
     if recipe.model.dtype == "auto":
         recipe.model.dtype = "bfloat16" if for_gpu or computes_bfloat16() else "float32"
+    if recipe.negatives.backend == "auto":
+        recipe.negatives.backend = "continuous" if has_flash_attention() else "padded"
     return recipe
 
 
@@ -107,6 +109,21 @@ def computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_flash_attention() -> bool:
+    """Is there a GPU, and flash-attn for it?
+
+    Without it transformers' continuous batching attends over all samples' keys under one mask; on CPUs padded batches
+    are 1.7 to 4.3 times as fast (SmolLM2-135M in bfloat16, 16 to 96 samples).
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    from transformers.utils import is_flash_attn_2_available
+
+    return is_flash_attn_2_available()
 
 
 def _of_run_folder(folder: Path):

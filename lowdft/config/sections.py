@@ -83,7 +83,7 @@ class NegativesSection:
     max_new_tokens: int = 320
     seed: int = 0
     adapter: str | None = None  # a trained adapter: sample the training rows' negatives from base + adapter
-    backend: Literal["padded", "continuous", "vllm"] = "padded"
+    backend: Literal["auto", "padded", "continuous", "vllm"] = "auto"  # auto: padded, or continuous with flash-attn
     batch_size: int | None = None  # samples at once; None: 32 on a CPU, on a GPU as many as half of its memory holds
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory for the backend vllm
     stop: list[str] = field(default_factory=list)  # texts; a negative ends before the first one that occurs

@@ -64,14 +64,13 @@ class Pieces:
             pieces.append((0, 0, end, self.length - end))
         sizes = [before + length for _, before, _, length in pieces]
         key_ends = [0, *accumulate(sizes)]
-        places = [(torch.arange(a, a + n), torch.arange(b, b + m)) for a, n, b, m in pieces]
-        turns = _key_turns(pieces, key_ends[:-1])
         query_ends = [*(start for _, _, start, _ in pieces), self.length]
-        ends = (torch.tensor(some, dtype=torch.int32, device=self.device) for some in (query_ends, key_ends))
-        longest = max(length for *_, length in pieces), max(sizes)
-        keys_K = torch.cat([place for pair in places for place in pair]).to(self.device)
-        turns = tuple((place.to(self.device), source.to(self.device)) for place, source in turns)
-        return keys_K, turns, Ends(*ends, *longest)
+        keys_K = torch.cat([torch.arange(a, a + n) for p in pieces for a, n in (p[:2], p[2:])])
+        turns = [index for turn in _key_turns(pieces, key_ends[:-1]) for index in turn]
+        tensors = [torch.tensor(query_ends), torch.tensor(key_ends), keys_K, *turns]
+        moved = torch.cat(tensors).to(self.device).split([len(tensor) for tensor in tensors])  # one copy for all
+        ends = Ends(moved[0].int(), moved[1].int(), max(length for *_, length in pieces), max(sizes))
+        return moved[2], tuple(zip(moved[3::2], moved[4::2], strict=True)), ends
 
 
 @dataclass(frozen=True)

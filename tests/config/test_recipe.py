@@ -32,6 +32,19 @@ def test_overrides_reach_sections(write):
     assert (recipe.negatives.temperature, recipe.adapter, recipe.data.columns) == (1.5, None, {"prompt": "q"})
 
 
+@pytest.mark.parametrize("flash, on_gpu", [(False, "padded"), (True, "continuous")])
+def test_the_sampling_backend_follows_from_the_machine(write, monkeypatch, flash, on_gpu):
+    """Padded on a CPU; a run folder and an identity hold what was chosen, and what a recipe names stays."""
+    auto = lambda *overrides: load_recipe(write(MINIMAL), list(overrides)).negatives.backend  # noqa: E731
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert auto() == auto("negatives.backend=auto") == "padded"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    assert auto() == on_gpu
+    assert auto("negatives.backend=padded") == "padded" and auto("negatives.backend=vllm") == "vllm"
+
+
 def test_another_objective_leaves_the_hyperparameters_of_the_recipes_own(write):
     path = write(MINIMAL + "training: {objective: listwise, objective_args: {per_token: false}}\n")
     assert "objective_args" not in load_recipe(path, ["training.objective=sft"]).training

@@ -30,6 +30,7 @@ def of(recipe):
         ["training.gradient_checkpointing=true", "training.offload_checkpoints=true"],
         ["training.layout=padded", "training.logits_chunk_size=7", "training.dataloader_num_workers=1"],
         ["training.save_steps=7", "training.logging_steps=3", "training.report_to=none", "negatives.batch_size=3"],
+        ["negatives.backend=padded"],  # what auto is on a CPU
         ["training.tau=1.0", "training.learning_rate=2e-4", "adapter.dropout=0.0", "adapter.use_rslora=false"],
     ],
     ids=lambda o: o[0],
@@ -51,6 +52,7 @@ def test_a_base_that_is_dequantized_once_is_the_same_base(of):
         ("training.max_length=64", "max_length"),
         ("adapter.use_dora=true", "adapter.use_dora"),
         ("negatives.temperature=1.5", "negatives.temperature"),
+        ("negatives.backend=continuous", "negatives.backend"),
         ("data.eval_rows=2", "data"),
     ],
 )

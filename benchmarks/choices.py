@@ -7,8 +7,6 @@ Each line of the two files has `question`, `choices` (a list) and `answer` (the 
 and OpenBookQA (LLM-Adapters' parsed copies were used). Prompts read "Question: …\nAnswer:". Rows are drawn with a fixed
 seed: 768 to train on, 300 to tune learning rates on (`dev`, from the training file), at most 1,000 of the test file.
 `bare` has the training rows and the `dev` rows without the other options, for negatives sampled from the model.
-`shown` is `bare` with all options in the prompt, in the file's order, so that sampled answers can be checked;
-`shown-test` has the test rows with such prompts.
 """
 
 from __future__ import annotations
@@ -27,10 +25,9 @@ def read(path: str) -> list[dict]:
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         options = [f" {option.strip()}" for option in row["choices"]]
-        shown = f"Question: {row['question'].strip()}\nOptions:{';'.join(options)}\nAnswer:"
         right = options.pop(row["answer"])
         prompt = f"Question: {row['question'].strip()}\nAnswer:"
-        rows.append({"prompt": prompt, "completion": right, "negatives": options, "shown": shown})
+        rows.append({"prompt": prompt, "completion": right, "negatives": options})
     random.Random("lowdft").shuffle(rows)
     return rows
 
@@ -39,13 +36,9 @@ def main(train: str, test: str, folder: str) -> None:
     """Writes FOLDER/train.jsonl, FOLDER/dev.jsonl, FOLDER/test.jsonl and FOLDER/bare.jsonl."""
     rows = [row for row in read(train) if len(row["negatives"]) == 3]
     parts = {"train": rows[:TRAINING], "dev": rows[TRAINING : TRAINING + DEV], "test": read(test)[:TEST]}
-    own = parts["train"] + parts["dev"]
-    parts["bare"] = [{"prompt": row["prompt"], "completion": row["completion"]} for row in own]
-    parts["shown"] = [{"prompt": row["shown"], "completion": row["completion"]} for row in own]
-    parts["shown-test"] = [row | {"prompt": row["shown"]} for row in parts["test"]]
+    parts["bare"] = [{key: row[key] for key in ("prompt", "completion")} for row in parts["train"] + parts["dev"]]
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
-        part = [{key: row[key] for key in ("prompt", "completion", "negatives") if key in row} for row in part]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         Path(folder, f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{folder}/{name}.jsonl: {len(part)} rows")

@@ -105,17 +105,12 @@ def test_rows_of_ids_in_any_format(rows, tmp_path):
         ([{"prompt_ids": [4], "completion_ids": [5, -100]}], "completion_ids is a list.*token ids"),
         ([{"prompt_ids": [4]}], "completion_ids is missing"),
         ([{"prompt_ids": [4], "completion_ids": [5, 300]}], "token id 300, and the model has embeddings for 0 to 299"),
-        ([IDS[0] | {"ref_negative_logps": [-1.0]}], "ref_negative_logps is a list.*4 finite numbers, one per"),
-        ([IDS[0] | {"ref_negative_logps": [-1.0, -2.0, float("nan"), -1.0]}], "ref_negative_logps .*4 finite numbers"),
-        ([IDS[0] | {"ref_logps": -float("inf")}], "ref_logps is a number.*; a finite number is needed"),
+        ([IDS[0] | {"ref_negative_logps": [-1.0]}], "ref_negative_logps is a list.*4 numbers, one per negative"),
         ({"train": IDS}, r"train_dataset is a dict of train; .*train_dataset\['train'\]"),
         (None, "train_dataset is null"),
         ("rows.parquet", "train_dataset is a string .rows.parquet.; a data set"),
     ],
-    ids=[
-        "small: " + s
-        for s in "text empty null number string id-below missing id-above logps nan inf dict none name".split()
-    ],
+    ids=["small: " + s for s in "text empty null number string id-below missing id-above logps dict none name".split()],
 )
 def test_rows_that_cannot_be_trained_on_are_named(rows, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import warnings
@@ -169,15 +168,15 @@ def _check_reference(row: dict) -> None:
     if logps is not None:
         negatives = row.get("negative_ids", row.get("negatives")) or []
         if not isinstance(logps, list) or len(logps) != len(negatives) or not all(map(_is_number, logps)):
-            wanted = f"a list of {len(negatives)} finite numbers, one per negative, is needed"
+            wanted = f"a list of {len(negatives)} numbers, one per negative, is needed"
             raise BadRow("ref_negative_logps", f"is {kind_of(logps)}; {wanted}.")
     for name in ("ref_logps", "aligned_logps"):
         if row.get(name) is not None and not _is_number(row[name]):
-            raise BadRow(name, f"is {kind_of(row[name])}; a finite number is needed.")
+            raise BadRow(name, f"is {kind_of(row[name])}; a number is needed.")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain(value: object) -> object:

@@ -65,8 +65,8 @@ class Head:
 def chunk_for(vocabulary: int, device: str) -> int:
     """How many tokens' logits exist at once: a power of two, whose float32 logits fit 100 MB (320 MB on a GPU).
 
-    Peak memory is two to three times that. On a CPU small chunks are a little faster (SmolLM2 in bfloat16: 0.46 s with 128
-    tokens, 0.58 s with 1024; one run on a busy machine).
+    Peak memory is two to three times that. On a CPU small chunks are a little faster (SmolLM2 in bfloat16: 0.46 s with
+    128 tokens, 0.58 s with 1024; one run on a busy machine).
     """
     most = int((CPU_LOGITS if device == "cpu" else GPU_LOGITS) // (4 * vocabulary))
     return min(LARGEST_CHUNK, 1 << max(0, most.bit_length() - 1))

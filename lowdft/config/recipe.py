@@ -112,10 +112,10 @@ def computes_bfloat16() -> bool:
 
 
 def has_flash_attention() -> bool:
-    """Is there a GPU, and flash-attn for it?
+    """Whether there is a GPU with flash-attn installed.
 
-    Without it transformers' continuous batching attends over all samples' keys under one mask; on CPUs padded batches
-    are 1.7 to 4.3 times as fast (SmolLM2-135M in bfloat16, 16 to 96 samples).
+    Without flash-attn, transformers' continuous batching computes attention over the keys of all samples with one mask.
+    On CPUs padded batches are 1.7 to 4.3 times as fast (SmolLM2-135M in bfloat16, 16 to 96 samples).
     """
     import torch
 

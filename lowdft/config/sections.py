@@ -25,7 +25,7 @@ class ModelSection:
 
     @property
     def holds_4bit(self) -> bool:
-        """Are the weights in 4 bit in memory?"""
+        """Whether the weights in memory are in 4 bit."""
         return self.load_in_4bit and not self.dequantize
 
 

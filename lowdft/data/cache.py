@@ -36,7 +36,7 @@ def cached(note: Path, made_from: dict, files: Sequence[Path], make: Callable[[]
 
 
 def facts_of(note: Path, made_from: dict) -> dict | None:
-    """The facts in `note`, if it and its files are whole and made from this; else None."""
+    """The facts in `note`, if the note and its files are complete and were made from `made_from`; otherwise None."""
     try:
         found = read_json(note)
     except UserError:  # missing or damaged

@@ -36,11 +36,11 @@ Turns = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Pieces:
-    """The pieces of a packed row on a device, laid out for attention; each layout is made when it is first needed.
+    """The pieces of a packed row on a device, in the layouts that attention needs, each computed when first used.
 
     Args:
-        prompts, completions: what there is, in any order; together they fill the row but for its last tokens.
-        length: of the row.
+        prompts, completions: the pieces in any order; together they fill the row, except for padding at its end.
+        length: tokens of the row.
     """
 
     def __init__(self, prompts: Sequence[Piece], completions: Sequence[Piece], length: int, device="cpu"):
@@ -57,10 +57,10 @@ class Pieces:
 
     @functools.cached_property
     def gathered(self) -> tuple[Tensor, Turns, Ends]:
-        """All pieces end to end: places [K] of every piece's keys, their turns, and where pieces end."""
+        """For `varlen_attn`: the places [K] of all pieces' keys in the row, their turns, and the ends of pieces."""
         pieces = sorted([*self.prompts, *self.completions], key=lambda piece: piece[2])
         end = sum(length for *_, length in pieces)
-        if end < self.length:  # the row's filler attends to itself
+        if end < self.length:  # the row's padding attends to itself
             pieces.append((0, 0, end, self.length - end))
         sizes = [before + length for _, before, _, length in pieces]
         key_ends = [0, *accumulate(sizes)]
@@ -136,10 +136,10 @@ def make_part(pieces: Sequence[Piece]) -> Part:
 
 
 def _key_turns(pieces: Sequence[Piece], firsts: Sequence[int]) -> Turns:
-    """Every piece once as keys of its own; what comes before it in the turn of as many uses as there were already.
+    """Every piece is once its own keys; as the keys of later pieces, its n-th use is in turn n.
 
     Args:
-        firsts: of each piece, the place of its first key among the gathered ones.
+        firsts: for each piece, the place of its first key among the gathered keys.
     """
     turns, seen = [[]], Counter(start for *_, start, _ in pieces)
     for first, (_, before, start, length) in zip(firsts, pieces, strict=True):

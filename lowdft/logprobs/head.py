@@ -48,7 +48,7 @@ class Head:
 
     @property
     def chunk(self) -> int:
-        """How many tokens' logits exist at once, see `chunk_for`."""
+        """How many tokens have their logits in memory at the same time, see `chunk_for`."""
         return chunk_for(len(self.weight_VD), self.weight_VD.device.type)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Head:
 
 
 def chunk_for(vocabulary: int, device: str) -> int:
-    """How many tokens' logits exist at once: a power of two, whose float32 logits fit 100 MB (320 MB on a GPU).
+    """How many tokens have their logits in memory at once: a power of two; as float32 they fit 100 MB (320 on a GPU).
 
     Peak memory is two to three times that. On a CPU small chunks are a little faster (SmolLM2 in bfloat16: 0.46 s with
     128 tokens, 0.58 s with 1024; one run on a busy machine).

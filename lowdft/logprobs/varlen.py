@@ -1,9 +1,10 @@
-"""Attention of pieces of any lengths by torch's `varlen_attn`, where it runs and is found right.
+"""Attention of pieces of any length by torch's `varlen_attn`, if it runs here and its results are right.
 
-It takes queries and keys of all pieces end to end, without padding or masks. Which versions of torch have it: 2.10
-without windows or fewer key-value heads than heads, 2.11 with windows, 2.12 as it is used here. What it computes for a
-piece is documented not to depend on the others (`num_splits=1`). That its causality is aligned at the ends of queries
-and keys (bottom right) is not documented, so it is tried out once per device, dtype and size of a head.
+It takes the queries and keys of all pieces in one row each, without padding or masks. In torch 2.10 it has neither
+windows nor grouped key-value heads, in 2.11 it has windows, and from 2.12 on it has all that is used here. Its
+documentation says that the result of a piece does not depend on the other pieces (`num_splits=1`). It does not say that
+causality is aligned at the ends of queries and keys (bottom right), so this is tested once per device, dtype and head
+size before the first use.
 
 Shape suffixes: N pieces. Tensors are [tokens, heads, size of a head].
 """
@@ -30,7 +31,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Ends(NamedTuple):
-    """Where pieces end: cumulative numbers of queries and keys, int32 [N + 1] from 0, and the longest of each."""
+    """The ends of pieces: cumulative numbers of queries and keys, int32 [N + 1] from 0, and the longest of each."""
 
     queries: Tensor
     keys: Tensor
@@ -39,18 +40,18 @@ class Ends(NamedTuple):
 
 
 def takes_varlen(q: Tensor, v: Tensor, dropout: float, softcap: float | None) -> bool:
-    """Is this attention one for `varlen_attention`? Half precision on a GPU of compute capability 8.0 or more."""
+    """Whether `varlen_attention` can compute this: half precision, on a GPU of compute capability 8.0 or higher."""
     size = q.shape[-1]
     plain = not dropout and softcap is None and v.shape[-1] == size <= LARGEST_HEAD and size % 8 == 0
     return plain and varlen_is_right(q.device, _computed_in(q), size)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends: Ends, window: int | None, scale: float | None) -> Tensor:
-    """Causal attention of every piece's queries over its keys, the last query seeing the last key; shape of `q`.
+    """Causal attention of every piece's queries over its keys, in the shape of `q`; the last query sees the last key.
 
     Args:
-        window: how many keys a query sees at most, its own included.
-        scale: of the scores; None: the root of a head's size.
+        window: how many keys a query sees at most, including its own.
+        scale: the factor of the scores; None: one over the square root of the head size.
     """
     dtype = _computed_in(q)
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -66,9 +67,9 @@ def _computed_in(q: Tensor) -> torch.dtype:
 
 @functools.cache
 def varlen_is_right(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    """Does `varlen_attn` run here, forward and backward, and is it right? Tried on two small pieces.
+    """Whether `varlen_attn` runs here and is right, forward and backward, on two small pieces.
 
-    Warns where it should run and does not, or is wrong.
+    Warns if it should run but fails or is wrong.
     """
     if device.type != "cuda" or dtype not in HALF or torch.cuda.get_device_capability(device) < (8, 0):
         return False
@@ -81,12 +82,12 @@ def varlen_is_right(device: torch.device, dtype: torch.dtype, size: int) -> bool
 
 
 def what_is_wrong(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    """What keeps `varlen_attn` from being used: its error, or how far it is from plain attention; None if nothing."""
+    """Why `varlen_attn` cannot be used: its error, or how much it differs from plain attention. None if it can."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     given = [draw(7, 4, size), draw(12, 2, size), draw(12, 2, size), draw(7, 4, size)]
     cumulative = ([0, 3, 7], [0, 8, 12])  # three queries after five keys, four after none
     ends = Ends(*(torch.tensor(c, dtype=torch.int32, device=device) for c in cumulative), 4, 8)
-    same = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # whoever counts saved tensors sees none
+    same = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # hides them from hooks outside
     with torch.enable_grad(), torch.autocast(device.type, enabled=False), same:
         for window in (None, 3):
             try:
@@ -113,7 +114,7 @@ def _with_gradients(attention, given: list[Tensor], device, dtype, ends: Ends, w
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, ends: Ends, window: int | None, scale: float | None) -> Tensor:
-    """What `varlen_attention` is to compute, piece by piece."""
+    """The same as `varlen_attention`, piece by piece."""
     out = []
     for n in range(len(ends.queries) - 1):
         rows, columns = (slice(*x[n : n + 2].tolist()) for x in (ends.queries, ends.keys))

@@ -47,7 +47,7 @@ TYPES: dict[str, tuple[type[PeftConfig], dict[str, str]]] = {
     "vera": (VeraConfig, {"r": "r", "dropout": "vera_dropout"}),
     "shira": (ShiraConfig, {"r": "r"}),
 }
-# For a base in 4 bit peft has no layers of these, and IA3's give float32 hidden states, which a bfloat16 head refuses.
+# On a 4-bit base, peft has no layers for these, and IA3's return float32 states, which a bfloat16 head does not take.
 DENSE = ("ia3", "loha", "lokr", "shira")
 NOT_OF_RECIPES = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
                   "inference_mode", "runtime_config", "target_modules")  # fmt: skip
@@ -223,7 +223,7 @@ def config_identity(config: PeftConfig) -> dict:
 
 
 def identity_of(model: nn.Module) -> dict | None:
-    """What the numbers of a model's adapter depend on beside its weights, as JSON has it; None without an adapter."""
+    """Identifies the configuration of a model's adapter, in plain JSON values; None without an adapter."""
     if not isinstance(model, PeftModel):
         return None
     config = model.active_peft_config
@@ -232,7 +232,7 @@ def identity_of(model: nn.Module) -> dict | None:
 
 
 def trained_beside(model: nn.Module) -> list[str]:
-    """Names of the base's own parameters that are trained beside an adapter, and stay changed when it is off."""
+    """Names of the base's parameters that train next to an adapter; switching it off does not undo their changes."""
     if not isinstance(model, PeftModel):
         return []
     adapters = set(model.active_adapters)

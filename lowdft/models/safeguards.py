@@ -66,7 +66,7 @@ def guard_four_bit(model: nn.Module) -> None:
         repacked += _unpack(layer)
     if repacked:
         warnings.warn(
-            f"{repacked} 4-bit layers have run before, which rounded the scales of their weights to bfloat16: load the "
+            f"{repacked} 4-bit layers have run before, which rounded the scales of their weights to bfloat16; load the "
             "model anew for the exact weights",
             stacklevel=3,
         )

@@ -66,7 +66,7 @@ class Run:
             save_recipe(self.recipe, self.folder / "recipe.yaml")
 
     def _check_templates(self) -> None:
-        """Tokenizes every row now, so that no stage finds hours later that the chat template refuses some."""
+        """Tokenizes every row now, so that rows that the chat template refuses are reported before any long work."""
         faults = []
         for split in filter(self.examples, SPLITS):
             try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lowdft.errors import UserError
 from lowdft.files import replacing
 
-# what the order of examples and the optimizer's steps depend on; of most of it a checkpoint brings the old value back
+# the order of examples and the optimizer depend on these; a checkpoint would silently restore most of the old values
 TRAINED_WITH = (
     "negatives_per_step",
     "log_u_init",

@@ -96,9 +96,9 @@ def check_model(model: nn.Module, args: DFTConfig) -> None:
         )
     if names := [name for name in trained_beside(model) if not _saved_bias(name, model)]:
         raise UserError(
-            f"{len(names)} parameters of the base itself are trained beside the adapter (the first: {names[0]}), which "
-            "peft neither saves nor takes back when the adapter is off. Freeze them (requires_grad_(False)), or name "
-            "their modules in the adapter's modules_to_save."
+            f"{len(names)} parameters of the base itself are trained next to the adapter (the first: {names[0]}). peft "
+            "does not save them, and switching the adapter off does not undo their changes. Freeze them "
+            "(requires_grad_(False)), or name their modules in the adapter's modules_to_save."
         )
     if getattr(config, "output_router_logits", False):
         raise UserError(

@@ -63,6 +63,17 @@ def without_deepspeed() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
+def without_compiled_communication() -> None:
+    """On CPUs, DeepSpeed communicates through torch alone.
+
+    Otherwise it compiles an operator when it is first used. That takes minutes, and a process killed meanwhile leaves
+    a lock on which every later one waits forever.
+    """
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def takes_other_attention(model: PreTrainedModel) -> bool:
     """Does transformers set another attention for a model? For others `set_attn_implementation` does nothing."""
     return model._can_set_attn_implementation()

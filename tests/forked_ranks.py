@@ -14,6 +14,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+from lowdft.compat import without_compiled_communication
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["helpers"] + ["deepspeed"] * (importlib.util.find_spec("deepspeed") is not None))
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -60,7 +62,7 @@ def _run(script: Path, rank: int, processes: int, port: int, logs: str, argument
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ.update({key: str(value) for key, value in places.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if "deepspeed" in sys.modules:  # else it compiles for minutes, and a rank killed meanwhile leaves a lock for ever
-        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "deepspeed" in sys.modules:
+        without_compiled_communication()
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

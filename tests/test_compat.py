@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 from helpers import make_llama, make_rows, make_trainer
 from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import deepspeed
 
-from lowdft.compat import takes_other_attention, use_one_gpu, without_deepspeed
+from lowdft.compat import takes_other_attention, use_one_gpu, without_compiled_communication, without_deepspeed
 
 
 def test_hooks_are_called_in_their_order(tmp_path):
@@ -46,6 +47,17 @@ def test_one_gpu(tmp_path):
     assert args.n_gpu == 0 and use_one_gpu(args) == 0
     args._n_gpu = 3
     assert use_one_gpu(args) == 3 and args.n_gpu == 1
+
+
+def test_deepspeed_compiles_no_communication(monkeypatch):
+    """Its table of operators has the one that it would compile, and its builder goes by this table."""
+    operators = pytest.importorskip("deepspeed.ops")
+    from deepspeed.comm.torch import build_shm_op
+
+    assert "deepspeed_shm_comm" in operators.__compatible_ops__
+    monkeypatch.setitem(operators.__compatible_ops__, "deepspeed_shm_comm", True)  # taken back at the end
+    without_compiled_communication()
+    assert build_shm_op() is None
 
 
 def test_without_deepspeed(monkeypatch):

@@ -249,6 +249,10 @@ def training_config(recipe: Recipe):
     if "WORLD_SIZE" in os.environ:  # started by a launcher
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         settings["use_cpu"] = not torch.cuda.is_available()
+        if deepspeed and settings["use_cpu"]:
+            from lowdft.compat import without_compiled_communication
+
+            without_compiled_communication()
         settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else DeepSpeed converts weights to float32
     settings |= recipe.training
     try:

@@ -60,7 +60,7 @@ def test_16_rows_that_the_template_refuses_are_told_before_any_work(verb, recipe
     assert main([verb, recipe, f"model.chat_template={json.dumps(refusing)}"]) == 1
     error = capsys.readouterr().err
     for line in (3, 11):
-        assert f"rows.jsonl:{line}: the chat template refuses this row (roles: system, user): no system role" in error
+        assert f"rows.jsonl:{line}: the chat template rejects this row (roles: system, user): no system role" in error
     assert "rows.jsonl:4" not in error
 
 

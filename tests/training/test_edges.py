@@ -105,9 +105,7 @@ def test_rows_of_ids_in_any_format(rows, tmp_path):
         ([{"prompt_ids": [4], "completion_ids": [5, -100]}], "completion_ids is a list.*token ids"),
         ([{"prompt_ids": [4]}], "completion_ids is missing"),
         ([{"prompt_ids": [4], "completion_ids": [5, 300]}], "token id 300, but the model has embeddings for 0 to 299"),
-        ([IDS[0] | {"ref_negative_logps": [-1.0]}], "ref_negative_logps is a list.*4 finite numbers, one per"),
-        ([IDS[0] | {"ref_negative_logps": [-1.0, -2.0, float("nan"), -1.0]}], "ref_negative_logps .*4 finite numbers"),
-        ([IDS[0] | {"ref_logps": -float("inf")}], "ref_logps is a number.*; a finite number is needed"),
+        ([IDS[0] | {"ref_negative_logps": [-1.0]}], "ref_negative_logps is a list.*4 numbers, one per negative"),
         ({"train": IDS}, r"train_dataset is a dict of train; .*train_dataset\['train'\]"),
         (None, "train_dataset is null"),
         ("rows.parquet", "train_dataset is a string .rows.parquet.; wanted a data set"),
@@ -174,7 +172,7 @@ def test_11_full_parameters_cannot_score_new_rows(tmp_path):
     make_trainer(tmp_path, eval_rows=old, **(full | {"max_steps": 1})).train()
     make_trainer(tmp_path, eval_rows=old[:2], **full).train(resume_from_checkpoint=True)  # fewer rows are all known
     more = make_trainer(tmp_path, eval_rows=make_rows(2, seed=6), **(full | {"max_steps": 3}))
-    with pytest.raises(UserError, match=r"2 rows \(example_id 0, 1\) are new to this training.*begin anew"):
+    with pytest.raises(UserError, match=r"2 rows \(example_id 0, 1\) are new to this run.*train from the start"):
         more.train(resume_from_checkpoint=True)
 
 

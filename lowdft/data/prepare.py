@@ -70,8 +70,8 @@ def prepare(
     Args:
         made_from: what they depend on: data, tokenizer, lengths, negatives.
         negatives: a parquet file with generated `negative_ids` by `example_id`, for every example.
-        without: what the same rows depend on but for these negatives: where `path` has them so, they are not tokenized
-            again.
+        without: what the rows depend on without these negatives; if `path` already has those rows, they are not
+            tokenized again.
 
     Returns:
         the rows, and what was cut to length when they were made.

@@ -27,13 +27,13 @@ def gradient_mask(base: nn.Module, groups: Sequence[Group], r: int) -> Callable[
     Raises:
         UserError: this process holds only a part of the weights.
     """
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
-    layers = {name: module for name, module in layers.items() if module is not base.get_output_embeddings()}
-    if any(module.weight.numel() == 0 for module in layers.values()):
+    linear = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    names = {module.weight: name for name, module in linear.items() if module is not base.get_output_embeddings()}
+    if not all(weight.numel() for weight in names):
         raise UserError(
             "adapter.mask_type: gradient needs whole weights on every process; use --launch ddp, or mask_type: random"
         )
-    names, places = {module.weight: name for name, module in layers.items()}, {}
+    places = {}
 
     def keep(weight: Tensor) -> None:
         gradient_N = weight.grad.abs().flatten()
@@ -50,10 +50,9 @@ def gradient_mask(base: nn.Module, groups: Sequence[Group], r: int) -> Callable[
         for hook in hooks:
             hook.remove()
     places = collectives.from_all(places)[0]  # near-ties may fall differently on other ranks
-    name_of = {module: name for name, module in layers.items()}
 
     def mask(layer: nn.Module, r: int, **_) -> Tensor:
         chosen = torch.zeros(layer.weight.numel(), device=layer.weight.device)
-        return chosen.index_fill_(0, places[name_of[layer]].to(chosen.device), 1.0).view_as(layer.weight)
+        return chosen.index_fill_(0, places[names[layer.weight]].to(chosen.device), 1.0).view_as(layer.weight)
 
     return mask

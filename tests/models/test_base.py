@@ -65,7 +65,9 @@ def test_a_dequantized_base_has_the_numbers_of_its_4bit_form(dtype, tiny_folder)
 @pytest.mark.slow
 @DTYPES
 def test_the_real_model_too(dtype, smollm2):
-    check_same(smollm2, dtype)
+    layer, packed = check_same(smollm2, dtype)
+    weight = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+    assert torch.equal(layer.weight, weight.to(layer.weight.dtype))
 
 
 def test_it_is_another_base_than_the_dense_one(tiny_folder):

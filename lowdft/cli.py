@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             _as_a_rank()
             _call(arguments, overrides)
     except Stopped as stopped:
+        _leave_group()
         return stopped.code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"lowdft: {printable(words)}", file=sys.stderr)
             return 1
         raise
+    _leave_group()
     return 0
 
 
@@ -116,6 +118,15 @@ def _as_a_rank() -> None:
 
     die_with_launcher()
     signal.signal(signal.SIGINT, interrupt)
+
+
+def _leave_group() -> None:
+    """Ends a rank's communication: threads that outlive the interpreter would abort the process after its work."""
+    if "LOCAL_RANK" in os.environ:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -123,22 +124,16 @@ print((base + memory.total) / (peak_memory_gb() * 1e9))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "weights, checkpointing",
-    [
-        ("dense", "no"),
-        ("nf4", "no"),
-        pytest.param(
-            "dense",
-            "checkpointed",
-            marks=pytest.mark.xfail(reason="1.07 alone, 1.30 in a crowded run; cause not found", strict=False),
-        ),
-    ],
-)
+@pytest.mark.parametrize("weights, checkpointing", [("dense", "no"), ("nf4", "no"), ("dense", "checkpointed")])
 def test_estimate_is_within_15_percent_of_the_measured_peak(smollm2, weights, checkpointing, tmp_path):
-    """SmolLM2-135M, one optimizer step of 2 prompts of 256 with 3 completions of 256, in a process of its own."""
+    """SmolLM2-135M, one optimizer step of 2 prompts of 256 with 3 completions of 256, in a process of its own.
+
+    The C library gives freed memory back at once in that process, as the estimate assumes. By default it keeps some,
+    and the peaks of equal runs were 3.4 to 4.5 GB.
+    """
     command = [sys.executable, "-c", MEASURE, smollm2, weights, checkpointing, str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     ratio = float(out.stdout.splitlines()[-1])
     print(f"estimated / measured peak memory, {weights}, {checkpointing}: {ratio:.3f}")
     assert 0.85 < ratio < 1.15

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lowdft.errors import UserError
+from lowdft.files.packages import local_path
 from lowdft.text import printable
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # text files also with .gz
@@ -57,14 +58,14 @@ def cut(value: object, length: int = 80) -> str:
 def read_records(source: str | os.PathLike, split: str | None = None, revision: str | None = None) -> list[Record]:
     """Reads `source`: a file (.jsonl, .ndjson, .json, .csv, .tsv, all also with .gz, or .parquet) or a Hub data set.
 
-    A name that exists or has an ending is a file. "owner/name" or "owner/name:config" is a data set on the Hub, of
-    which `split` ("train" by default) at `revision` is read; both are ignored for a file.
+    A name that exists or has an ending, or package:NAME/FILE, is a file. "owner/name" or "owner/name:config" is a data
+    set on the Hub, of which `split` ("train" by default) at `revision` is read; both are ignored for a file.
 
     Raises:
         UserError: the file or data set does not exist, is empty, cannot be read or has an unknown format.
     """
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name):
         if not re.search(r"\.[A-Za-z]\w*$", name):
             return _read_hub(name, split or "train", revision)

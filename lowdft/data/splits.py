@@ -18,6 +18,7 @@ from lowdft.data.labels import find_labels, with_labels
 from lowdft.data.load import Loaded, load_examples, overlap
 from lowdft.errors import InvalidRows, UserError
 from lowdft.files import digest_of
+from lowdft.files.packages import local_path
 
 SPLITS = ("train", "heldout")
 log = logging.getLogger("lowdft")
@@ -111,8 +112,8 @@ def _load(
 
 def _digest(section: DataSection, source: str, split: str, revision: str | None) -> str | None:
     """A hash of a source's contents without parsing them; None if it cannot be read (reading it reports why)."""
-    path = Path(source).expanduser()
     try:
+        path = local_path(source)
         if path.is_file():
             return digest_of(path)
         if source.startswith("toy:"):

@@ -26,7 +26,8 @@ from lowdft.config.sections import ModelSection
 from lowdft.data.turns import Turns
 from lowdft.distributed.sharding import is_fsdp
 from lowdft.errors import UserError
-from lowdft.models.gguf import package_file, unpack_gguf
+from lowdft.files.packages import SCHEME, package_file
+from lowdft.models.gguf import unpack_gguf
 from lowdft.models.safeguards import guard_four_bit
 
 
@@ -47,7 +48,7 @@ def locate(section: ModelSection) -> Source:
         UserError: there is no such model, or no network to ask for it.
     """
     name = section.name_or_path
-    if name.startswith("package:"):
+    if name.startswith(SCHEME):
         name = str(package_file(name))
     if name.endswith(".gguf"):
         folder = unpack_gguf(Path(name))

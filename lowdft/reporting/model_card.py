@@ -14,6 +14,7 @@ from lowdft import __version__, models
 from lowdft.config.sections import NegativesSection
 from lowdft.data.prompting import SYSTEM_PROMPTS
 from lowdft.files import read_json
+from lowdft.files.packages import SCHEME
 from lowdft.pipeline.context import Run
 from lowdft.reporting import benchmark_table, evaluation_table, run_page
 from lowdft.reporting.markdown import block, code, plain, table
@@ -190,6 +191,8 @@ def _data(run: Run) -> str:
         source = f"{code(name)} (split {code(run.recipe.data.split)})"
     elif name.startswith("toy:"):
         source = f"the toy data {code(name)}"
+    elif name.startswith(SCHEME):
+        source = f"a file of a Python package, {code(name)}"
     rows = f"## Data\n\n{len(run.examples('train'))} rows of {source}; {len(run.examples('heldout'))} rows held out."
     if not run.objective.uses_negatives:
         return f"{rows} No negatives."

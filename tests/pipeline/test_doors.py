@@ -12,7 +12,7 @@ from helpers import make_rows, make_trainer
 from lowdft.cli import main
 from lowdft.config.recipe import load_recipe, save_recipe
 from lowdft.errors import UserError
-from lowdft.models.gguf import package_file
+from lowdft.files.packages import package_file
 from lowdft.training.metrics import check_gap
 
 CANARY = "canary-5f2b9c1e77aa"

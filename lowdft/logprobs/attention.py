@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lowdft.logprobs.short_attention import short_attention, takes_short
 from lowdft.logprobs.varlen import Ends, takes_varlen, varlen_attention
 
 NAME = "lowdft_packed"
-QUERY_ALIGNMENT, KEY_ALIGNMENT = 16, 128
+QUERY_ALIGNMENT, KEY_ALIGNMENT, FEWEST_KEYS = 16, 128, 32
 Piece = tuple[int, int, int, int]  # start of what comes before, its length, start of the piece, its length
-# (places in the packed row, places in a gathered batch): within a turn no place of the row comes twice
+# How the backward pass of a gather adds up: (indices into the packed row, indices into the gathered batch), one turn
+# after the other. Within a turn no index of the row occurs twice, so the order of additions is fixed.
 Turns = tuple[tuple[Tensor, Tensor], ...]
 
 
@@ -57,7 +59,7 @@ class Pieces:
 
     @functools.cached_property
     def gathered(self) -> tuple[Tensor, Turns, Ends]:
-        """For `varlen_attn`: the places [K] of all pieces' keys in the row, their turns, and the ends of pieces."""
+        """For `varlen_attn`: the indices [K] of all pieces' keys into the row, their turns, and the ends of pieces."""
         pieces = sorted([*self.prompts, *self.completions], key=lambda piece: piece[2])
         end = sum(length for *_, length in pieces)
         if end < self.length:  # the row's padding attends to itself
@@ -75,15 +77,15 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Part:
-    """Pieces of a packed row that attend alike: piece n has `length` queries, and `before` more keys than those."""
+    """A batch of pieces of similar length: piece n has `length` queries, and `before` more keys than queries."""
 
-    query_NQ: Tensor  # places in the packed row; what is beyond `length` is anything
+    query_NQ: Tensor  # indices into the packed row; those beyond `length` are padding
     key_NK: Tensor
     before_N: Tensor
     length_N: Tensor
-    place_X: Tensor  # the valid queries' places in the packed row, and in N * Q
-    source_X: Tensor
-    key_turns: Turns  # the valid keys' places in the packed row, and in N * K
+    place_X: Tensor  # indices of the queries that are no padding into the packed row
+    source_X: Tensor  # the same queries' indices into N * Q
+    key_turns: Turns  # the same for keys, with indices into N * K
     masks: dict = field(default_factory=dict, compare=False)
 
     def to(self, device: torch.device) -> Part:
@@ -116,7 +118,7 @@ def make_parts(pieces: Sequence[Piece]) -> tuple[Part, ...]:
     alike: dict[tuple[int, int], list] = {}
     for piece in pieces:
         _, before, _, length = piece
-        size = _doubling(length, QUERY_ALIGNMENT), _doubling(before + length, KEY_ALIGNMENT)
+        size = _doubling(length, QUERY_ALIGNMENT), _doubling(before + length, FEWEST_KEYS)
         alike.setdefault(size, []).append(piece)
     return tuple(make_part(some) for some in alike.values())
 
@@ -124,7 +126,8 @@ def make_parts(pieces: Sequence[Piece]) -> tuple[Part, ...]:
 def make_part(pieces: Sequence[Piece]) -> Part:
     """One part of all pieces, padded to the longest; see `make_parts`."""
     num_queries = _aligned(max(length for *_, length in pieces), QUERY_ALIGNMENT)
-    num_keys = _aligned(max(before + length for _, before, _, length in pieces), KEY_ALIGNMENT)
+    num_keys = max(before + length for _, before, _, length in pieces)
+    num_keys = _doubling(num_keys, FEWEST_KEYS) if num_keys < KEY_ALIGNMENT else _aligned(num_keys, KEY_ALIGNMENT)
     places = torch.cat([torch.arange(start, start + length) for *_, start, length in pieces])
     sources = torch.cat([torch.arange(n * num_queries, n * num_queries + p[3]) for n, p in enumerate(pieces)])
     before_start, before, start, length = (torch.tensor(column)[:, None] for column in zip(*pieces, strict=True))
@@ -136,10 +139,10 @@ def make_part(pieces: Sequence[Piece]) -> Part:
 
 
 def _key_turns(pieces: Sequence[Piece], firsts: Sequence[int]) -> Turns:
-    """Every piece is once its own keys; as the keys of later pieces, its n-th use is in turn n.
+    """In turn 0 every piece's keys are used by the piece itself, in turn n by the n-th later piece that attends to it.
 
     Args:
-        firsts: for each piece, the place of its first key among the gathered keys.
+        firsts: for each piece, the index of its first key among the gathered keys.
     """
     turns, seen = [[]], Counter(start for *_, start, _ in pieces)
     for first, (_, before, start, length) in zip(firsts, pieces, strict=True):
@@ -173,13 +176,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, index, turns):
-        """`turns` says what of the result has a gradient: (places in x, places in the result)."""
+        """`turns`: which part of the result has a gradient, as (indices into x, indices into the result)."""
         ctx.length, ctx.turns = len(x), turns
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
-        """Turn by turn; in each, no place comes twice."""
+        """Adds turn by turn."""
         shape = (ctx.length, *grad.shape[1:])
         if len(ctx.turns) == 1:
             place, source = ctx.turns[0]
@@ -235,7 +238,8 @@ def attend(
 
 
 def _attend_part(q: Tensor, k: Tensor, v: Tensor, part: Part, window, scale, dropout, softcap) -> Tensor:
-    """[valid queries, H, E]. Query heads that share a key-value head stand in one longer query, so no key is copied."""
+    """[queries without padding, H, E]. Query heads that share a key-value head are joined into one longer query, so
+    that no key is copied."""
     (n, num_queries), num_keys = part.query_NQ.shape, part.key_NK.shape[1]
     heads, size, shared = q.shape[1], q.shape[2], k.shape[1]
     each = heads // shared
@@ -244,7 +248,9 @@ def _attend_part(q: Tensor, k: Tensor, v: Tensor, part: Part, window, scale, dro
     k, v = (_Gather.apply(x, part.key_NK.flatten(), part.key_turns) for x in (k, v))
     k, v = (x.view(n, num_keys, shared, -1).transpose(1, 2) for x in (k, v))
     mask = part.mask(window, q.dtype, each)
-    if softcap is None:
+    if softcap is None and not dropout and takes_short(q, num_keys):
+        out = short_attention(q, k, v, mask, scale)
+    elif softcap is None:
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     else:
         scores = (q @ k.transpose(2, 3)) * (size**-0.5 if scale is None else scale)

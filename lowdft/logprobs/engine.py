@@ -79,7 +79,7 @@ def score(
     passes = by_rope_setting(causal_lm.config.get_text_config(), groups)
     if len(passes) == 1:
         return _score(model, groups, *settings)
-    outs, places = [], []  # a place is the completion of a group
+    outs, places = [], []  # a place: (group, completion)
     for numbers in passes:
         outs.append(_score(model, [groups[g].select(chosen) for g, chosen in numbers], *settings))
         places += [(g, k) for g, chosen in numbers for k in chosen]

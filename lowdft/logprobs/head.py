@@ -136,17 +136,18 @@ class _TokenLogps(torch.autograd.Function):
         head = Head(weight_VD, bias_V, scale, softcap)
         frozen = not any(ctx.needs_input_grad[1:3])
         slope_SD = torch.empty_like(hidden_SD) if frozen and ctx.needs_input_grad[0] else None
-        logps, lses = [], []
+        logps = []
         for start in range(0, len(target_S), chunk_size):
             piece = slice(start, start + chunk_size)
             logits = head.logits(hidden_SD[piece])
-            lse = logits.logsumexp(1)
-            logps.append(logits.gather(1, target_S[piece, None])[:, 0] - lse)
-            lses.append(lse)
-            if slope_SD is not None:
-                slope = _logits_slope(logits, lse, target_S[piece], head)
+            at_target = logits.gather(1, target_S[piece, None])[:, 0]
+            if slope_SD is None:
+                lse, _ = _exponentials(logits)
+            else:
+                lse, slope = _logits_slope(logits, target_S[piece], head)
                 torch.mm(slope.to(hidden_SD.dtype), weight_VD, out=slope_SD[piece])
-        saved = (slope_SD,) if frozen else (hidden_SD, weight_VD, bias_V, target_S, torch.cat(lses))
+            logps.append(at_target - lse)
+        saved = (slope_SD,) if frozen else (hidden_SD, weight_VD, bias_V, target_S)
         ctx.save_for_backward(*saved)
         ctx.frozen, ctx.scale, ctx.softcap, ctx.chunk_size = frozen, scale, softcap, chunk_size
         return torch.cat(logps)
@@ -157,14 +158,14 @@ class _TokenLogps(torch.autograd.Function):
         if ctx.frozen:
             (slope_SD,) = ctx.saved_tensors
             return slope_SD * grad_S[:, None].to(slope_SD.dtype), None, None, None, None, None, None
-        hidden_SD, weight_VD, bias_V, target_S, lse_S = ctx.saved_tensors
+        hidden_SD, weight_VD, bias_V, target_S = ctx.saved_tensors
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
         grad_hidden = torch.empty_like(hidden_SD)
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
         for start in range(0, len(target_S), ctx.chunk_size):
             piece = slice(start, start + ctx.chunk_size)
-            slope = _logits_slope(head.logits(hidden_SD[piece]), lse_S[piece], target_S[piece], head)
+            _, slope = _logits_slope(head.logits(hidden_SD[piece]), target_S[piece], head)
             grad_logits = slope.mul_(grad_S[piece, None]).to(hidden_SD.dtype)
             grad_hidden[piece] = grad_logits @ weight_VD
             grad_weight += grad_logits.T @ hidden_SD[piece]
@@ -173,11 +174,22 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight_VD.dtype), grad_bias, None, None, None, None
 
 
-def _logits_slope(logits_SV: Tensor, lse_S: Tensor, target_S: Tensor, head: Head) -> Tensor:
-    """d log P(target) / d(weight @ hidden) = scale * softcap' * (onehot - softmax), [S, V]; overwrites `logits`."""
+def _exponentials(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    """log-sum-exp [S], and sums [S, 1] of exp(logits - largest), which overwrites `logits`."""
+    top_S1 = logits_SV.amax(1, keepdim=True)
+    total_S1 = logits_SV.sub_(top_S1).exp_().sum(1, keepdim=True)
+    return (top_S1 + total_S1.log())[:, 0], total_S1
+
+
+def _logits_slope(logits_SV: Tensor, target_S: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """log-sum-exp [S], and d log P(target) / d(weight @ hidden) = scale * softcap' * (onehot - softmax) [S, V].
+
+    The latter overwrites `logits`.
+    """
     bend = None if head.softcap is None else 1 - (logits_SV / head.softcap).square()
-    slope = logits_SV.sub_(lse_S[:, None]).exp_().neg_()
+    lse_S, total_S1 = _exponentials(logits_SV)
+    slope = logits_SV.mul_(-1 / total_S1)
     slope[torch.arange(len(target_S), device=target_S.device), target_S] += 1
     if bend is not None:
         slope *= bend
-    return slope if head.scale == 1.0 else slope.mul_(head.scale)
+    return lse_S, slope if head.scale == 1.0 else slope.mul_(head.scale)

@@ -56,7 +56,7 @@ class ContinuousSampler:
             if not takes_other_attention(model):
                 raise UserError(
                     f"negatives.backend is continuous, which writes wrong tokens for {model.config.model_type}: its "
-                    "attention is code of its own (for ALiBi, say), which transformers cannot exchange for a paged "
+                    "attention is its own code (for example for ALiBi), which transformers cannot replace by a paged "
                     "one. Set negatives.backend=padded."
                 )
             attention = model.config._attn_implementation
@@ -78,7 +78,7 @@ class ContinuousSampler:
         return [samples[number] for number in range(len(requests))]
 
     def _run(self, model, requests: Sequence[Request], batch_size: int, samples: dict[int, Sample]) -> None:
-        """Adds to `samples`, by number, those of the requests that are not there yet; longest prompts first."""
+        """Adds the missing samples to `samples`, by number of the request; longest prompts first."""
         left = [number for number in range(len(requests)) if number not in samples]
         left.sort(key=lambda number: -len(requests[number].prompt_ids))
         config = self._cache(model, [requests[number] for number in left], batch_size)
@@ -100,7 +100,7 @@ class ContinuousSampler:
                 if output is not None:
                     samples[int(output.request_id)] = finish(output.generated_tokens, self.end_ids)
         finally:
-            manager.stop(hard_stop=True)  # after an error or Ctrl-C there are requests left, which no one waits for
+            manager.stop(hard_stop=True)  # after an error or Ctrl-C, nobody waits for the requests that are left
 
     def _cache(self, model, requests: Sequence[Request], batch_size: int) -> ContinuousBatchingConfig:
         on_gpu = model.device.type == "cuda"
@@ -129,7 +129,7 @@ class ContinuousSampler:
 
 
 class _ContinuousDraw(ContinuousBatchingLogitsProcessor):
-    """Hands every request its uniform number (float32 in the library's int32 tensor); a request's id is its number."""
+    """Passes every request's uniform number (float32) through the library's int32 tensor; its id is its index."""
 
     supported_kwargs: dict[str, type] = {}
     ignored_kwargs: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ class _ContinuousDraw(ContinuousBatchingLogitsProcessor):
         rows, steps = [], []
         for state in (request.state for request in requests_with_new_token):
             row = int(state.request_id) if state.request_id.isdigit() else 0  # not a number: a warm-up request
-            # Tokens in the cache, not generated_tokens: those lag in asynchronous batches, restart after an eviction.
+            # Tokens in the cache. generated_tokens lag in asynchronous batches and restart after an eviction.
             step = state.position_offset - self.prompt_lengths[row]
             rows.append(row)
             steps.append(min(max(step, 0), self.settings.max_new_tokens - 1))

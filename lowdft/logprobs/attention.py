@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lowdft.logprobs.short_attention import short_attention, takes_short
+from lowdft.logprobs.cpu_attention import cpu_attention, takes_cpu
 from lowdft.logprobs.varlen import Ends, takes_varlen, varlen_attention
 
 NAME = "lowdft_packed"
@@ -248,8 +248,8 @@ def _attend_part(q: Tensor, k: Tensor, v: Tensor, part: Part, window, scale, dro
     k, v = (_Gather.apply(x, part.key_NK.flatten(), part.key_turns) for x in (k, v))
     k, v = (x.view(n, num_keys, shared, -1).transpose(1, 2) for x in (k, v))
     mask = part.mask(window, q.dtype, each)
-    if softcap is None and not dropout and takes_short(q, num_keys):
-        out = short_attention(q, k, v, mask, scale)
+    if softcap is None and not dropout and takes_cpu(q):
+        out = cpu_attention(q, k, v, mask, scale)
     elif softcap is None:
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     else:

@@ -3,13 +3,13 @@
     python benchmarks/truthfulqa.py rows TruthfulQA.csv truthfulqa
     lowdft compare recipes/studies/truthfulqa.yaml
     python benchmarks/truthfulqa.py score TruthfulQA.csv runs/studies/truthfulqa
+    python benchmarks/truthfulqa.py quickstart TruthfulQA.csv lowdft/start/rows
 
-The training rows have only the question and its best answer, and negatives are sampled from the model.
-train-wrong.jsonl has the file's wrong answers as negatives (recipes/studies/truthfulqa-wrong-answers.yaml, an upper
-bound for negatives). MC1 is the share of questions whose best answer is more likely than every wrong one (in `lowdft
-evaluate`, "accuracy of choice, summed log-prob"); MC2 is the mean share of the true answers in the probability of all.
-The split is drawn with a fixed seed. `score` stores its results in every run folder, and compares with the first
-objective, question by question.
+`rows`: the training rows have only the question and its best answer, and negatives are sampled from the model.
+`quickstart`: the file's wrong answers are the negatives, and the plain question is the prompt. MC1 is the share of
+questions whose best answer is more likely than every wrong one (in `lowdft evaluate`, "accuracy of choice, summed
+log-prob"); MC2 is the mean share of the true answers in the probability of all. The split is drawn with a fixed seed.
+`score` stores its results in every run folder, and compares with the first objective, question by question.
 """
 
 from __future__ import annotations
@@ -54,16 +54,33 @@ def question(line: dict[str, str]) -> dict:
 
 
 def write_rows(source: str, folder: str) -> None:
-    """Writes FOLDER/train.jsonl, FOLDER/train-wrong.jsonl and FOLDER/test.jsonl."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    """Writes FOLDER/train.jsonl without negatives, and FOLDER/test.jsonl."""
     trained, held = questions(source)
-    for name, part in (("train", trained), ("train-wrong", trained), ("test", held)):
-        rows = [{"prompt": one["prompt"], "completion": one["best"]} for one in part]
-        if name != "train":
-            rows = [row | {"negatives": one["wrong"]} for row, one in zip(rows, part, strict=True)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (Path(folder) / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{folder}/{name}.jsonl: {len(part)} rows")
+    _write(Path(folder) / "train.jsonl", [{"prompt": q["prompt"], "completion": q["best"]} for q in trained])
+    _write(
+        Path(folder) / "test.jsonl",
+        [{"prompt": q["prompt"], "completion": q["best"], "negatives": q["wrong"]} for q in held],
+    )
+
+
+def write_quickstart(source: str, folder: str) -> None:
+    """Writes FOLDER/truthfulqa-train.jsonl and FOLDER/truthfulqa-test.jsonl."""
+    for name, part in zip(("train", "test"), questions(source), strict=True):
+        rows = [
+            {
+                "prompt": q["prompt"].removeprefix("Q: ").removesuffix("\nA:"),
+                "completion": q["best"].strip(),
+                "negatives": [answer.strip() for answer in q["wrong"]],
+            }
+            for q in part
+        ]
+        _write(Path(folder) / f"truthfulqa-{name}.jsonl", rows)
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
 
 
 def score_study(source: str, folder: str) -> None:
@@ -113,4 +130,4 @@ def score_run(run: Path, asked: list[dict]) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    {"rows": write_rows, "score": score_study}[sys.argv[1]](*sys.argv[2:])
+    {"rows": write_rows, "quickstart": write_quickstart, "score": score_study}[sys.argv[1]](*sys.argv[2:])

@@ -45,8 +45,7 @@ def test_trainer_in_python(tmp_path, tiny_folder):
 def test_notebook(tmp_path, smollm2, monkeypatch, capfd):
     """Its Python cells by exec, its `!` cells by the shell, with the quickstart cut to a few rows."""
     monkeypatch.chdir(tmp_path)
-    few = "data.train=toy:bigger-number?n=8&negatives=1 data.eval=toy:bigger-number?n=4&split=test&negatives=1"
-    settings = [f"'{one}'" for one in (*few.split(), "training.num_train_epochs=1")]
+    settings = ["data.train_rows=8", "data.eval_rows=4", "training.num_train_epochs=1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     variables: dict = {}
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import re
+import time
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,6 +246,8 @@ def training_config(recipe: Recipe):
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": False,
+        "project": "lowdft",  # trackers show this, and one run per session
+        "run_name": f"{Path(recipe.output_dir).resolve().name} {time.strftime('%Y-%m-%d %H:%M:%S')}",
     }
     if "WORLD_SIZE" in os.environ:  # started by a launcher
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

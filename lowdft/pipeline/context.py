@@ -61,6 +61,8 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
+        if not self.training.manifest.is_file():
+            requirements.check_trackers(self.args.report_to)
         self._check_templates()
         if collectives.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
+from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
 
@@ -23,6 +25,8 @@ def watch(run: Run, trainer: DFTTrainer, checkpoint: str | None) -> None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
     trainer.add_callback(NegligibleNegatives(trainer))
+    if "tensorboard" in run.args.report_to:
+        say(f"TensorBoard: tensorboard --logdir {board_folder(run)}")
     section, path = run.recipe.evaluation, run.folder / "samples.jsonl"
     if not section.samples_every:
         return
@@ -38,6 +42,11 @@ def watch(run: Run, trainer: DFTTrainer, checkpoint: str | None) -> None:
     trainer.add_callback(
         SampleAnswers(trainer, rows, section.samples_every, path, encoder.text, encoder.end_ids, section.max_new_tokens)
     )
+
+
+def board_folder(run: Run) -> Path:
+    """Where transformers' callback writes TensorBoard's files."""
+    return Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or Path(run.args.output_dir) / "runs").expanduser()
 
 
 class LivePage(TrainerCallback):

@@ -39,14 +39,15 @@ say = logging.getLogger("lowdft").info  # one line for people, which the command
 class Run:
     """A recipe with its data, its base and its folder. Attributes are cached.
 
-    Two attributes are set by the command line only. `trust_checkpoint`: resume even from checkpoints that may run code.
-    `push_negatives`: upload the negatives to the recipe's `negatives.push`.
+    Three attributes are set by the command line only. `trust_checkpoint`: resume even from checkpoints that may run
+    code. `push_negatives`: upload the negatives to the recipe's `negatives.push`. `report_follows`: after training,
+    this command also evaluates and writes the report.
 
     Raises:
         UserError: the recipe, the data and the run folder do not fit together; before any model is loaded.
     """
 
-    trust_checkpoint = push_negatives = False
+    trust_checkpoint = push_negatives = report_follows = False
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe

@@ -61,7 +61,7 @@ class LivePage(TrainerCallback):
         if not (state.is_world_process_zero and "loss" in (logs or {}) and due) or self.failed:
             return
         try:
-            run_page.write(self.run, running=True)
+            run_page.write(self.run, live=f"training is running, step {state.global_step} of {state.max_steps}")
         except Exception as error:
             self.failed = True
             warnings.warn(f"report.html is not kept up to date: {error}", stacklevel=2)

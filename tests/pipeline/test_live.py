@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT, folder
 
 from lowdft.cli import main
+from lowdft.reporting import run_page
 
 KEYS = {"train/" + key: key for key in ("loss", "margin", "weights/mean", "tokens_per_second")}
 FADING = "their mean weight has been below 0.01 for 5 log lines"
@@ -96,3 +97,17 @@ def test_a_trained_run_needs_no_tracker(recipe, capsys):
     """A run folder that was copied to a machine without the tracker."""
     assert main(["run", recipe]) == 0
     assert main(["evaluate", recipe, "training.report_to=neptune"]) == 0
+
+
+def test_the_page_reloads_itself_until_the_report_is_complete(recipe, monkeypatch):
+    """Nine rows in batches of four, twice; `train` alone is complete when training is."""
+    pages, render = [], run_page.render
+    monkeypatch.setattr(run_page, "render", lambda **values: pages.append(values["live"]) or render(**values))
+    monkeypatch.setattr(run_page, "REFRESH", 0)
+    assert main(["run", recipe]) == 0
+    steps = [f"training is running, step {step} of 6" for step in range(1, 7)]
+    shown = [live and live.split(": ", 1)[1] for live in pages]
+    assert shown == [*steps, "training is finished, the evaluation follows", None]
+    pages.clear()
+    assert main(["train", recipe, f"output_dir={folder(recipe)}-alone", "training.objective=sft"]) == 0
+    assert len(pages) == 7 and pages[-1] is None

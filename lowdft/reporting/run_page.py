@@ -51,6 +51,8 @@ def write(run: Run, beside: Mapping[str, Path] | None = None, live: str | None =
 
 def read_metrics(path: Path) -> list[dict]:
     """The logged steps of another run, or of an unfinished one; raises UserError if there are none."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: there is no such folder; wanted a run folder")
     steps = read_lines(path)
     if not steps:
         raise UserError(f"{path} has no logged steps yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")

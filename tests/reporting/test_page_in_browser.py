@@ -34,6 +34,10 @@ found.marks = [...document.querySelectorAll("figure.chart")].map((figure) =>
 found.inside = [...document.querySelectorAll("figure.chart > svg .mark")].every((mark) => {
   const m = mark.getBoundingClientRect(), s = mark.ownerSVGElement.getBoundingClientRect();
   return !m.width || (m.left >= s.left && m.right <= s.right && m.top >= s.top && m.bottom <= s.bottom); });
+found.cut = [...document.querySelectorAll("figure.chart > svg .tick")].filter((tick) => {
+  const t = tick.getBoundingClientRect(), svg = tick.ownerSVGElement, s = svg.getBoundingClientRect();
+  const [left, right] = getComputedStyle(svg).overflow === "visible" ? [0, innerWidth] : [s.left, s.right];
+  return t.width && (t.left < left || t.right > right); }).map((tick) => tick.textContent);
 found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 document.documentElement.dataset.found = JSON.stringify(found);
 """
@@ -42,8 +46,8 @@ document.documentElement.dataset.found = JSON.stringify(found);
 def make_page() -> str:
     """Two runs of forty steps, and five samples: two fixed, one broken, one right and one wrong both times."""
     rng = random.Random(0)
-    runs = [(name, [{"step": i, "loss": 9.0 - i / 10 + rng.random(), "logps/positive": -20 + i / 9,
-                     "logps/negative": -20.0 - i / 5, "weights/mean": 0.9 ** i, "learning_rate": 1e-4 * (40 - i),
+    runs = [(name, [{"step": 50 * i, "loss": 9.0 - i / 10 + rng.random(), "logps/positive": -20 + i / 9,
+                     "logps/negative": -20.0 - i / 5, "weights/mean": 0.9 ** i, "learning_rate": 2.5e-5 * (40 - i),
                      "peak_memory_gb": 1.5} for i in range(1, 41)]) for name in ("dft", "sft")]  # fmt: skip
     drawn = [*charts.of_training(runs), charts.histogram("log_u", "log_u", "examples", "log_u, nats", [
         (0, "dft", [rng.gauss(-2, 1) for _ in range(200)]), (1, "sft", [0.0, 1.0])])]  # fmt: skip
@@ -73,7 +77,7 @@ def test_charts_are_drawn_and_switches_switch(tmp_path, width):
     assert found["filters"] == {"": 5, "right": 3, "wrong": 2, "changed": 3, "fixed": 2, "broken": 1}
     assert (found["both"], found["one"]) == (2, 1)
     assert len(found["marks"]) == 6 and min(found["marks"]) > 0 and found["inside"]
-    assert found["overflow"] <= 0
+    assert found["overflow"] <= 0 and found["cut"] == []
 
 
 RELOADED = """

@@ -150,8 +150,11 @@ def test_other_runs_are_drawn_beside(tmp_path, tiny_folder):
     assert 'value="1" checked> second &lt;run&gt;</label>' in page
     loss = page.split('id="chart-loss"')[1].split("</figure>")[0]
     assert loss.count("<g data-run=") == 2 and "second &lt;run&gt;, step 9: 1.5 nats" in loss
-    with pytest.raises(UserError, match="has no logged steps yet"):
+    with pytest.raises(UserError, match="nothing: there is no such folder; wanted a run folder"):
         report.main(run, beside=[str(tmp_path / "nothing")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no logged steps yet"):
+        report.main(run, beside=[str(tmp_path / "empty")])
 
 
 def test_benchmarks_are_shown_beside_the_evaluation(tmp_path, tiny_folder):

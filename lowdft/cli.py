@@ -190,6 +190,7 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
     def run_of(one) -> Run:
         run = Run(one)
         run.trust_checkpoint, run.push_negatives = doors.trust_checkpoint, doors.push_negatives
+        run.report_follows = arguments.verb == "run"
         return run
 
     if arguments.verb == "run" and recipe.rounds > 1:

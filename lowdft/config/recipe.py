@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import re
+import time
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from lowdft.config.sections import (
 from lowdft.config.values import check_type, check_values
 from lowdft.errors import UserError
 from lowdft.files import conceal, write_text
-from lowdft.text import did_you_mean
+from lowdft.text import did_you_mean, nearest
 
 UPLOADS = ("hub_", "push_to_hub", "trackio_")  # transformers' settings that send checkpoints or metrics to the Hub
 
@@ -143,8 +144,11 @@ def find_recipe(path: str | Path) -> Path:
     folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
     shipped = {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
     if str(path) not in shipped:
-        hint = did_you_mean(str(path), shipped)
-        raise UserError(f"{path}: there is no such file, and lowdft comes with no recipe of this name.{hint}")
+        beside = {p.name: p for p in path.parent.iterdir()} if path.parent.is_dir() else {}
+        near = beside.get(nearest(path.name, beside)) or nearest(str(path), shipped)
+        alone = did_you_mean(str(path), shipped) if path.parent == Path() else ""  # a name, not a path
+        hint = f" Did you mean '{near}'?" if near else alone
+        raise UserError(f"{path}: there is no such recipe or run folder.{hint}")
     return shipped[str(path)]
 
 
@@ -245,6 +249,8 @@ def training_config(recipe: Recipe):
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": False,
+        "project": "lowdft",  # trackers show this, and one run per session
+        "run_name": f"{Path(recipe.output_dir).resolve().name} {time.strftime('%Y-%m-%d %H:%M:%S')}",
     }
     if "WORLD_SIZE" in os.environ:  # started by a launcher
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

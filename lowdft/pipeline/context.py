@@ -39,14 +39,15 @@ say = logging.getLogger("lowdft").info  # one line for people, which the command
 class Run:
     """A recipe with its data, its base and its folder. Attributes are cached.
 
-    Two attributes are set by the command line only. `trust_checkpoint`: resume even from checkpoints that may run code.
-    `push_negatives`: upload the negatives to the recipe's `negatives.push`.
+    Three attributes are set by the command line only. `trust_checkpoint`: resume even from checkpoints that may run
+    code. `push_negatives`: upload the negatives to the recipe's `negatives.push`. `report_follows`: after training,
+    this command also evaluates and writes the report.
 
     Raises:
         UserError: the recipe, the data and the run folder do not fit together; before any model is loaded.
     """
 
-    trust_checkpoint = push_negatives = False
+    trust_checkpoint = push_negatives = report_follows = False
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -61,6 +62,8 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
+        if not self.training.manifest.is_file():
+            requirements.check_trackers(self.args.report_to)
         self._check_templates()
         if collectives.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
+from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
 
@@ -23,6 +25,8 @@ def watch(run: Run, trainer: DFTTrainer, checkpoint: str | None) -> None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
     trainer.add_callback(NegligibleNegatives(trainer))
+    if "tensorboard" in run.args.report_to:
+        say(f"TensorBoard: tensorboard --logdir {board_folder(run)}")
     section, path = run.recipe.evaluation, run.folder / "samples.jsonl"
     if not section.samples_every:
         return
@@ -40,6 +44,11 @@ def watch(run: Run, trainer: DFTTrainer, checkpoint: str | None) -> None:
     )
 
 
+def board_folder(run: Run) -> Path:
+    """Where transformers' callback writes TensorBoard's files."""
+    return Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or Path(run.args.output_dir) / "runs").expanduser()
+
+
 class LivePage(TrainerCallback):
     """Keeps the run folder's report.html up to date during training; a failure here never stops training."""
 
@@ -52,7 +61,7 @@ class LivePage(TrainerCallback):
         if not (state.is_world_process_zero and "loss" in (logs or {}) and due) or self.failed:
             return
         try:
-            run_page.write(self.run, running=True)
+            run_page.write(self.run, live=f"training is running, step {state.global_step} of {state.max_steps}")
         except Exception as error:
             self.failed = True
             warnings.warn(f"report.html is not kept up to date: {error}", stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,11 +26,11 @@ ANSWERS = 12  # number of steps whose sample answers are shown
 RUNS = 6  # maximum number of runs in a chart
 
 
-def write(run: Run, beside: Mapping[str, Path] | None = None, running: bool = False) -> list[str]:
+def write(run: Run, beside: Mapping[str, Path] | None = None, live: str | None = None) -> list[str]:
     """Writes report.html into the run folder, and returns the warnings on it.
 
     `beside`: name -> run folder of other runs whose curves are also drawn, like those of `evaluation.compare`.
-    `running`: the page reloads itself.
+    `live`: what is going on, if the page will be written again; it then reloads itself.
 
     Raises:
         UserError: no step was logged yet, here or in a folder of `beside`.
@@ -43,13 +44,15 @@ def write(run: Run, beside: Mapping[str, Path] | None = None, running: bool = Fa
     evaluation = _evaluation(run)
     tables = {name: _log_u(folder) for name, (folder, _) in runs.items()}
     warnings = [*findings.of_steps(steps), *_warnings(run, evaluation, next(iter(tables.values())))]
-    page = _page(run, runs, tables, evaluation, warnings, running)
+    page = _page(run, runs, tables, evaluation, warnings, live)
     write_text(run.folder / "report.html", page)
     return warnings
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The logged steps of another run, or of an unfinished one; raises UserError if there are none."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: there is no such folder; wanted a run folder")
     steps = read_lines(path)
     if not steps:
         raise UserError(f"{path} has no logged steps yet; run `lowdft train RECIPE` first, or `lowdft run RECIPE`")
@@ -115,7 +118,7 @@ def _log_u(folder: Path) -> tuple[list[float], list[int]] | None:
     return table["values"].tolist(), table["visits"].tolist()
 
 
-def _page(run: Run, runs: dict, tables: dict, evaluation: dict | None, warnings: list[str], running: bool) -> str:
+def _page(run: Run, runs: dict, tables: dict, evaluation: dict | None, warnings: list[str], live: str | None) -> str:
     steps = next(iter(runs.values()))[1]
     drawn = charts.of_training([(name, lines) for name, (_, lines) in runs.items()])
     values = [(i, name, table[0]) for i, (name, table) in enumerate(tables.items()) if table]
@@ -128,7 +131,8 @@ def _page(run: Run, runs: dict, tables: dict, evaluation: dict | None, warnings:
     return render(
         title=f"{run.folder.resolve().name}: {run.objective.name} on {_base(run)}",
         subtitle=f"Fine-tuned with {run.objective.name} ({run.objective.source})",
-        refresh=REFRESH if running else None,
+        live=f"As of {time.strftime('%Y-%m-%d %H:%M:%S')}: {live}" if live else None,
+        refresh=REFRESH,
         finished=run.training.is_done(),
         progress=f"step {steps[-1]['step']}" if steps else None,
         warnings=warnings,

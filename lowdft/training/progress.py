@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ def tell(trainer: Trainer, title: str, text: str, step: int, warning: bool = Tru
         import trackio
 
         level = trackio.AlertLevel.WARN if warning else trackio.AlertLevel.INFO
-        trackio.alert(title=title, text=text, level=level)
+        with contextlib.redirect_stdout(None):  # the terminal already has this text
+            trackio.alert(title=title, text=f"step {step}: {text}", level=level)  # trackio's own step counts log lines
     if "WandbCallback" in trackers and warning:
         import wandb
 

@@ -108,6 +108,17 @@ def test_objectives_bring_their_defaults(write):
         assert (args.tau, args.gamma) == wanted
 
 
+def test_a_run_folder_that_is_not_there(tmp_path):
+    """Near names are those beside it, and those of the recipes that come with lowdft."""
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=f"there is no such recipe or run folder. Did you mean '{tmp_path}/mine'"):
+        load_recipe(tmp_path / "mne")
+    with pytest.raises(UserError, match=r"nowhere/mine: there is no such recipe or run folder\.$"):
+        load_recipe(tmp_path / "nowhere" / "mine")
+    with pytest.raises(UserError, match="Did you mean 'quickstart'"):
+        load_recipe("quikstart")
+
+
 def test_missing_file_missing_key_and_no_yaml(write, tmp_path):
     with pytest.raises(UserError, match="there is no such recipe"):
         load_recipe(tmp_path / "absent.yaml")

@@ -34,6 +34,10 @@ found.marks = [...document.querySelectorAll("figure.chart")].map((figure) =>
 found.inside = [...document.querySelectorAll("figure.chart > svg .mark")].every((mark) => {
   const m = mark.getBoundingClientRect(), s = mark.ownerSVGElement.getBoundingClientRect();
   return !m.width || (m.left >= s.left && m.right <= s.right && m.top >= s.top && m.bottom <= s.bottom); });
+found.cut = [...document.querySelectorAll("figure.chart > svg .tick")].filter((tick) => {
+  const t = tick.getBoundingClientRect(), svg = tick.ownerSVGElement, s = svg.getBoundingClientRect();
+  const [left, right] = getComputedStyle(svg).overflow === "visible" ? [0, innerWidth] : [s.left, s.right];
+  return t.width && (t.left < left || t.right > right); }).map((tick) => tick.textContent);
 found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 document.documentElement.dataset.found = JSON.stringify(found);
 """
@@ -42,8 +46,8 @@ document.documentElement.dataset.found = JSON.stringify(found);
 def make_page() -> str:
     """Two runs of forty steps, and five samples: two fixed, one broken, one right and one wrong both times."""
     rng = random.Random(0)
-    runs = [(name, [{"step": i, "loss": 9.0 - i / 10 + rng.random(), "logps/positive": -20 + i / 9,
-                     "logps/negative": -20.0 - i / 5, "weights/mean": 0.9 ** i, "learning_rate": 1e-4 * (40 - i),
+    runs = [(name, [{"step": 50 * i, "loss": 9.0 - i / 10 + rng.random(), "logps/positive": -20 + i / 9,
+                     "logps/negative": -20.0 - i / 5, "weights/mean": 0.9 ** i, "learning_rate": 2.5e-5 * (40 - i),
                      "peak_memory_gb": 1.5} for i in range(1, 41)]) for name in ("dft", "sft")]  # fmt: skip
     drawn = [*charts.of_training(runs), charts.histogram("log_u", "log_u", "examples", "log_u, nats", [
         (0, "dft", [rng.gauss(-2, 1) for _ in range(200)]), (1, "sft", [0.0, 1.0])])]  # fmt: skip
@@ -56,9 +60,9 @@ def make_page() -> str:
     table = {"header": ["", "base", "after", "difference"], "caption": "5 rows",
              "rows": [["accuracy of greedy answers", "25.5 ± 2.0%", "83.0 ± 3.8%", "+57.5 ± 4.0 points"]]}  # fmt: skip
     facts = {"base": "someone/tiny", "steps": 40}
-    return render(title="a run", subtitle="dft", refresh=None, finished=True, progress="step 40", warnings=["Mind."],
-                  evaluation=table, benchmarks=table, training=facts, runs=["dft", "sft"], charts=drawn, hints=HINTS,
-                  negatives=facts, answers=[{"prompt": "2+2?", "steps": [(3, "5")]}],
+    return render(title="a run", subtitle="dft", live=None, refresh=1, finished=True, progress="step 40",
+                  warnings=["Mind."], evaluation=table, benchmarks=table, training=facts, runs=["dft", "sft"],
+                  charts=drawn, hints=HINTS, negatives=facts, answers=[{"prompt": "2+2?", "steps": [(3, "5")]}],
                   recipe="a: 1", glossary=GLOSSARY, version="0", **shown)  # fmt: skip
 
 
@@ -68,18 +72,45 @@ def test_charts_are_drawn_and_switches_switch(tmp_path, width):
     page.write_text(make_page().replace("</body>", f"<script>{PROBE}</script></body>"), encoding="utf-8")
     dump = browse(page, tmp_path, width)
     assert "CONSOLE" not in dump.stderr, dump.stderr
-    found = json.loads(re.search(r"data-found=\"(.*?)\"", dump.stdout).group(1).replace("&quot;", '"'))
+    found = found_by(dump)
     assert found["all"] == 5
     assert found["filters"] == {"": 5, "right": 3, "wrong": 2, "changed": 3, "fixed": 2, "broken": 1}
     assert (found["both"], found["one"]) == (2, 1)
     assert len(found["marks"]) == 6 and min(found["marks"]) > 0 and found["inside"]
-    assert found["overflow"] <= 0
+    assert found["overflow"] <= 0 and found["cut"] == []
 
 
-def browse(page: Path, folder: Path, width: int) -> subprocess.CompletedProcess:
+RELOADED = """
+if (performance.getEntriesByType("navigation")[0].type === "reload") {
+  const open = [...document.querySelectorAll("details[open] > summary")].map((one) => one.textContent);
+  const off = [...document.querySelectorAll("#runs input:not(:checked)")].map((box) => box.value);
+  document.documentElement.dataset.found = JSON.stringify({open, off, hidden: document.body.className});
+} else {
+  document.querySelectorAll("details")[0].open = true;
+  document.querySelectorAll("#runs input")[1].click();
+  setTimeout(() => location.reload(), 100);
+}
+"""
+
+
+def test_what_is_open_stays_open_when_the_page_is_reloaded(tmp_path):
+    """As the page of a running training reloads itself every few seconds."""
+    page = tmp_path / "report.html"
+    page.write_text(make_page().replace("</body>", f"<script>{RELOADED}</script></body>"), encoding="utf-8")
+    dump = browse(page, tmp_path, 1200, "--virtual-time-budget=1500")
+    assert "CONSOLE" not in dump.stderr, dump.stderr
+    assert found_by(dump) == {"open": ["2+2?"], "off": ["1"], "hidden": "off1"}
+
+
+def found_by(dump: subprocess.CompletedProcess) -> dict:
+    """What the script in the page found."""
+    return json.loads(re.search(r"data-found=\"(.*?)\"", dump.stdout).group(1).replace("&quot;", '"'))
+
+
+def browse(page: Path, folder: Path, width: int, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom",
-         f"--window-size={width},900", page.as_uri()],
+         f"--window-size={width},900", *flags, page.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 

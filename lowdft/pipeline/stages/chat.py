@@ -124,7 +124,8 @@ class Chat:
         ids = self._ids([*messages, {"role": "user", "content": text}])
         if self.context and len(ids) >= self.context:
             raise UserError(
-                f"this conversation has {len(ids)} tokens, but the model's context is {self.context}; type /clear"
+                f"the conversation with {name} has {len(ids)} tokens, but the model's context is {self.context}; "
+                "type /clear"
             )
         print(f"{name}: " if len(self.conversations) > 1 else "", end="", flush=True)
         with reference_on(self.model) if name == "base" else contextlib.nullcontext():

@@ -67,7 +67,7 @@ def show(run: Run, folder: Path, card: str, results: str | None, push: str | Non
     made = {"README.md": card, **({RESULTS: results} if results else {})}
     files = [file for file in files if file.name not in made]
     files += [hub.Upload(name, text.encode()) for name, text in made.items()]
-    say(f"{push or 'with --push NAME'} would get:\n{hub.listing(files)}")
+    say(f"--push {push or 'NAME'} would upload:\n{hub.listing(files)}")
     if left:
         say(f"not uploaded: {', '.join(left)}")
     for line in (line for file in files for line in file.leaks()):

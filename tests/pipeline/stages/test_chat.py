@@ -69,6 +69,7 @@ def test_a_seed_gives_the_same_answer_again(tmp_path, tiny_folder, monkeypatch):
     ("/set top_p=much", "/set top_p=much: wanted a number"),
     ("/set top_p=2", "top_p in (0, 1]"),
     ("/save", "/save needs a file name"),
+    ("a" * 600, "the conversation with tuned has 6"),
     ("a" * 600, "the model's context is 512; type /clear"),
 ])  # fmt: skip
 def test_a_mistake_ends_nothing(tmp_path, tiny_folder, monkeypatch, capsys, line, words):

@@ -218,6 +218,7 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path, tiny_folder, push
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
     export.main(run, push="me/tiny-dft", dry_run=True)
     out = said()
+    assert "--push me/tiny-dft would upload:" in out
     assert pushed == [] and before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
     assert "adapter_model.safetensors" in out and "## Loading" in out and "not uploaded: training_args.bin" in out
     assert "missing: the licence" in out and "missing: an evaluation" in out and "missing: benchmarks" in out

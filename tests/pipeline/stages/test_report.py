@@ -150,8 +150,11 @@ def test_other_runs_are_drawn_beside(tmp_path, tiny_folder):
     assert 'value="1" checked> second &lt;run&gt;</label>' in page
     loss = page.split('id="chart-loss"')[1].split("</figure>")[0]
     assert loss.count("<g data-run=") == 2 and "second &lt;run&gt;, step 9: 1.5 nats" in loss
-    with pytest.raises(UserError, match="has no logged steps yet"):
+    with pytest.raises(UserError, match="nothing: there is no such folder; wanted a run folder"):
         report.main(run, beside=[str(tmp_path / "nothing")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no logged steps yet"):
+        report.main(run, beside=[str(tmp_path / "empty")])
 
 
 def test_benchmarks_are_shown_beside_the_evaluation(tmp_path, tiny_folder):
@@ -168,8 +171,12 @@ def test_benchmarks_are_shown_beside_the_evaluation(tmp_path, tiny_folder):
 def test_the_page_of_a_running_training_reloads_itself(tmp_path, tiny_folder):
     run = make_run(tmp_path, tiny_folder, training_done=False)
     write_metrics(run)
-    run_page.write(run, running=True)
-    assert '<meta http-equiv="refresh" content="15">' in text_of(run) and "up to step 8 and reloads" in text_of(run)
+    run_page.write(run, live="training is running, step 8 of 20")
+    assert '<meta http-equiv="refresh" content="15">' in text_of(run)
+    [live] = re.findall('<p class="live">(.*)</p>', text_of(run))
+    when, _, rest = live.partition(": training")
+    assert re.fullmatch(r"As of 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", when)
+    assert rest == " is running, step 8 of 20. This page reloads itself every 15 s."
 
 
 def test_sft_without_an_evaluation(tmp_path, tiny_folder):

@@ -118,7 +118,8 @@ class DFTConfig(TrainingArguments):
         )
         _require(self.layout in (None, "packed", "padded"), "layout", self.layout, "packed or padded")
         unknown = set(self.objective_args) - (set(chosen.defaults) - {"tau", "gamma"})
-        _require(not unknown, "objective_args", sorted(unknown), f"hyper-parameters of {self.objective}")
+        wanted = f"hyper-parameters of {self.objective} (tau and gamma are training.tau and training.gamma)"
+        _require(not unknown, "objective_args", sorted(unknown), wanted)
         chosen.try_out(self.hyperparameters())
         if chosen.uses_any_reference and self.reference == "online":
             wanted = "training or sampling with reference: online (proposal is scored before training)"

@@ -138,6 +138,7 @@ def test_held_out_rows_must_bring_what_training_rows_bring(settings, tmp_path):
         ("dpo", {"beta": "5e-5"}, "dpo cannot be computed with"),
         ("ift", {"decay": "high"}, "ift cannot be computed with"),
         ("simpo", {"bta": 1.0}, "hyper-parameters of simpo"),
+        ("dft", {"gamma": 0.9}, "gamma are training.tau and training.gamma"),
     ],
 )
 def test_bad_hyperparameters_are_refused(name, values, words, tmp_path):

@@ -52,8 +52,9 @@ def main(
         say(f"warning: {folder}: {line}; --push would stop here")
     say(f"{folder}: ready to publish, with README.md")
     if not push:
-        if run.recipe.export.push:
-            say(f"nothing was uploaded; to upload it: lowdft export {run.folder} --push {run.recipe.export.push}")
+        name = run.recipe.export.push or "NAME"
+        say(f"nothing was uploaded; to upload it: lowdft export {run.folder} --push {name}")
+        say(f"to talk to it: lowdft chat {run.folder}")
         return
     say(f"uploading to {push}:\n{hub.listing(files)}")
     if left:

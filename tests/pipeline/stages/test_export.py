@@ -200,7 +200,9 @@ def test_nothing_leaves_without_a_name_on_the_command_line(tmp_path, tiny_folder
     run = cleaned(make_run(tmp_path, tiny_folder))
     run.recipe.export.push = "me/from-recipe"
     export.main(run)
-    assert pushed == [] and f"lowdft export {run.folder} --push me/from-recipe" in said()
+    told = said()
+    assert pushed == [] and f"lowdft export {run.folder} --push me/from-recipe" in told
+    assert f"lowdft chat {run.folder}" in told
     (run.training.path / ".env").write_text("KEY=1")
     (run.training.path / "notes.md").write_text("mine")
     export.main(run, push="me/tiny-dft")

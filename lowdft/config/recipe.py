@@ -233,7 +233,7 @@ def training_config(recipe: Recipe):
                 f"training.{key} is not known.{did_you_mean(key, known)} See DFTConfig and "
                 "transformers' TrainingArguments."
             )
-        check_type(f"training.{key}", value, str(known[key].type))
+        check_type(f"training.{key}", value, known[key].type)
     if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
             f"training.{uploads[0]} is not allowed: nothing is uploaded during training. Remove it. Afterwards, "
@@ -258,7 +258,8 @@ def training_config(recipe: Recipe):
     try:
         return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)
     except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        named = "training" in str(error) or "objective" in str(error)
+        raise UserError(str(error) if named else f"training: {error}") from error
 
 
 def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -> None:

@@ -69,11 +69,12 @@ def _check_data_section(data: DataSection, path: str) -> None:
         raise UserError(f"{path}: data.labels is {labels!r}; wanted auto, or a list of two or more different texts")
 
 
-def check_type(key: str, value: object, annotation: str) -> None:
-    """Raises UserError for a string where `TrainingArguments` needs a number or a boolean: it would fail much later."""
-    simple = {part.strip() for part in annotation.split("|")}
+def check_type(key: str, value: object, annotation: object) -> None:
+    """Raises UserError for a value where `TrainingArguments` needs another type: it would fail much later."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    simple = {part.strip() for part in text.split("|")}
     wanted = simple & {"int", "float", "bool"}
     if wanted and not simple - {"int", "float", "bool", "None"} and value is not None:
-        fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
-        if not fits:
+        kind = bool if wanted == {"bool"} else int if wanted == {"int"} else int | float
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")

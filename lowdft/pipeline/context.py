@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from lowdft import models, objectives
 from lowdft.config import requirements
+from lowdft.config.loop import check_best_model, check_loop
 from lowdft.config.recipe import Recipe, save_recipe, training_config
 from lowdft.config.requirements import RowFacts
 from lowdft.data import Example
@@ -61,6 +62,9 @@ class Run:
         for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
             if product.manifest.is_file():
                 product.is_done()
+        if not self.training.is_done():  # a trained model may go to a machine without the optimizer's packages
+            check_best_model(self.args)
+            check_loop(self.args)
         self._check_templates()
         if collectives.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")

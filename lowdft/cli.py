@@ -214,7 +214,7 @@ def _walk(run, stages: tuple[str, ...], arguments: argparse.Namespace) -> None:
     from lowdft.distributed import collectives
     from lowdft.models.base import release_memory, whole_weights
 
-    run.check()
+    run.check(evaluates="evaluate" in stages)
     for stage in stages:
         if stage not in ON_ALL_RANKS and collectives.rank() > 0:
             return  # nothing after it needs more than one

@@ -31,7 +31,7 @@ from lowdft.errors import InvalidRows, UserError
 from lowdft.evaluation import answers
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.pipeline import identity
-from lowdft.pipeline.artifact import Product
+from lowdft.pipeline.artifact import Product, require_matching
 
 __all__ = ["SPLITS", "Run", "say"]
 say = logging.getLogger("lowdft").info  # one line for people, which the command line prints on the first rank
@@ -55,13 +55,18 @@ class Run:
         self.args = training_config(recipe)
         self.objective = objectives.get(self.args.objective)
 
-    def check(self) -> None:
-        """Makes all checks that need no model, also of the run folder, and writes the resolved recipe into it."""
+    def check(self, evaluates: bool = False) -> None:
+        """Makes all checks that need no model, also of the run folder, and writes the resolved recipe into it.
+
+        Args:
+            evaluates: the command will also evaluate.
+        """
         for note in self._requirements():
             warnings.warn(note, stacklevel=2)
-        for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
-            if product.manifest.is_file():
-                product.is_done()
+        products = [self.negatives("train"), self.negatives("heldout"), self.reference, self.training]
+        if evaluates and self.examples("heldout"):
+            products += [self.base_evaluation, self.evaluation]
+        require_matching(products)
         if not self.training.is_done():  # a trained model may go to a machine without the optimizer's packages
             check_best_model(self.args)
             check_loop(self.args)

@@ -120,6 +120,7 @@ def _as_a_rank() -> None:
 
 def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Checks the recipe once, then runs the same command on several processes."""
+    _quiet()
     from lowdft.config.recipe import load_recipe, training_config
     from lowdft.distributed import launch
 
@@ -235,6 +236,11 @@ class Lines(logging.Handler):
             print(printable(self.format(record)), flush=True)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what DeepSpeed says at every start on a CPU, whether it is used or not."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
 def _quiet() -> None:
     """Turns off progress bars and notices of other libraries, so that the terminal shows only lowdft's output."""
     log = logging.getLogger("lowdft")
@@ -242,6 +248,7 @@ def _quiet() -> None:
     log.handlers, log.propagate = [Lines()], False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lowdft.config.hints import where
 from lowdft.config.sections import (
     AdapterSection,
     DataSection,
@@ -229,10 +230,7 @@ def training_config(recipe: Recipe):
     known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
     for key, value in recipe.training.items():
         if key not in known:
-            raise UserError(
-                f"training.{key} is not known.{did_you_mean(key, known)} See DFTConfig and "
-                "transformers' TrainingArguments."
-            )
+            raise UserError(f"training.{key} is not known.{where(key, known)}")
         check_type(f"training.{key}", value, known[key].type)
     if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
@@ -276,7 +274,7 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
     }
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{path}: {prefix}{key} is not a recipe key.{did_you_mean(str(key), known)}")
+            raise UserError(f"{path}: {prefix}{key} is not a recipe key.{where(str(key), known)}")
         if section is Recipe and key in sections:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")

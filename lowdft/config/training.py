@@ -148,7 +148,7 @@ class DFTConfig(TrainingArguments):
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
         for name, supported in UNSUPPORTED.items():
             found = getattr(self, name)
-            wanted = f"{supported[0]}: lowdft does not support it"
+            wanted = f"{supported[0]}: lowdft does not support it; docs/from-trl.md says why, and what to use instead"
             _require(found is None or found in supported, name, found, wanted)
         _require(
             self.gradient_checkpointing or not self.offload_checkpoints,

@@ -70,9 +70,18 @@ class Run:
         if not self.training.is_done():  # a trained model may go to a machine without the optimizer's packages
             check_best_model(self.args)
             check_loop(self.args)
+            self._check_adapter()
         self._check_templates()
         if collectives.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")
+
+    def _check_adapter(self) -> None:
+        """Adds an adapter on chosen modules to a model without weights: their names are wrong for some models."""
+        section, base = self.recipe.adapter, self.recipe.model
+        chosen = section and (section.options or section.target_modules != "all-linear")
+        if chosen and not self.args.reference_adapter and section.type != "shira":  # SHiRA's masks need the weights
+            config = models.configuration(self.source, base)
+            models.try_adapter(models.adapter_config(section), config, base.trust_remote_code)
 
     def _check_templates(self) -> None:
         """Tokenizes every row now, so that rows that the chat template refuses are reported before any long work."""

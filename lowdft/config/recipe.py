@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lowdft.config.hints import where
 from lowdft.config.sections import (
@@ -44,6 +45,9 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
         UserError: names the recipe's key, what was found and what was wanted.
     """
     given = _given(path, overrides)
+    for section in ("model", "data", "negatives", "training", "evaluation", "export"):
+        if given.get(section) is None:  # all of its keys are commented out
+            given.pop(section, None)
     _gather_adapter_options(given)
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
@@ -63,7 +67,8 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
 
 def _worded(error: OmegaConfBaseException, given) -> str:
     """OmegaConf's error about a value, with the nearest allowed value."""
-    key, value = error.full_key, OmegaConf.select(given, error.full_key or "")
+    key = error.full_key
+    value = OmegaConf.select(given, key or "", throw_on_resolution_failure=False)
     section, _, field = key.rpartition(".")
     owner = typing.get_type_hints(Recipe).get(section)
     hint = typing.get_type_hints(owner).get(field) if dataclasses.is_dataclass(owner) else None
@@ -86,9 +91,10 @@ def _gather_adapter_options(given) -> None:
 def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
     """The output_dir of a recipe or a study, without checking anything else."""
     try:
-        return _given(path, overrides).get("output_dir")
+        found = _given(path, overrides).get("output_dir")
     except OmegaConfBaseException:  # `load_recipe` will report it
         return None
+    return found if isinstance(found, str) else None
 
 
 def _given(path: str | Path, overrides: list[str]):
@@ -96,11 +102,17 @@ def _given(path: str | Path, overrides: list[str]):
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
     given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(find_recipe(path))
-    over = OmegaConf.from_dotlist(list(overrides))
-    own, other = OmegaConf.select(given, "training.objective"), OmegaConf.select(over, "training.objective")
-    if other is not None and other != own and OmegaConf.select(given, "training.objective_args") is not None:
-        del given.training.objective_args  # they belong to the objective that is replaced
-    return OmegaConf.merge(given, over)
+    try:
+        over = OmegaConf.from_dotlist(list(overrides))
+        own, other = OmegaConf.select(given, "training.objective"), OmegaConf.select(over, "training.objective")
+        if other is not None and other != own and OmegaConf.select(given, "training.objective_args") is not None:
+            del given.training.objective_args  # they belong to the objective that is replaced
+        return OmegaConf.merge(given, over)
+    except YAMLError as error:
+        reason = f"a value is not YAML ({str(error).splitlines()[0]}); put it in quotes"
+    except (OmegaConfBaseException, TypeError) as error:
+        reason = f"one of them has another form than the recipe's key ({str(error).splitlines()[0]})"
+    raise UserError(f"overrides {' '.join(overrides)}: {reason}")
 
 
 def computes_bfloat16() -> bool:
@@ -227,11 +239,12 @@ def training_config(recipe: Recipe):
 
     if recipe.adapter:
         adapter_config(recipe.adapter, recipe.model.holds_4bit)
-    known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
+    known = [field.name for field in dataclasses.fields(DFTConfig) if field.init]
+    hints = typing.get_type_hints(DFTConfig)
     for key, value in recipe.training.items():
         if key not in known:
             raise UserError(f"training.{key} is not known.{where(key, known)}")
-        check_type(f"training.{key}", value, known[key].type)
+        check_type(f"training.{key}", _whole(value), hints[key])
     if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
             f"training.{uploads[0]} is not allowed: nothing is uploaded during training. Remove it. Afterwards, "
@@ -252,12 +265,17 @@ def training_config(recipe: Recipe):
 
             without_compiled_communication()
         settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else DeepSpeed converts weights to float32
-    settings |= recipe.training
+    settings |= {key: _whole(value) for key, value in recipe.training.items()}
     try:
         return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)
     except (ValueError, TypeError) as error:
         named = "training" in str(error) or "objective" in str(error)
         raise UserError(str(error) if named else f"training: {error}") from error
+
+
+def _whole(value: object) -> object:
+    """1e3, which YAML reads as a fractional number, as a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import typing
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lowdft.config.values import check_type
 from lowdft.errors import UserError
 
 PEFT_FAILS = (ValueError, TypeError, AttributeError, KeyError, IndexError)  # on fields that do not suit the model
@@ -21,35 +21,7 @@ def check_types(kind: type[PeftConfig], given: Mapping[str, object]) -> None:
     """Raises UserError for a field whose value has another type than peft says: it would fail, or pass for true."""
     wanted = typing.get_type_hints(kind)
     for name, value in given.items():
-        if not _fits(value, wanted[name]):
-            raise UserError(f"adapter.{name} is {value!r}; wanted {_in_words(wanted[name])}")
-
-
-def _fits(value: object, hint: object) -> bool:
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is typing.Literal:
-        open_ended = [part.partition("[")[0] for part in parts if "[" in str(part)]  # pissa_niter_[number of iters]
-        return value in parts or str(value).startswith(tuple(open_ended))
-    if origin in (list, tuple, set):
-        return isinstance(value, list) and (len(parts) != 1 or all(_fits(one, parts[0]) for one in value))
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (str, bool, list, dict, type(None)) else True
-
-
-def _in_words(hint: object) -> str:
-    if hint is type(None):
-        return "null"
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(str, parts))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(map(_in_words, parts))
-    return getattr(hint, "__name__", str(hint))
+        check_type(f"adapter.{name}", value, wanted[name])
 
 
 def new_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:

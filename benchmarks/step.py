@@ -38,7 +38,7 @@ import time
 import torch
 from rates import linear_shapes, product_rate, useful_flop
 
-from lowdft.config.recipe import computes_bfloat16
+from lowdft.config.machine import computes_bfloat16
 
 TRAINERS = ("dft", "dft2", "padded dft", "dft B=1", "trl dpo")
 MORE = ("sft", "listwise")

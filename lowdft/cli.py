@@ -131,6 +131,7 @@ def _leave_group() -> None:
 
 def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Checks the recipe once, then runs the same command on several processes."""
+    _quiet()
     from lowdft.config.recipe import load_recipe, training_config
     from lowdft.distributed import launch
 
@@ -226,7 +227,7 @@ def _walk(run, stages: tuple[str, ...], arguments: argparse.Namespace) -> None:
     from lowdft.distributed import collectives
     from lowdft.models.base import release_memory, whole_weights
 
-    run.check()
+    run.check(evaluates="evaluate" in stages)
     for stage in stages:
         if stage not in ON_ALL_RANKS and collectives.rank() > 0:
             return  # nothing after it needs more than one
@@ -247,6 +248,11 @@ class Lines(logging.Handler):
             print(printable(self.format(record)), flush=True)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what DeepSpeed says at every start on a CPU, whether it is used or not."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
 def _quiet() -> None:
     """Turns off progress bars and notices of other libraries, so that the terminal shows only lowdft's output."""
     log = logging.getLogger("lowdft")
@@ -254,6 +260,7 @@ def _quiet() -> None:
     log.handlers, log.propagate = [Lines()], False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -240,7 +240,7 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors 
     with locked(one.output_dir):
         run = Run(one)
         run.trust_checkpoint = doors.trust_checkpoint
-        run.check()
+        run.check(evaluates=True)
         for product in (run.negatives("train"), run.negatives("heldout"), run.reference, run.base_evaluation):
             borrow(product, study_folder)
         for stage in STAGES:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from lowdft import DFTConfig, DFTTrainer
-from lowdft.config.recipe import computes_bfloat16
+from lowdft.config.machine import computes_bfloat16
 from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Recipe
 from lowdft.models import add_adapter
 from lowdft.pipeline.artifact import Product

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from lowdft.config.hints import where
+from lowdft.config.machine import computes_bfloat16, has_flash_attention
 from lowdft.config.sections import (
     AdapterSection,
     DataSection,
@@ -44,6 +47,9 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
         UserError: names the recipe's key, what was found and what was wanted.
     """
     given = _given(path, overrides)
+    for section in ("model", "data", "negatives", "training", "evaluation", "export"):
+        if given.get(section) is None:  # all of its keys are commented out
+            given.pop(section, None)
     _gather_adapter_options(given)
     _refuse_unknown_keys(OmegaConf.to_container(given), Recipe, str(path), "")
     schema = OmegaConf.structured(Recipe)
@@ -63,7 +69,8 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
 
 def _worded(error: OmegaConfBaseException, given) -> str:
     """OmegaConf's error about a value, with the nearest allowed value."""
-    key, value = error.full_key, OmegaConf.select(given, error.full_key or "")
+    key = error.full_key
+    value = OmegaConf.select(given, key or "", throw_on_resolution_failure=False)
     section, _, field = key.rpartition(".")
     owner = typing.get_type_hints(Recipe).get(section)
     hint = typing.get_type_hints(owner).get(field) if dataclasses.is_dataclass(owner) else None
@@ -86,9 +93,10 @@ def _gather_adapter_options(given) -> None:
 def output_dir_of(path: str | Path, overrides: list[str] = ()) -> str | None:
     """The output_dir of a recipe or a study, without checking anything else."""
     try:
-        return _given(path, overrides).get("output_dir")
+        found = _given(path, overrides).get("output_dir")
     except OmegaConfBaseException:  # `load_recipe` will report it
         return None
+    return found if isinstance(found, str) else None
 
 
 def _given(path: str | Path, overrides: list[str]):
@@ -96,35 +104,17 @@ def _given(path: str | Path, overrides: list[str]):
     if bad:
         raise UserError(f"override {bad[0]!r}: wanted section.key=value, for example training.learning_rate=1e-4")
     given = _of_run_folder(Path(path)) if Path(path).is_dir() else _read(find_recipe(path))
-    over = OmegaConf.from_dotlist(list(overrides))
-    own, other = OmegaConf.select(given, "training.objective"), OmegaConf.select(over, "training.objective")
-    if other is not None and other != own and OmegaConf.select(given, "training.objective_args") is not None:
-        del given.training.objective_args  # they belong to the objective that is replaced
-    return OmegaConf.merge(given, over)
-
-
-def computes_bfloat16() -> bool:
-    """Whether this machine has bfloat16 instructions. A CPU without them emulates bfloat16, ten times slower."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def has_flash_attention() -> bool:
-    """Whether there is a GPU with flash-attn installed.
-
-    Without flash-attn, transformers' continuous batching computes attention over the keys of all samples with one mask.
-    On CPUs padded batches are 1.7 to 4.3 times as fast (SmolLM2-135M in bfloat16, 16 to 96 samples).
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    from transformers.utils import is_flash_attn_2_available
-
-    return is_flash_attn_2_available()
+    try:
+        over = OmegaConf.from_dotlist(list(overrides))
+        own, other = OmegaConf.select(given, "training.objective"), OmegaConf.select(over, "training.objective")
+        if other is not None and other != own and OmegaConf.select(given, "training.objective_args") is not None:
+            del given.training.objective_args  # they belong to the objective that is replaced
+        return OmegaConf.merge(given, over)
+    except YAMLError as error:
+        reason = f"a value is not YAML ({str(error).splitlines()[0]}); put it in quotes"
+    except (OmegaConfBaseException, TypeError) as error:
+        reason = f"one of them has another form than the recipe's key ({str(error).splitlines()[0]})"
+    raise UserError(f"overrides {' '.join(overrides)}: {reason}")
 
 
 def _of_run_folder(folder: Path):
@@ -230,14 +220,12 @@ def training_config(recipe: Recipe):
 
     if recipe.adapter:
         adapter_config(recipe.adapter, recipe.model.holds_4bit)
-    known = {f.name: f for f in dataclasses.fields(DFTConfig) if f.init}
+    known = [field.name for field in dataclasses.fields(DFTConfig) if field.init]
+    hints = typing.get_type_hints(DFTConfig)
     for key, value in recipe.training.items():
         if key not in known:
-            raise UserError(
-                f"training.{key} is not known.{did_you_mean(key, known)} See DFTConfig and "
-                "transformers' TrainingArguments."
-            )
-        check_type(f"training.{key}", value, str(known[key].type))
+            raise UserError(f"training.{key} is not known.{where(key, known)}")
+        check_type(f"training.{key}", _whole(value), hints[key])
     if uploads := [key for key in recipe.training if key.startswith(UPLOADS)]:
         raise UserError(
             f"training.{uploads[0]} is not allowed: nothing is uploaded during training. Remove it. Afterwards, "
@@ -260,11 +248,17 @@ def training_config(recipe: Recipe):
 
             without_compiled_communication()
         settings["bf16"] = deepspeed and recipe.model.dtype == "bfloat16"  # else DeepSpeed converts weights to float32
-    settings |= recipe.training
+    settings |= {key: _whole(value) for key, value in recipe.training.items()}
     try:
         return DFTConfig(output_dir=str(Path(recipe.output_dir) / "checkpoints"), **settings)
     except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        named = "training" in str(error) or "objective" in str(error)
+        raise UserError(str(error) if named else f"training: {error}") from error
+
+
+def _whole(value: object) -> object:
+    """1e3, which YAML reads as a fractional number, as a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -> None:
@@ -281,7 +275,7 @@ def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -
     }
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{path}: {prefix}{key} is not a recipe key.{did_you_mean(str(key), known)}")
+            raise UserError(f"{path}: {prefix}{key} is not a recipe key.{where(str(key), known)}")
         if section is Recipe and key in sections:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{path}: {key} is {value!r}; wanted a section with keys")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from lowdft.config.sections import NegativesSection
 from lowdft.config.training import DFTConfig
@@ -19,7 +18,6 @@ from lowdft.data.examples import Examples
 from lowdft.errors import UserError
 from lowdft.models.reference import rows_with_reference
 from lowdft.objectives import Objective
-from lowdft.text import did_you_mean
 
 
 @dataclass
@@ -241,17 +239,6 @@ def check_adapter(args: DFTConfig, objective: Objective, has_adapter: bool, all_
         )
     if args.freeze_half:
         raise UserError("training.freeze_half freezes half of an adapter's modules, but there is no adapter; remove it")
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker of `training.report_to` that does not exist or is not installed."""
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            hint = did_you_mean(name, ("none", "tensorboard", "trackio", "wandb", *INTEGRATION_TO_CALLBACK))
-            raise UserError(f"training.report_to: {name!r} is not a tracker.{hint}")
-        if name not in (*get_available_reporting_integrations(), "flyte"):  # transformers cannot tell for flyte
-            package = "'lowdft[track]'" if name in ("tensorboard", "trackio") else name.replace("_", "-")
-            raise UserError(f"training.report_to: {name} is not installed. Run: pip install {package}")
 
 
 def negatives_used(args: DFTConfig, n: int) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from lowdft import objectives
+from lowdft.text import did_you_mean
 
 REFERENCES = ("precomputed", "online")
 UNSUPPORTED = {  # fields of transformers that only its own training step uses, and the values that are allowed
@@ -32,6 +35,16 @@ COUNTS = (  # 1 or more
     "negatives_per_step",
     "tokens_per_pass",
 )
+NAMES = {  # the allowed values of fields of transformers
+    "eval_strategy": [strategy.value for strategy in IntervalStrategy],
+    "logging_strategy": [strategy.value for strategy in IntervalStrategy],
+    "save_strategy": [strategy.value for strategy in SaveStrategy],
+    "lr_scheduler_type": [schedule.value for schedule in SchedulerType],
+    "optim": [optimizer.value for optimizer in OptimizerNames],
+    "log_level": list(trainer_log_levels),
+    "log_level_replica": list(trainer_log_levels),
+}
+AMOUNTS = ("learning_rate", "weight_decay", "num_train_epochs", "save_steps", "logging_steps", "warmup_steps")
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
 
@@ -106,6 +119,7 @@ class DFTConfig(TrainingArguments):
         _require(self.tau is None or self.tau > 0, "tau", self.tau, "a number above 0")
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
         self._check_numbers()
+        self._check_names()
         _require(self.reference in REFERENCES, "reference", self.reference, " or ".join(REFERENCES))
         kind, _, path = self.reference_model.partition(":")
         known = self.reference_model == "base" or (kind == "adapter" and path)
@@ -136,7 +150,7 @@ class DFTConfig(TrainingArguments):
             _require(batch > 1, "per_device_train_batch_size", batch, f"2 or more for {chosen.name}")
         for name, supported in UNSUPPORTED.items():
             found = getattr(self, name)
-            wanted = f"{supported[0]}: lowdft does not support it"
+            wanted = f"{supported[0]}: lowdft does not support it; docs/from-trl.md says why, and what to use instead"
             _require(found is None or found in supported, name, found, wanted)
         _require(
             self.gradient_checkpointing or not self.offload_checkpoints,
@@ -155,15 +169,40 @@ class DFTConfig(TrainingArguments):
         _require(longest is None or longest >= 1, "max_prompt_length", longest, "1 or more, or null for no limit")
         _require(chunk is None or chunk >= 1, "logits_chunk_size", chunk, "1 or more, or null")
         _require(_is_amount(self.max_grad_norm), "max_grad_norm", self.max_grad_norm, "a number; 0 for no clipping")
-        for name in ("learning_rate", "weight_decay"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "num_train_epochs",
+            "save_steps",
+            "logging_steps",
+            "warmup_steps",
+        ):
             _require(_is_amount(getattr(self, name)), name, getattr(self, name), "a number of 0 or more")
         start = self.log_u_init
         _require(isinstance(start, str) or math.isfinite(start), "log_u_init", start, "a finite number or first_batch")
         some = self.max_steps > 0 or self.num_train_epochs > 0
         _require(some, "num_train_epochs", self.num_train_epochs, "more than 0, or max_steps above 0")
+        workers = self.dataloader_num_workers
+        _require(workers >= 0, "dataloader_num_workers", workers, "0 or more")
         for name in ("seed", "data_seed"):
             seed = getattr(self, name)
             _require(seed is None or 0 <= seed < 2**32, name, seed, "a whole number from 0 to 4294967295")
+
+    def _check_names(self) -> None:
+        for name, known in NAMES.items():
+            found = getattr(self.__dict__[name], "value", self.__dict__[name])
+            if found is False and "no" in known:  # YAML reads a bare no as false
+                found = "no"
+                setattr(self, name, found)
+            if found not in known:
+                raise ValueError(f"training.{name} is {found!r}.{did_you_mean(str(found), known)}")
+        evaluations, checkpoints = self.eval_strategy, self.save_strategy
+        if self.load_best_model_at_end and checkpoints not in (evaluations, "best"):
+            raise ValueError(
+                f"training.load_best_model_at_end needs an evaluation for every checkpoint, but eval_strategy is "
+                f"{getattr(evaluations, 'value', evaluations)} and save_strategy is "
+                f"{getattr(checkpoints, 'value', checkpoints)}; set both to steps or both to epoch"
+            )
 
     @property
     def reference_adapter(self) -> str | None:

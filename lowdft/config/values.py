@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+import typing
+
 from lowdft.config.sections import DataSection, Recipe
 from lowdft.errors import UserError
 
@@ -69,11 +72,38 @@ def _check_data_section(data: DataSection, path: str) -> None:
         raise UserError(f"{path}: data.labels is {labels!r}; wanted auto, or a list of two or more different texts")
 
 
-def check_type(key: str, value: object, annotation: str) -> None:
-    """Raises UserError for a string where `TrainingArguments` needs a number or a boolean: it would fail much later."""
-    simple = {part.strip() for part in annotation.split("|")}
-    wanted = simple & {"int", "float", "bool"}
-    if wanted and not simple - {"int", "float", "bool", "None"} and value is not None:
-        fits = isinstance(value, bool) if wanted == {"bool"} else isinstance(value, int | float)
-        if not fits:
-            raise UserError(f"{key} is {value!r}; wanted {' or '.join(sorted(wanted))}")
+def check_type(key: str, value: object, hint: object) -> None:
+    """Raises UserError for a value of another type than a library says: it would fail later, or pass for true.
+
+    Args:
+        hint: a type as annotations have it; of types that are not plain, every value is allowed.
+    """
+    if not _fits(value, hint):
+        raise UserError(f"{key} is {value!r}; wanted {_in_words(hint)}")
+
+
+def _fits(value: object, hint: object) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        open_ended = [part.partition("[")[0] for part in parts if "[" in str(part)]  # pissa_niter_[number of iters]
+        return value in parts or str(value).startswith(tuple(open_ended))
+    if origin in (list, tuple, set):
+        return isinstance(value, list) and (len(parts) != 1 or all(_fits(one, parts[0]) for one in value))
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool, list, dict, type(None)) else True
+
+
+def _in_words(hint: object) -> str:
+    if hint is type(None):
+        return "null"
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, parts))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, parts))
+    return getattr(hint, "__name__", str(hint))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowdft.errors import UserError
+
 LARGEST_CHUNK, CPU_LOGITS, GPU_LOGITS = 1024, 100e6, 320e6  # tokens; bytes of float32 logits
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # what configurations call it
 
@@ -32,11 +34,11 @@ class Head:
         """The head of a transformers causal language model.
 
         Raises:
-            ValueError: the head is not a plain linear layer (an adapter or quantization sits on it).
+            UserError: the head is not a plain linear layer (an adapter or quantization sits on it).
         """
         module, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
         if getattr(type(module), "forward", None) is not nn.Linear.forward:
-            raise ValueError(
+            raise UserError(
                 f"the output head is a {type(module).__name__}; lowdft computes log-probabilities from a plain linear "
                 "head. Leave lm_head out of the adapter's target_modules and out of the quantization."
             )

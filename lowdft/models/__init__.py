@@ -1,6 +1,7 @@
 """The base, its tokenizer and adapters, reference scores, and memory estimates."""
 
-from lowdft.models.adapters import add_adapter, load_adapter, make_policy, require_adapter
+from lowdft.models.adapter_fields import try_adapter
+from lowdft.models.adapters import adapter_config, add_adapter, load_adapter, make_policy, require_adapter
 from lowdft.models.base import (
     Source,
     configuration,
@@ -19,6 +20,7 @@ from lowdft.models.base import (
 
 __all__ = [
     "Source",
+    "adapter_config",
     "add_adapter",
     "configuration",
     "context_length",
@@ -34,5 +36,6 @@ __all__ = [
     "release_memory",
     "require_adapter",
     "set_up_cuda",
+    "try_adapter",
     "whole_weights",
 ]

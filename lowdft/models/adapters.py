@@ -21,7 +21,6 @@ from peft import (
     PeftModel,
     ShiraConfig,
     VeraConfig,
-    get_peft_model,
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,6 +32,7 @@ from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
 from lowdft.files import read_json
 from lowdft.logprobs import Group
+from lowdft.models.adapter_fields import check_types, new_adapter
 from lowdft.models.base import set_up_cuda
 from lowdft.models.sparse import GRADIENT, ROWS, gradient_mask
 from lowdft.text import did_you_mean
@@ -66,7 +66,7 @@ def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn
         check_config(config)
     if peft_config is not None:
         set_seed(args.seed)
-        model = get_peft_model(model, peft_config)
+        model = new_adapter(model, peft_config)
     if args.freeze_half:
         freeze_half(model, args.seed)
     return model
@@ -108,7 +108,7 @@ def add_adapter(base, section: AdapterSection, seed: int, rows: Sequence[Mapping
         some = [rows[i] for i in range(min(ROWS, len(rows)))]
         config.mask_fn = gradient_mask(base, [Group(r["prompt_ids"], [r["completion_ids"]]) for r in some], section.r)
     set_seed(seed)
-    return get_peft_model(base, config)
+    return new_adapter(base, config)
 
 
 def mask_type(section: AdapterSection) -> str | None:
@@ -142,8 +142,7 @@ def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig
     kind, short = TYPES[section.type]
     if in_4bit and section.type in DENSE:
         raise UserError(f"adapter.type: {section.type} needs dense weights; set model.load_in_4bit: false")
-    modules = section.target_modules
-    given = {"target_modules": modules if modules is None or isinstance(modules, str) else list(modules)}
+    given = {"target_modules": section.target_modules}
     given |= {name: getattr(section, ours) for ours, name in short.items()}
     if section.dropout and "dropout" not in short:
         raise UserError(f"adapter.dropout is {section.dropout}, but {section.type} has no dropout; remove the key")
@@ -154,14 +153,18 @@ def adapter_config(section: AdapterSection, in_4bit: bool = False) -> PeftConfig
             raise UserError(f"adapter.mask_type is {chosen_by!r}; wanted random or {GRADIENT}")
     known = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in NOT_OF_RECIPES]
     for key in options:
+        if key in NOT_OF_RECIPES:
+            raise UserError(f"adapter.{key} is set by lowdft; remove it")
         if key not in known:
             hint = did_you_mean(key, [*known, *short])
-            raise UserError(f"adapter.{key} is not a field of peft's {kind.__name__}.{hint}")
+            see = f"See docs/recipe-reference.md, and peft's documentation of {kind.__name__}"
+            raise UserError(f"adapter.{key} is not a field of peft's {kind.__name__}.{hint} {see}")
     if section.type == "ia3":
         given["feedforward_modules"] = []  # modules that scale their input; none unless the recipe names some
+    check_types(kind, given | options)
     try:
         config = kind(**given | options, task_type="CAUSAL_LM")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"adapter: {error}") from error
     check_config(config)
     if getattr(config, "bias", "none") != "none":

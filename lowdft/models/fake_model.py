@@ -7,12 +7,13 @@ import copy
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lowdft.config.sections import AdapterSection
+from lowdft.errors import UserError
+from lowdft.models.adapter_fields import new_adapter
 from lowdft.models.adapters import adapter_config
 
 
@@ -20,6 +21,8 @@ def fake_model(
     config: PreTrainedConfig, layers: int, dtype: torch.dtype, in_4bit: bool, adapter: AdapterSection | None
 ) -> nn.Module:
     """The model as it is trained, with fake weights; call it in a `FakeTensorMode`."""
+    if adapter is not None and adapter.type == "shira":
+        raise UserError("adapter.type: shira cannot be simulated, because its masks need weights; try lora for `plan`")
     config = copy.deepcopy(config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -34,7 +37,7 @@ def fake_model(
             _quantize(model, dtype)
         if adapter is not None:
             model.requires_grad_(False)
-            model = get_peft_model(model, adapter_config(adapter, in_4bit))
+            model = new_adapter(model, adapter_config(adapter, in_4bit))
     _materialize(model)
     return model.train()
 

@@ -118,8 +118,8 @@ class Objective:
         """Whether it needs `aligned_logps` of every row."""
         return "aligned" in self.needs
 
-    def try_out(self, hyperparameters: Mapping[str, object]) -> None:
-        """Computes the loss of two made-up prompts, to find bad hyper-parameters before anything is loaded.
+    def try_out(self, hyperparameters: Mapping[str, object]) -> Losses:
+        """The losses of two made-up prompts, to find bad hyper-parameters before anything is loaded.
 
         Raises:
             ValueError: the loss cannot be computed with these hyper-parameters, or is not finite.
@@ -129,13 +129,15 @@ class Objective:
         scores = Scores(some_M, tokens_M, some_MB, tokens_MB, some_MB - 1, torch.zeros(2), 2.5, some_M - 1)
         scores.mismatched_gain_M, scores.aligned_logps_M = torch.ones(2), torch.full((2,), -1.0)
         try:
-            loss_M = self.compute(scores, **hyperparameters).surrogate_M
+            losses = self.compute(scores, **hyperparameters)
+            loss_M = losses.surrogate_M
             if self.token_weight is not None:
                 loss_M = loss_M * self.token_weight(some_M, torch.tensor([0, 1]), **hyperparameters)
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"{self.name} cannot be computed with {dict(hyperparameters)}: {error}") from error
         if not loss_M.isfinite().all():
             raise ValueError(f"{self.name} is not finite with {dict(hyperparameters)}")
+        return losses
 
 
 def plain(loss_M: Tensor) -> Losses:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,18 @@ class Product:
                 f"Restore the manifest, or delete it and {self.path.name} to make both again."
             )
         return found
+
+
+def require_matching(products: Iterable[Product]) -> None:
+    """Raises UserError that names every existing product that was made with other settings, or is damaged."""
+    faults = []
+    for product in (one for one in products if one.manifest.is_file()):
+        try:
+            product.is_done()
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
 
 
 @functools.lru_cache

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from lowdft import models, objectives
 from lowdft.config import requirements
+from lowdft.config.loop import check_best_model, check_loop
 from lowdft.config.recipe import Recipe, save_recipe, training_config
 from lowdft.config.requirements import RowFacts
 from lowdft.data import Example
@@ -30,7 +31,7 @@ from lowdft.errors import InvalidRows, UserError
 from lowdft.evaluation import answers
 from lowdft.models.reference import FIELDS, REFERENCE_NEEDS
 from lowdft.pipeline import identity
-from lowdft.pipeline.artifact import Product
+from lowdft.pipeline.artifact import Product, require_matching
 
 __all__ = ["SPLITS", "Run", "say"]
 say = logging.getLogger("lowdft").info  # one line for people, which the command line prints on the first rank
@@ -55,18 +56,30 @@ class Run:
         self.args = training_config(recipe)
         self.objective = objectives.get(self.args.objective)
 
-    def check(self) -> None:
-        """Makes all checks that need no model, also of the run folder, and writes the resolved recipe into it."""
+    def check(self, evaluates: bool = False) -> None:
+        """Makes all checks that need no model, also of the run folder (and of its evaluation, if the command
+        `evaluates`), and writes the resolved recipe into it."""
         for note in self._requirements():
             warnings.warn(note, stacklevel=2)
-        for product in (self.negatives("train"), self.negatives("heldout"), self.reference, self.training):
-            if product.manifest.is_file():
-                product.is_done()
-        if not self.training.manifest.is_file():
-            requirements.check_trackers(self.args.report_to)
+        products = [self.negatives("train"), self.negatives("heldout"), self.reference, self.training]
+        if evaluates and self.examples("heldout"):
+            products += [self.base_evaluation, self.evaluation]
+        require_matching(products)
+        if not self.training.is_done():  # a trained model may go to a machine without the optimizer's packages
+            check_best_model(self.args)
+            check_loop(self.args)
+            self._check_adapter()
         self._check_templates()
         if collectives.rank() == 0:
             save_recipe(self.recipe, self.folder / "recipe.yaml")
+
+    def _check_adapter(self) -> None:
+        """Adds an adapter on chosen modules to a model without weights: their names are wrong for some models."""
+        section, base = self.recipe.adapter, self.recipe.model
+        chosen = section and (section.options or section.target_modules != "all-linear")
+        if chosen and not self.args.reference_adapter and section.type != "shira":  # SHiRA's masks need the weights
+            config = models.configuration(self.source, base)
+            models.try_adapter(models.adapter_config(section), config, base.trust_remote_code)
 
     def _check_templates(self) -> None:
         """Tokenizes every row now, so that rows that the chat template refuses are reported before any long work."""

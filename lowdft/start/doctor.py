@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from lowdft.config.recipe import computes_bfloat16
+from lowdft.config.machine import computes_bfloat16
 
 EXTRAS = {"vllm": "vllm", "deepspeed": "deepspeed", "lm_eval": "eval", "math_verify": "eval", "trackio": "track"}
 BASES = (0.135, 0.5, 1, 1.5, 3, 7, 8, 14, 32, 70)  # billions of parameters

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +96,18 @@ class StepMetrics:
 
     def _add(self, name: str, values_M: Tensor) -> None:
         self._sums.values[name] = self._sums.values.get(name, 0.0) + values_M.sum().item()
+
+
+def names_in_evaluation(objective: Objective, hyperparameters: Mapping[str, object]) -> list[str]:
+    """What evaluation logs of the rows with this objective (as `eval_NAME`), besides speed and memory."""
+    names = ["loss", "surrogate", "logps/positive" + ("_weighted" if objective.token_weight else "")]
+    if objective.uses_negatives:
+        names += ["logps/negative", "margin"]
+    if objective.uses_mismatched:
+        names.append("reference/mismatched_gain")
+    if objective.try_out(hyperparameters).weights_MB is not None:
+        names += ["weights/mean", "weights/ess"]
+    return names + ["log_u/mean"] * objective.uses_log_u
 
 
 GAP = {torch.float32: 0.02}  # largest gap that rounding can cause, in nats per scored token; 0.1 for other dtypes

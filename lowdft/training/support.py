@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from lowdft.compat import use_one_gpu
+from lowdft.config.loop import check_best_model, check_loop
 from lowdft.config.requirements import check_precision
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError
@@ -28,13 +29,13 @@ ARGUMENTS = {
 }
 
 
-def check_arguments(args: object, given: Mapping[str, object], has_eval: bool) -> None:
+def check_arguments(args: object, given: Mapping[str, object], eval_dataset: object) -> None:
     """Checks everything that needs no model. Without a launcher it uses one of several visible GPUs.
 
     Args:
         args: the training arguments.
         given: further arguments of transformers' Trainer.
-        has_eval: there are rows for evaluation.
+        eval_dataset: the rows for evaluation, a dictionary of several sets, or None.
 
     Raises:
         UserError: something is not supported; says what to do.
@@ -48,11 +49,13 @@ def check_arguments(args: object, given: Mapping[str, object], has_eval: bool) -
     for name, reason in ARGUMENTS.items():
         if given.get(name) is not None:
             raise UserError(f"DFTTrainer does not support {name}: {reason}.")
-    if args.eval_strategy != "no" and not has_eval:
+    if args.eval_strategy != "no" and eval_dataset is None:
         raise UserError(
             f"training.eval_strategy is {args.eval_strategy.value}, but there are no rows to evaluate on. Pass "
             "eval_dataset, or set eval_strategy: no; a recipe evaluates its held-out rows after training."
         )
+    check_best_model(args, eval_dataset.keys() if isinstance(eval_dataset, dict) else ())
+    check_loop(args, own_optimizer=bool(given.keys() & {"optimizers", "optimizer_cls_and_kwargs"}))
     if (visible := use_one_gpu(args)) > 1:
         warnings.warn(
             f"{visible} GPUs are visible, but only the first is used. To use all of them, start training with "

@@ -71,7 +71,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         peft_config=None,
         **kwargs,
     ):
-        check_arguments(args, kwargs, eval_dataset is not None)
+        check_arguments(args, kwargs, eval_dataset)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
         self.objective = objectives.get(args.objective)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
+from lowdft.cli import main
 from lowdft.config.recipe import load_recipe, save_recipe, training_config
 from lowdft.errors import UserError
 
@@ -69,6 +72,13 @@ def test_another_objective_leaves_the_hyperparameters_of_the_recipes_own(write):
         ("adapter: {r: 0}", "adapter.r is 0; wanted 1 or more"),
         ("adapter: {dropout: 2}", "adapter.dropout is 2.0; wanted a number in"),
         ("model: 7", "model is 7; wanted a section"),
+        (
+            "data: {train: a, max_length: 5}",
+            "data.max_length is not a recipe key. Use training.max_length. All keys",
+        ),
+        ("seed: 5", "seed is not a recipe key. Use negatives.seed or training.seed"),
+        ("lora: {r: 5}", "lora is not a recipe key. Use the section adapter. .*docs/recipe-reference.md"),
+        ("model: {name_or_path: a, load_in_8bit: true}", "8 bit is not supported. All keys: docs/recipe-reference.md"),
         ("evaluation: {answer: regex}", "evaluation.pattern is missing"),
         (
             "model: {name_or_path: a/b, dequantize: true, load_in_4bit: false}",
@@ -89,6 +99,11 @@ def test_errors_name_the_key(write, extra, words):
         ("learning_rat", 1, "training.learning_rat is not known. Did you mean 'learning_rate'"),
         ("learning_rate", "fast", "training.learning_rate is 'fast'; wanted float"),
         ("objective", "dtf", "objective 'dtf' is unknown.*Did you mean 'dft'"),
+        ("beta", 0.1, "training.beta is not known. Use training.objective_args: {beta: …}. .*docs/from-trl.md"),
+        ("warmup_ratio", 0.1, "Use training.warmup_steps; below 1 it is a share"),
+        ("r", 8, "training.r is not known. Use adapter.r. All keys: docs/recipe-reference.md"),
+        ("packing", True, "training.packing is not known. Packed rows are built in; remove it"),
+        ("neftune_noise_alpha", 5.0, "lowdft does not support it; docs/from-trl.md says why"),
         ("gamma", 1.5, r"training.gamma is 1.5; wanted a number in \(0, 1\]"),
         ("reference", "sometimes", "training.reference is 'sometimes'; wanted precomputed or online"),
         ("log_u_init", "zero", "training.log_u_init is 'zero'; wanted a number or first_batch"),
@@ -148,3 +163,44 @@ def test_resolved_recipe_reads_back(write, tmp_path):
     recipe = load_recipe(write(MINIMAL), ["training.tau=0.5", "negatives.seed=3"])
     save_recipe(recipe, tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("output_dir=[a]", "output_dir: Cannot convert"),
+        ("training=[a]", "overrides training=.a.: one of them has another form than the recipe's key"),
+        ("model=[a]", "overrides model=.a.: one of them has another form"),
+        ("training.learning_rate={", "a value is not YAML .*put it in quotes"),
+        ("training.learning_rate=${x}", "training.learning_rate: Interpolation key 'x' not found"),
+        ("training.learning_rate=${oc.env:NOT_SET}", "training.learning_rate: .*NOT_SET"),
+        ("training.objective=[sft]", "training.objective is .'sft'.; wanted str"),
+        ("training.objective=null", "training.objective is None; wanted str"),
+        ("training.objective_args=5", "training.objective_args is 5; wanted dict"),
+        (
+            "training.lr_scheduler_kwargs=5",
+            "lr_scheduler_kwargs is 5; wanted (dict|str) or (dict|str) or null",
+        ),
+        ("training.save_steps=-5", "training.save_steps is -5; wanted a number of 0 or more"),
+        ("training.num_train_epochs=.inf", "training.num_train_epochs is inf; wanted a number of 0 or more"),
+    ],
+)
+def test_values_of_another_form_are_told_in_words(override, words, write, capsys, monkeypatch, tmp_path):
+    """Through the command, which reads output_dir before it checks anything."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(write(MINIMAL)), override]) == 1
+    assert re.search(words, capsys.readouterr().err)
+    assert main(["train", str(write(MINIMAL)), override]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_sections_without_keys_and_whole_numbers_written_with_a_point(write):
+    """A section whose keys are all commented out is as if it was left out; 1e3 is a whole number."""
+    recipe = load_recipe(
+        write(MINIMAL + "negatives:\n  # top_k: 5\ntraining:\nevaluation:\n"), ["training.max_steps=1e3"]
+    )
+    assert (recipe.negatives.top_k, recipe.evaluation.answer) == (50, "auto")
+    steps = training_config(recipe).max_steps
+    assert (steps, type(steps)) == (1000, int)
+    with pytest.raises(UserError, match="data.train.*give it"):
+        load_recipe(write("output_dir: out\nmodel: {name_or_path: a/b}\ndata:\n"))

@@ -143,3 +143,13 @@ def test_ranks_end_with_a_killed_launcher(launched, recipe, tmp_path):
     process.kill()
     process.communicate()
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
+def test_deepspeed_and_bitsandbytes_say_nothing_that_does_not_matter(recipe):
+    """A training step on a CPU without a launcher, and a launcher that stops; DeepSpeed's warnings go to stdout."""
+    trained = lowdft("train", recipe, "training.objective=sft", "training.max_steps=1")
+    assert trained.returncode == 0 and "trained in 1 steps" in trained.stdout
+    assert "accelerator" not in trained.stdout + trained.stderr
+    stopped = lowdft("train", recipe, "--launch", "fsdp", "--processes", "2")
+    assert (stopped.returncode, stopped.stdout) == (1, "")
+    assert stopped.stderr.startswith("lowdft: --launch fsdp needs GPUs") and stopped.stderr.count("\n") == 1

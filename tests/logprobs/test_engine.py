@@ -10,6 +10,7 @@ import torch
 from helpers import COMMON
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowdft.errors import UserError
 from lowdft.logprobs import Group, choose_layout, lay_out, packed_attention, score
 
 FAMILIES = {
@@ -174,7 +175,7 @@ def test_head_under_an_adapter_is_refused(llama):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(llama, LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="plain linear head"):
+    with pytest.raises(UserError, match="plain linear head"):
         score(model, groups())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from helpers import make_llama, make_rows
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from lowdft import DFTConfig, DFTTrainer
+from lowdft.cli import main
 from lowdft.config.sections import AdapterSection
 from lowdft.data.batch import collate
 from lowdft.errors import UserError
 from lowdft.logprobs import Group, score
 from lowdft.models.adapters import adapter_config, adapter_identity, add_adapter, check_config, load_adapter
 from lowdft.models.reference import is_trained
+from lowdft.pipeline.context import Run
 
 SOME = [Group([5, 6], [[7, 8], [9]])]
 KINDS = ("lora", "ia3", "oft", "loha", "lokr", "vera", "shira")
@@ -167,3 +170,41 @@ def test_an_adapter_imports_no_module(tmp_path, monkeypatch):
     config.write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         load_adapter(make_llama(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("use_dora=maybe", "adapter.use_dora is 'maybe'; wanted bool"),  # peft takes any text for true
+        ("rank_pattern=5", "adapter.rank_pattern is 5; wanted dict or null"),
+        ("exclude_modules=5", "adapter.exclude_modules is 5; wanted (str|list) or (str|list) or null"),
+        ("target_modules=5", "adapter.target_modules is 5; wanted (str|list) or (str|list) or null"),
+        ("init_lora_weights=gausian", "adapter.init_lora_weights is 'gausian'; wanted bool or gaussian or"),
+        ("lora_alpha=eight", "adapter.lora_alpha is 'eight'; wanted int"),
+        ("inference_mode=true", "adapter.inference_mode is set by lowdft; remove it"),
+        (
+            "use_rslorra=true",
+            "Did you mean 'use_rslora'? See docs/recipe-reference.md, and peft's documentation",
+        ),
+        (
+            "target_modules=[query]",
+            "not found in the base model.* The model's linear layers: down_proj, gate_proj",
+        ),
+        ("rank_pattern={q_proj: x}", "adapter: peft cannot add it to this model: "),
+    ],
+)
+def test_fields_that_do_not_suit_are_told_before_any_work(setting, words, recipe, capsys, monkeypatch):
+    """Before the base writes negatives, too, since peft itself would see it only then."""
+    monkeypatch.setattr(Run, "base", lambda self: pytest.fail("a model was loaded"))
+    assert main(["run", recipe, f"adapter.{setting}"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(words.replace("?", "."), error) and "Traceback" not in error
+
+
+def test_modules_that_the_model_does_not_have(tmp_path):
+    """Some of several: told, since a list may serve several models; all of them: refused."""
+    about = (arguments(tmp_path), make_rows(2))
+    with pytest.warns(UserWarning, match="adapter.target_modules has query, but no module has that name"):
+        DFTTrainer(make_llama(), *about, peft_config=LoraConfig(target_modules=["query", "q_proj"]))
+    with pytest.raises(UserError, match="peft cannot add it to this model: .*The model's linear layers: down_proj"):
+        DFTTrainer(make_llama(), *about, peft_config=LoraConfig(target_modules=["query"]))

@@ -147,3 +147,28 @@ def test_11_and_9_settings_that_move_memory_alone_may_change(recipe, capsys):
 def _undone(manifest: dict) -> dict:
     """The manifest of a product that is still being made."""
     return {k: v for k, v in manifest.items() if k not in ("checksum", "contents", "facts")} | {"done": False}
+
+
+@pytest.mark.parametrize("changed", ["rows", "settings"])
+def test_11_an_evaluation_of_other_rows_or_settings_is_told_before_any_work(changed, recipe, capsys, monkeypatch):
+    """With everything else that was made with others, in one go; after the training it would be too late."""
+    sft = ["training.objective=sft", "training.max_steps=1", "evaluation.answer=none", "data.train_rows=9"]
+    assert main(["run", recipe, *sft]) == 0
+    for path in (folder(recipe) / "adapter", folder(recipe) / "checkpoints"):
+        shutil.rmtree(path)
+    (folder(recipe) / "adapter.manifest.json").unlink()
+    held = write(recipe, [{"prompt": "7", "completion": "8"}], "held.jsonl")
+    other = {"rows": [f"data.eval={held}", "data.eval_rows=null"], "settings": ["evaluation.max_new_tokens=3"]}[changed]
+    monkeypatch.setattr(Run, "base", lambda self: pytest.fail("a model was loaded"))
+    assert main(["run", recipe, *sft, *other]) == 1
+    error = capsys.readouterr().err
+    files = {"rows": ["heldout_negatives.parquet", "base_evaluation.json", "evaluation.json"]}
+    for name in files.get(changed, ["evaluation.json"]):
+        assert f"run/{name} was made with other settings" in error
+    assert error.count("was made with other settings") == len(files.get(changed, "xx"))
+
+
+def test_an_adapter_to_compare_with_is_looked_for_before_any_work(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(Run, "base", lambda self: pytest.fail("a model was loaded"))
+    assert main(["run", recipe, "evaluation.compare={old: nowhere}"]) == 1
+    assert "evaluation.compare.old: nowhere is not a trained adapter" in capsys.readouterr().err

@@ -84,8 +84,8 @@ def test_trackio_has_the_numbers_the_answers_and_the_warning(fading, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("tensorbord", "training.report_to: 'tensorbord' is not a tracker. Did you mean 'tensorboard'?"),
-    ("neptune", "training.report_to: neptune is not installed. Run: pip install neptune"),
+    ("tensorbord", "training.report_to is 'tensorbord', which transformers does not know. Did you mean 'tensorboard'?"),
+    ("neptune", "training.report_to has neptune, whose package is not installed"),
 ])  # fmt: skip
 def test_a_tracker_that_is_missing_is_told_before_anything_is_made(recipe, capsys, name, words):
     assert main(["run", recipe, f"training.report_to={name}"]) == 1

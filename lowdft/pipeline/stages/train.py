@@ -40,6 +40,7 @@ def main(run: Run) -> None:
         rows = run.with_reference(rows)
     if cut := run.encoder.cuts():
         say(f"warning: {cut}")
+    held_out = run.encoded("heldout") if run.args.eval_strategy != "no" else None
     model = run.base()
     if run.recipe.adapter and not run.args.reference_adapter:
         model = models.add_adapter(model, run.recipe.adapter, run.args.seed, rows)
@@ -49,7 +50,6 @@ def main(run: Run) -> None:
     if checkpoint:
         say(f"resuming from {checkpoint}")
     lines = MetricsFile(metrics)
-    held_out = run.encoded("heldout") if run.args.eval_strategy != "no" else None
     callbacks = [lines, LivePage(run)]
     trainer = DFTTrainer(model, run.args, rows, held_out, processing_class=run.tokenizer, callbacks=callbacks)
     trainer.trust_checkpoint = run.trust_checkpoint

@@ -62,8 +62,8 @@ LOGARITHMIC = ("weights/mean",)
 NEGLIGIBLE = 0.01  # below this mean weight the negatives contribute almost nothing to the gradient
 NEGLIGIBLE_LINES = 5  # consecutive log lines below it after which a running training warns
 REMEDIES = (
-    "Try a lower training.learning_rate, a larger training.tau, harder negatives (closer to the completions), or "
-    "fewer epochs."
+    "Try a lower training.learning_rate, harder negatives (closer to the completions), fewer epochs, or, with DFT, a "
+    "larger training.tau."
 )
 
 
@@ -75,7 +75,7 @@ def negligible(weights: Sequence[float]) -> str | None:
         return None
     return (
         f"The negatives contribute almost nothing: their mean weight over the last quarter of the steps is {mean:.1e} "
-        f"(below {NEGLIGIBLE}). DFT then costs more than SFT for the same result. {REMEDIES}"
+        f"(below {NEGLIGIBLE}). Training then costs more than SFT for the same result. {REMEDIES}"
     )
 
 
@@ -89,6 +89,6 @@ def became_negligible(weights: Sequence[float]) -> str | None:
         return None
     return (
         f"The negatives contribute almost nothing: their mean weight has been below {NEGLIGIBLE} for "
-        f"{NEGLIGIBLE_LINES} log lines (now {last[-1]:.1e}). DFT now costs more than SFT for the same result. "
+        f"{NEGLIGIBLE_LINES} log lines (now {last[-1]:.1e}). Training now costs more than SFT for the same result. "
         f"{REMEDIES}"
     )

@@ -232,7 +232,7 @@ def test_faded_negatives_are_told_in_words():
     faded = Faded()
     for _ in range(4):
         faded.see(1e-3)
-    with pytest.warns(UserWarning, match="DFT now costs more than SFT for the same result"):
+    with pytest.warns(UserWarning, match="Training now costs more than SFT for the same result"):
         faded.see(1e-3)
 
 

@@ -20,6 +20,7 @@ from lowdft.models.merge import WAYS, merged
 from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.systems import loaded, trained_folder
 
+RELEVANT = 0.001  # nats per token; a smaller difference between two ways is not worth a recommendation
 MEASURED_TOKENS = 2048  # times vocabulary times 4 bytes on the CPU: 1 GB for a vocabulary of 128,000 tokens
 
 
@@ -89,7 +90,7 @@ def report(result: dict, into: str) -> None:
         say(f"  merged, {way}: NLL {found['nll']:.4f}, KL from the adapter {found['kl']:.5f}, "
             f"same most likely token {100 * found['agreement']:.1f}%")  # fmt: skip
     best = min((way for way in WAYS if way in result), key=lambda way: result[way]["nll"])
-    if best != into:
+    if result[into]["nll"] - result[best]["nll"] > RELEVANT:
         say(f"  recommended: --into {best}, which has the lower NLL")
 
 

@@ -55,7 +55,7 @@ def test_the_merged_model_is_base_and_adapter(tmp_path, tiny_folder, capsys):
     assert "merged-bf16: this folder already exists; delete it" in capsys.readouterr().err
 
 
-def test_both_ways_from_a_4bit_base(tmp_path, tiny_folder, capsys):
+def test_both_ways_from_a_4bit_base(tmp_path, tiny_folder):
     run = make_run_folder(tmp_path, tiny_folder, model={"load_in_4bit": True})
     folder = merge.main(run, into="dequantized")
     found = json.loads((run.folder / "merge.json").read_text())
@@ -70,8 +70,14 @@ def test_both_ways_from_a_4bit_base(tmp_path, tiny_folder, capsys):
     torch.testing.assert_close(
         saved.model.layers[0].mlp.up_proj.weight.float(), dense.float() + delta, rtol=2**-7, atol=2**-9
     )
-    best = min(("bf16", "dequantized"), key=lambda way: found[way]["nll"])
-    assert ("recommended" in capsys.readouterr().out) == (best != "dequantized")
+
+
+@pytest.mark.parametrize("nll, recommends", [(2.1, True), (2.0002, False), (1.9, False)])
+def test_a_way_is_recommended_if_it_is_noticeably_better(nll, recommends, said):
+    other = {"kl": 0.0, "agreement": 1.0}
+    found = {"tokens": 9, "adapter": {"nll": 2.0}, "bf16": {"nll": nll, **other}, "dequantized": {"nll": 2.0, **other}}
+    merge.report(found, "bf16")
+    assert ("recommended: --into dequantized" in said()) == recommends
 
 
 @pytest.mark.parametrize("change, words", [

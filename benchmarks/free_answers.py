@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from lowdft.config.recipe import load_recipe
+from lowdft.data.example import normal
 from lowdft.data.prompting import plain_text
 from lowdft.files import read_json
 from lowdft.pipeline.context import Run
@@ -57,16 +58,16 @@ def shares(run: Run, model, rows: int, tokens: int) -> list[float]:
     )
     samples = sampler.sample([Request(row["prompt_ids"], 0) for row in encoded])
     texts = [run.encoder.text(sample.token_ids) for sample in samples]
-    plain = [normal(text) for text in texts]
+    plain = [bare(text) for text in texts]
     often = Counter(plain)
     return [
         sum(len(text.split()) for text in texts) / len(texts),
         percent(sample.finish_reason == "length" for sample in samples),
         percent(map(repeats, texts)),
         percent(often[text] > 1 for text in plain),
-        percent(text == normal(plain_text(one.completion)) for text, one in zip(plain, examples, strict=True)),
+        percent(text == bare(plain_text(one.completion)) for text, one in zip(plain, examples, strict=True)),
         percent(
-            text in {normal(plain_text(n)) for n in one.negatives} for text, one in zip(plain, examples, strict=True)
+            text in {bare(plain_text(n)) for n in one.negatives} for text, one in zip(plain, examples, strict=True)
         ),
     ]
 
@@ -77,9 +78,9 @@ def percent(values) -> float:
     return 100 * sum(values) / len(values)
 
 
-def normal(text: str) -> str:
+def bare(text: str) -> str:
     """The text without what does not change its meaning."""
-    return " ".join(text.lower().split()).strip(" .!\"'")
+    return normal(text).lower().strip(" .!\"'")
 
 
 if __name__ == "__main__":

@@ -169,14 +169,7 @@ class DFTConfig(TrainingArguments):
         _require(longest is None or longest >= 1, "max_prompt_length", longest, "1 or more, or null for no limit")
         _require(chunk is None or chunk >= 1, "logits_chunk_size", chunk, "1 or more, or null")
         _require(_is_amount(self.max_grad_norm), "max_grad_norm", self.max_grad_norm, "a number; 0 for no clipping")
-        for name in (
-            "learning_rate",
-            "weight_decay",
-            "num_train_epochs",
-            "save_steps",
-            "logging_steps",
-            "warmup_steps",
-        ):
+        for name in AMOUNTS:
             _require(_is_amount(getattr(self, name)), name, getattr(self, name), "a number of 0 or more")
         start = self.log_u_init
         _require(isinstance(start, str) or math.isfinite(start), "log_u_init", start, "a finite number or first_batch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ def choose_layout(model: nn.Module, layout: str | None = None) -> str:
 
     It runs three small forward passes in eval mode. Scores are correct if they differ from the float32 log-softmax of
     the model's own logits by no more than rounding in its dtype: 5e-4 nats (root mean square) in float32, 0.13 in
-    bfloat16, and proportionally more if log-probabilities go beyond 20 nats.
+    bfloat16, and proportionally more if log-probabilities go beyond 20 nats. Beyond that, another forward pass measures
+    how much rounding the input embeddings once more changes the model's own log-probabilities (Gemma-3-270M in
+    bfloat16: 0.5 nats on random tokens), and up to three times as much is correct.
 
     Args:
         model: see `score`.
@@ -34,7 +37,16 @@ def choose_layout(model: nn.Module, layout: str | None = None) -> str:
     groups, sequences = small_group(bare(model).config.get_text_config().vocab_size)
     with _evaluating(model), torch.no_grad():
         weight = bare(model).get_output_embeddings().weight
-        own_S = own_logps(model, sequences.to(weight.device), groups)
+        own = partial(own_logps, model, sequences.to(weight.device), groups)
+        own_S = own()
+
+        def close(found_S: Tensor) -> bool:
+            error = _rms(found_S.double() - own_S)
+            if error <= _rounding(own_S, weight.dtype):
+                return True
+            with _embeddings_rounded_again(model):
+                return error <= 3 * _rms(own() - own_S)
+
         if not own_S.isfinite().all():
             raise UserError(
                 f"the model's own log-probabilities are not finite ({own_S.tolist()[:4]}, …): its weights contain NaN "
@@ -42,7 +54,7 @@ def choose_layout(model: nn.Module, layout: str | None = None) -> str:
             )
         if layout != "padded":
             with contextlib.suppress(NotPacked):
-                if _close(_packed(model, groups), own_S, weight.dtype):
+                if close(_packed(model, groups)):
                     return "packed"
             if layout == "packed":
                 raise UserError(
@@ -50,15 +62,15 @@ def choose_layout(model: nn.Module, layout: str | None = None) -> str:
                     "training.layout=padded"
                 )
         found_S = score(model, groups, "padded").per_token_logps_S
-    if not _close(found_S, own_S, weight.dtype):
-        worst = (found_S.double() - own_S).abs().argmax()
-        raise UserError(
-            f"{type(bare(model)).__name__}: log-probabilities computed from its hidden states and output head differ "
-            f"from those of its own forward pass (a token has {found_S[worst]:.4f} nats, but {own_S[worst]:.4f} by the "
-            "model's logits), so this model changes its logits in a way that lowdft does not know, and training it "
-            "would be wrong. Use another model, or report this one."
-        )
-    return "padded"
+        if close(found_S):
+            return "padded"
+    worst = (found_S.double() - own_S).abs().argmax()
+    raise UserError(
+        f"{type(bare(model)).__name__}: log-probabilities computed from its hidden states and output head differ "
+        f"from those of its own forward pass (a token has {found_S[worst]:.4f} nats, but {own_S[worst]:.4f} by the "
+        "model's logits), so this model changes its logits in a way that lowdft does not know, and training it "
+        "would be wrong. Use another model, or report this one."
+    )
 
 
 def require_finite(what: str, names: Sequence[str], logps: Sequence[Tensor], advice: str) -> None:
@@ -104,11 +116,29 @@ def _packed(model: nn.Module, groups: list[Group]) -> Tensor:
         raise NotPacked from error
 
 
-def _close(found_S: Tensor, own_S: Tensor, dtype: torch.dtype) -> bool:
-    """Whether they differ only by rounding in `dtype`; see `choose_layout`."""
+def _rounding(own_S: Tensor, dtype: torch.dtype) -> float:
+    """The usual error of log-probabilities in `dtype`, in nats (root mean square); see `choose_layout`."""
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # norms and softmax are float32 in any model
-    most = 1.5 * eps**0.5 * max(1.0, own_S.square().mean().sqrt().item() / 20)
-    return (found_S.double() - own_S).square().mean().sqrt().item() <= most
+    return 1.5 * eps**0.5 * max(1.0, _rms(own_S) / 20)
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+@contextlib.contextmanager
+def _embeddings_rounded_again(model: nn.Module) -> Iterator[None]:
+    """A context in which the input embeddings have a random relative error of up to half a unit in the last place."""
+
+    def disturbed(module, args, output: Tensor) -> Tensor:
+        error = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        return output + output * (torch.finfo(output.dtype).eps * error).to(output)
+
+    hook = bare(model).get_input_embeddings().register_forward_hook(disturbed)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

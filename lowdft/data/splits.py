@@ -118,6 +118,8 @@ def _digest(section: DataSection, source: str, split: str, revision: str | None)
             return digest_of(path)
         if source.startswith("toy:"):
             return source
+        if path.exists():  # a folder
+            return None
         import datasets
 
         name, _, config = source.partition(":")

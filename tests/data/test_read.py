@@ -9,7 +9,9 @@ import types
 
 import pytest
 
+from lowdft.config.sections import DataSection
 from lowdft.data.read import read_records
+from lowdft.data.splits import load_splits
 from lowdft.errors import UserError
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d\ne"}]
@@ -177,3 +179,13 @@ def test_hub_failures_in_words(monkeypatch, tmp_path, error, offline, words):
     fake_hub(monkeypatch, load_dataset)
     with pytest.raises(UserError, match=f"^o/n: .*{words}"):
         read_records("o/n", split="test")
+
+
+def test_a_folder_is_refused_without_reading_what_is_in_it(tmp_path, monkeypatch):
+    """It was first given to datasets, which read the files and printed progress and errors about them."""
+    seen = []
+    fake_hub(monkeypatch, lambda *args, **kwargs: seen.append(args))
+    write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(UserError, match="this is a folder"):
+        load_splits(DataSection(train=str(tmp_path)), tmp_path / "cache")
+    assert not seen

@@ -21,6 +21,7 @@ from lowdft.files import (
     contents_of,
     damage_in,
     flush,
+    locked,
     make_folder,
     read_json,
     remove,
@@ -149,16 +150,17 @@ class WholeCheckpoints(Trainer):
     _writing_in: Path | None = None
 
     def train(self, *args, **kwargs):
-        """transformers' `train`; after SIGTERM it saves a checkpoint at the end of the step and raises.
+        """transformers' `train` with `output_dir` locked; after SIGTERM it saves a checkpoint and raises.
 
         Raises:
+            UserError: another trainer is writing `output_dir`.
             Stopped: SIGTERM was received (on any rank), and everything up to that step is saved.
         """
         notice, heartbeat = Notice(), Heartbeat()
         self.add_callback(notice)
         self.add_callback(heartbeat)
         try:
-            with on_sigterm(notice.give), heartbeat:
+            with locked(self.args.output_dir), on_sigterm(notice.give), heartbeat:
                 out = super().train(*args, **kwargs)
         finally:
             self.remove_callback(notice)

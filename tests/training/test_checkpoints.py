@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from helpers import losses, make_trainer
+from transformers import TrainerCallback
 
 from lowdft.distributed.sharding import DEEPSPEED_GLOBALS, check_pickles
 from lowdft.errors import UserError
@@ -77,6 +78,25 @@ def test_a_resume_after_the_last_step_tidies_up(trained, tmp_path):
     (folder / ".partial" / "old").mkdir(parents=True)
     make_trainer(folder, **(SETTINGS | {"save_total_limit": 2})).train(resume_from_checkpoint=True)
     assert {p.name for p in folder.iterdir() if p.is_dir()} == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_two_trainers_do_not_write_one_folder(tmp_path):
+    """The second one is refused while the first one trains, and may train afterwards."""
+    first = make_trainer(tmp_path, max_steps=2, save_steps=1)
+    second = make_trainer(tmp_path, max_steps=1)
+    refused = []
+
+    class Starts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(UserError, match="another lowdft is writing this folder") as error:
+                second.train()
+            refused.append(str(error.value))
+
+    first.add_callback(Starts())
+    first.train()
+    assert len(refused) == 2 and second.state.global_step == 0
+    second.train()
+    assert second.state.global_step == 1
 
 
 def test_without_a_whole_one_it_is_an_error(folder):

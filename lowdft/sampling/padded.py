@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lowdft.compat import takes_other_attention
 from lowdft.errors import InvalidRequests, is_out_of_memory
 from lowdft.sampling.draw import (
     Request,
@@ -24,11 +26,14 @@ from lowdft.sampling.draw import (
     uniforms,
 )
 
+WORTH_SHARING = 16  # tokens; another forward pass for fewer is no faster
+
 
 class PaddedSampler:
     """transformers' `generate` on left-padded batches of prompts of similar length.
 
-    A prompt with several samples in a batch is computed once, and its keys and values are copied. If memory runs out,
+    A prompt with several samples in a batch is computed once, and its keys and values are copied. The tokens that all
+    prompts of a batch begin with, such as a system message, are computed once for the batch. If memory runs out,
     batches get half as many samples.
     """
 
@@ -58,41 +63,67 @@ class PaddedSampler:
         width = max(len(request.prompt_ids) for request in batch)
         rows = {tuple(request.prompt_ids): None for request in batch}
         rows = {prompt: row for row, prompt in enumerate(rows)}
-        ids_UP = torch.tensor([[self.end_ids[0]] * (width - len(p)) + list(p) for p in rows], device=model.device)
-        mask_UP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=model.device)
+        cache = _new_cache(model) if len(rows) < len(batch) or len(rows) > 1 else None
+        shared = _shared(model, list(rows), cache)
+        ids_UP = torch.full((len(rows), width), self.end_ids[0])
+        mask_UP = torch.zeros_like(ids_UP)
+        for prompt, row in rows.items():
+            for start, part in ((0, prompt[:shared]), (width - len(prompt) + shared, prompt[shared:])):
+                ids_UP[row, start : start + len(part)] = torch.tensor(part)
+                mask_UP[row, start : start + len(part)] = 1
         row_R = torch.tensor([rows[tuple(request.prompt_ids)] for request in batch], device=model.device)
+        ids_UP, mask_UP = ids_UP.to(model.device), mask_UP.to(model.device)
+        prefilled = {}
+        if cache is not None and width > 1 and (shared or len(rows) < len(batch)):
+            _prefill(model, cache, ids_UP, mask_UP, shared)
+            cache.batch_select_indices(row_R)
+            prefilled = {"past_key_values": cache}
         u_RT = torch.stack([uniforms(request.seed, self.settings.max_new_tokens) for request in batch])
-        cache = _prefilled(model, ids_UP, mask_UP, row_R) if len(rows) < len(batch) else None
         written = model.generate(
             input_ids=ids_UP[row_R],
             attention_mask=mask_UP[row_R],
             generation_config=model.generation_config,
             logits_processor=LogitsProcessorList([_PaddedDraw(u_RT.to(model.device), width, self.settings)]),
-            **({} if cache is None else {"past_key_values": cache}),
+            **prefilled,
         )
         return [finish(row, self.end_ids) for row in written[:, width:].tolist()]
 
 
-def _prefilled(model, ids_UP: Tensor, mask_UP: Tensor, row_R: Tensor) -> DynamicCache | None:
-    """Keys and values of all prompt tokens except the last, computed once per prompt, for rows `row_R`.
-
-    None for models with another kind of cache (recurrent states), and for prompts of one token.
-    """
-    if ids_UP.shape[1] == 1 or model._is_stateful or not model._supports_default_dynamic_cache():
+def _new_cache(model) -> DynamicCache | None:
+    """An empty cache; None for models with another kind (recurrent states)."""
+    if model._is_stateful or not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
+
+
+def _shared(model, prompts: list[tuple[int, ...]], cache: DynamicCache | None) -> int:
+    """How many first tokens of all prompts are computed once; 0 if few are equal.
+
+    Padding then follows these tokens, which is right where positions come from the mask: in full attention, and without
+    ALiBi.
+    """
+    if len(prompts) == 1 or cache is None or not takes_other_attention(model):
+        return 0
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return 0
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 2)
+    return shared if shared >= WORTH_SHARING else 0
+
+
+def _prefill(model, cache: DynamicCache, ids_UP: Tensor, mask_UP: Tensor, shared: int) -> None:
+    """Adds the keys and values of all prompt tokens except the last to the cache, the `shared` first ones only once."""
     one_token = copy.copy(model.generation_config)
     one_token.max_new_tokens = 1  # to be thrown away
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return None
-    model.generate(
-        input_ids=ids_UP[:, :-1],
-        attention_mask=mask_UP[:, :-1],
-        generation_config=one_token,
-        past_key_values=cache,
-    )
-    cache.batch_select_indices(row_R)
-    return cache
+    for rows, end in ((1, shared), (len(ids_UP), -1)) if shared else ((len(ids_UP), -1),):
+        if cache.get_seq_length():
+            cache.batch_repeat_interleave(rows)
+        model.generate(
+            input_ids=ids_UP[:rows, :end],
+            attention_mask=mask_UP[:rows, :end],
+            generation_config=one_token,
+            past_key_values=cache,
+        )
 
 
 class _PaddedDraw(LogitsProcessor):

@@ -74,6 +74,24 @@ def test_a_prompt_is_computed_once_for_all_of_its_samples(window):
     handle.remove()
 
 
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_what_all_prompts_begin_with_is_computed_once(window, copies):
+    """Twenty shared tokens, then prompts of different lengths; not with sliding windows, which count padding too."""
+    model = sharp_llama() if window is None else make_mistral(window)
+    prompts = [[*range(10, 30), *rest] for rest in ([31, 32], [33, 34, 35, 36, 37], list(range(40, 60)))]
+    requests = [Request(prompt, 10 * i + k) for i, prompt in enumerate(prompts) for k in range(copies)]
+    expected = get_sampler("padded", model, END, SETTINGS, 1).sample(requests)
+    seen = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    assert get_sampler("padded", model, END, SETTINGS, 64).sample(requests) == expected
+    handle.remove()
+    if window is None:
+        assert seen[:2] == [(1, 20), (3, 19)] and all(length == 1 for _, length in seen[2:])
+    else:
+        assert seen[0] == ((3, 39) if copies > 1 else (3, 40))
+
+
 def make_mistral(window):
     torch.manual_seed(0)
     config = MistralConfig(

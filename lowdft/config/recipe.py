@@ -17,15 +17,7 @@ from yaml import YAMLError
 
 from lowdft.config.hints import where
 from lowdft.config.machine import computes_bfloat16, has_flash_attention
-from lowdft.config.sections import (
-    AdapterSection,
-    DataSection,
-    EvaluationSection,
-    ExportSection,
-    ModelSection,
-    NegativesSection,
-    Recipe,
-)
+from lowdft.config.sections import AdapterSection, Recipe
 from lowdft.config.values import check_type, check_values
 from lowdft.errors import UserError
 from lowdft.files import conceal, write_text
@@ -47,7 +39,7 @@ def load_recipe(path: str | Path, overrides: list[str] = (), for_gpu: bool = Fal
         UserError: names the recipe's key, what was found and what was wanted.
     """
     given = _given(path, overrides)
-    for section in ("model", "data", "negatives", "training", "evaluation", "export"):
+    for section in {*_sections(), "training"} - {"adapter"}:
         if given.get(section) is None:  # all of its keys are commented out
             given.pop(section, None)
     _gather_adapter_options(given)
@@ -72,8 +64,8 @@ def _worded(error: OmegaConfBaseException, given) -> str:
     key = error.full_key
     value = OmegaConf.select(given, key or "", throw_on_resolution_failure=False)
     section, _, field = key.rpartition(".")
-    owner = typing.get_type_hints(Recipe).get(section)
-    hint = typing.get_type_hints(owner).get(field) if dataclasses.is_dataclass(owner) else None
+    owner = _sections().get(section)
+    hint = typing.get_type_hints(owner).get(field) if owner else None
     if typing.get_origin(hint) is typing.Literal:
         return f"{key} is {value!r}.{did_you_mean(str(value), typing.get_args(hint))}"
     missing = " (this key is required: give it a value)" if "MissingMandatoryValue" in type(error).__name__ else ""
@@ -261,18 +253,21 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _sections() -> dict[str, type]:
+    """The recipe's sections with fixed keys, by name."""
+    hints = typing.get_type_hints(Recipe)
+    kinds = {
+        name: next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None)
+        for name, hint in hints.items()
+    }
+    return {name: kind for name, kind in kinds.items() if kind}
+
+
 def _refuse_unknown_keys(given: object, section: type, path: str, prefix: str) -> None:
     if not isinstance(given, dict):
         return
     known = {f.name: f for f in dataclasses.fields(section)}
-    sections = {
-        "model": ModelSection,
-        "adapter": AdapterSection,
-        "data": DataSection,
-        "negatives": NegativesSection,
-        "evaluation": EvaluationSection,
-        "export": ExportSection,
-    }
+    sections = _sections()
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{path}: {prefix}{key} is not a recipe key.{where(str(key), known)}")

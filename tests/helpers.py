@@ -19,6 +19,7 @@ from lowdft.config.sections import AdapterSection, DataSection, ModelSection, Re
 from lowdft.models import add_adapter
 from lowdft.pipeline.artifact import Product
 from lowdft.pipeline.context import Run
+from lowdft.sampling import Request
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -83,6 +84,21 @@ def make_llama(vocab_size: int = VOCABULARY, seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+def sharp_llama():
+    """A tiny model whose distributions are far from flat."""
+    model = make_llama()
+    model.lm_head.weight.data.mul_(8)
+    return model
+
+
+def make_requests(n: int = 13) -> list[Request]:
+    """Requests with random prompts of 1 to 39 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 40, (n,), generator=generator).tolist()
+    prompts = [torch.randint(6, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(prompt, 2**62 + i) for i, prompt in enumerate(prompts)]
 
 
 def make_rows(n: int = 10, negatives: int = 4, seed: int = 0) -> list[dict]:

@@ -22,8 +22,18 @@ def negatives_sampler(run: Run, model, backend: str) -> Sampler:
         model: the base, with or without an adapter; for the backend vllm a `VllmModel`.
     """
     section = run.recipe.negatives
-    settings = SamplingSettings(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    return get_sampler(backend, model, run.encoder.end_ids, settings, section.batch_size)
+    settings = SamplingSettings(
+        section.temperature, section.top_p, section.top_k, section.max_new_tokens, tuple(stop_texts(run))
+    )
+    return get_sampler(backend, model, run.encoder.end_ids, settings, section.batch_size, run.tokenizer)
+
+
+def stop_texts(run: Run) -> list[str]:
+    """The texts before which a negative ends: `negatives.stop`, and with few_shot what separates the shots."""
+    section = run.recipe.negatives
+    if section.strategy != "few_shot":
+        return section.stop
+    return [*section.stop, *shot_stop([example.completion for example in run.examples("train")])]
 
 
 def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:
@@ -34,7 +44,7 @@ def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per
     up to `negatives.resample` times. Right answers that are left are replaced by `only_wrong`.
     """
     section, is_right = run.recipe.negatives, _judge(run)
-    stop = [*section.stop, *(_shot_stop(run) if section.strategy == "few_shot" else [])]
+    stop = stop_texts(run)
     prompts = {e.example_id: run.sampling_ids(e) for e in examples}
     by_id = {e.example_id: e for e in examples}
     ends = {e.example_id: run.encoder.turns.end_for(e.completion) for e in examples}
@@ -121,10 +131,6 @@ def _judge(run: Run) -> Callable[[str, Example], bool]:
         return lambda text, example: False
     check = run.right_answer
     return lambda text, example: check(text, truth_of(example))
-
-
-def _shot_stop(run: Run) -> list[str]:
-    return shot_stop([example.completion for example in run.examples("train")])
 
 
 def end_at(stop: Sequence[str], sample: Sample, tokenizer, end: int) -> Sample:

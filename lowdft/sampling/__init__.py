@@ -13,7 +13,7 @@ __all__ = ["Request", "Sample", "Sampler", "SamplingSettings", "VllmModel", "get
 
 
 def get_sampler(
-    backend: str, model, end_ids: Sequence[int], settings: SamplingSettings, batch_size: int | None
+    backend: str, model, end_ids: Sequence[int], settings: SamplingSettings, batch_size: int | None, tokenizer=None
 ) -> Sampler:
     """The sampler of a backend.
 
@@ -22,9 +22,11 @@ def get_sampler(
         model: a transformers model with or without an adapter, which is not changed; for vllm a `VllmModel`.
         end_ids: all tokens that end an answer, at least one.
         batch_size: samples generated at the same time; None means as many as fit (`draw.fitting`).
+        tokenizer: turns tokens into the text in which the backend padded looks for `settings.stop`.
 
     Raises:
         UserError: the backend is vllm, which is not installed.
     """
-    samplers = {"padded": PaddedSampler, "continuous": ContinuousSampler, "vllm": VllmSampler}
-    return samplers[backend](model, list(end_ids), settings, batch_size)
+    if backend == "padded":
+        return PaddedSampler(model, list(end_ids), settings, batch_size, tokenizer)
+    return {"continuous": ContinuousSampler, "vllm": VllmSampler}[backend](model, list(end_ids), settings, batch_size)

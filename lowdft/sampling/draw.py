@@ -30,12 +30,16 @@ SAMPLES_ON_A_CPU = 32
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Temperature (0: greedy), then top-k (0: off), then top-p (1: off); at most `max_new_tokens` tokens per sample."""
+    """Temperature (0: greedy), then top-k (0: off), then top-p (1: off); at most `max_new_tokens` tokens per sample.
+
+    A sample whose text contains one of `stop` is not continued (except by the backend continuous).
+    """
 
     temperature: float = 0.7
     top_p: float = 1.0
     top_k: int = 50
     max_new_tokens: int = 320
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowdft.compat import takes_other_attention
@@ -37,8 +37,9 @@ class PaddedSampler:
     batches get half as many samples.
     """
 
-    def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int | None):
+    def __init__(self, model, end_ids: list[int], settings: SamplingSettings, batch_size: int | None, tokenizer=None):
         self.model, self.end_ids, self.settings, self.batch_size = model, end_ids, settings, batch_size
+        self.tokenizer = tokenizer
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """See `Sampler`."""
@@ -84,9 +85,11 @@ class PaddedSampler:
             attention_mask=mask_UP[row_R],
             generation_config=model.generation_config,
             logits_processor=LogitsProcessorList([_PaddedDraw(u_RT.to(model.device), width, self.settings)]),
+            stopping_criteria=[_StopTexts(self.tokenizer, self.settings.stop, width)] if self.settings.stop else [],
             **prefilled,
         )
-        return [finish(row, self.end_ids) for row in written[:, width:].tolist()]
+        rows = [[*row, self.end_ids[0]] for row in written[:, width:].tolist()]  # the last one to reach a stop text
+        return [finish(row[: self.settings.max_new_tokens], self.end_ids) for row in rows]
 
 
 def _new_cache(model) -> DynamicCache | None:
@@ -124,6 +127,17 @@ def _prefill(model, cache: DynamicCache, ids_UP: Tensor, mask_UP: Tensor, shared
             generation_config=one_token,
             past_key_values=cache,
         )
+
+
+class _StopTexts(StoppingCriteria):
+    """Samples that contain a stop text are done."""
+
+    def __init__(self, tokenizer, stop: Sequence[str], width: int):
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        return torch.tensor([any(one in text for one in self.stop) for text in texts], device=input_ids.device)
 
 
 class _PaddedDraw(LogitsProcessor):

@@ -99,6 +99,7 @@ class VllmSampler:
             "top_k": settings.top_k or -1,
             "max_tokens": settings.max_new_tokens,
             "stop_token_ids": end_ids,
+            "stop": list(settings.stop),
         }
         self.job = (model.engine_arguments(batch_size or SAMPLES_AT_WORK), common, model.adapter)
         self.connection: Connection | None = None

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers import VOCABULARY, make_llama
+from helpers import VOCABULARY, make_llama, make_requests, sharp_llama
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestState
 
 from lowdft.errors import UserError
@@ -18,20 +18,6 @@ from lowdft.sampling.draw import draw, fitting
 SETTINGS = SamplingSettings(temperature=0.9, top_k=20, top_p=0.95, max_new_tokens=12)
 END = [2, 5]
 BACKENDS = pytest.mark.parametrize("backend", ["padded", "continuous"])
-
-
-def sharp_llama():
-    """A tiny model whose distributions are far from flat."""
-    model = make_llama()
-    model.lm_head.weight.data.mul_(8)
-    return model
-
-
-def make_requests(n: int = 13) -> list[Request]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 40, (n,), generator=generator).tolist()
-    prompts = [torch.randint(6, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(prompt, 2**62 + i) for i, prompt in enumerate(prompts)]
 
 
 @BACKENDS
@@ -55,51 +41,6 @@ def test_a_sample_depends_on_its_own_request_alone(backend):
         assert sampler.sample(requests) == expected
         assert sampler.sample(requests[::-1]) == expected[::-1]
         assert sampler.sample(requests[3:7]) == expected[3:7]
-
-
-@pytest.mark.parametrize("window", [None, 6])
-def test_a_prompt_is_computed_once_for_all_of_its_samples(window):
-    """Four samples each of three prompts (one of a single token, beside longer ones), by the first layer's inputs."""
-    model = sharp_llama() if window is None else make_mistral(window)
-    prompts = [list(range(6, 36)), list(range(40, 60)), [9]]
-    requests = [Request(prompt, 10 * i + k) for i, prompt in enumerate(prompts) for k in range(4)]
-    expected = get_sampler("padded", model, END, SETTINGS, 1).sample(requests)
-    seen = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2]))
-    for order in (requests, requests[::-1], requests[::5] + requests):
-        seen.clear()
-        found = get_sampler("padded", model, END, SETTINGS, 64).sample(order)
-        assert found == [expected[requests.index(request)] for request in order]
-        assert seen[0] == (3, 29) and all(length == 1 for _, length in seen[1:])
-    handle.remove()
-
-
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("copies", [1, 3])
-def test_what_all_prompts_begin_with_is_computed_once(window, copies):
-    """Twenty shared tokens, then prompts of different lengths; not with sliding windows, which count padding too."""
-    model = sharp_llama() if window is None else make_mistral(window)
-    prompts = [[*range(10, 30), *rest] for rest in ([31, 32], [33, 34, 35, 36, 37], list(range(40, 60)))]
-    requests = [Request(prompt, 10 * i + k) for i, prompt in enumerate(prompts) for k in range(copies)]
-    expected = get_sampler("padded", model, END, SETTINGS, 1).sample(requests)
-    seen = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
-    assert get_sampler("padded", model, END, SETTINGS, 64).sample(requests) == expected
-    handle.remove()
-    if window is None:
-        assert seen[:2] == [(1, 20), (3, 19)] and all(length == 1 for _, length in seen[2:])
-    else:
-        assert seen[0] == ((3, 39) if copies > 1 else (3, 40))
-
-
-def make_mistral(window):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        **{k: v for k, v in make_llama().config.to_dict().items() if k != "model_type"}, sliding_window=window
-    )
-    model = MistralForCausalLM(config)
-    model.lm_head.weight.data.mul_(8)
-    return model
 
 
 @BACKENDS

@@ -17,6 +17,7 @@ class SamplingParams:
     top_k: int = 0
     max_tokens: int = 16
     stop_token_ids: list = field(default_factory=list)
+    stop: list = field(default_factory=list)
     seed: int | None = None
 
 

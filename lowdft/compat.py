@@ -1,4 +1,4 @@
-"""Every use of private parts of transformers, each with a canary in tests/test_compat.py.
+"""Every use of private parts of transformers, and of renamed ones, each with a canary in tests/test_compat.py.
 
 pyproject.toml limits transformers to the versions that were tested.
 """
@@ -72,6 +72,18 @@ def without_compiled_communication() -> None:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def checkpoint_layers(model: PreTrainedModel, settings: dict) -> None:
+    """Activation checkpointing of a model's layers, which transformers before 5.23 calls gradient checkpointing.
+
+    Args:
+        settings: as the trainer's `gradient_checkpointing_kwargs`: of torch's checkpoint, and `every_n_layers`.
+    """
+    settings = dict(settings)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    every = settings.pop("every_n_layers", 1)
+    enable(settings, every_n_layers=every)
 
 
 def takes_other_attention(model: PreTrainedModel) -> bool:

@@ -10,7 +10,13 @@ from helpers import make_llama, make_rows, make_trainer
 from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import deepspeed
 
-from lowdft.compat import takes_other_attention, use_one_gpu, without_compiled_communication, without_deepspeed
+from lowdft.compat import (
+    checkpoint_layers,
+    takes_other_attention,
+    use_one_gpu,
+    without_compiled_communication,
+    without_deepspeed,
+)
 
 
 def test_hooks_are_called_in_their_order(tmp_path):
@@ -35,6 +41,13 @@ def test_private_methods_are_there():
     wanted = {"_prepare_for_training": 3, "_get_grad_norm": 2, "_save_checkpoint": 2, "_get_output_dir": 1}
     for name, count in wanted.items():
         assert len(inspect.signature(getattr(Trainer, name)).parameters) == count + 1, name
+
+
+@pytest.mark.parametrize("settings, layers", [({}, [True, True]), ({"every_n_layers": 2}, [True, False])])
+def test_layers_are_checkpointed(settings, layers):
+    model = make_llama()
+    checkpoint_layers(model, {"use_reentrant": False} | settings)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == layers
 
 
 def test_attention_that_transformers_can_exchange():

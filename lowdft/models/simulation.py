@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedConfig
 
+from lowdft.compat import checkpoint_layers
 from lowdft.config.sections import AdapterSection, ModelSection
 from lowdft.config.training import DFTConfig
 from lowdft.logprobs import Group, bare, chunk_for, layers_in, packed_attention, score
@@ -238,7 +239,5 @@ def _as_in_training(policy: nn.Module, layers_dtype: torch.dtype | None) -> Iter
 
 def _checkpoint(model: nn.Module, args: DFTConfig) -> None:
     if args.gradient_checkpointing:
-        kwargs = dict(args.gradient_checkpointing_kwargs or {})
-        every = kwargs.pop("every_n_layers", 1)
-        model.activation_checkpointing_enable(kwargs, every_n_layers=every)
+        checkpoint_layers(model, args.gradient_checkpointing_kwargs or {})
         model.enable_input_require_grads()

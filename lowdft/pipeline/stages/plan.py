@@ -12,10 +12,11 @@ from rich.table import Table
 from torch.autograd.graph import save_on_cpu
 
 from lowdft import models
+from lowdft.compat import checkpoint_layers
 from lowdft.config.training import DFTConfig
 from lowdft.errors import UserError, is_out_of_memory
 from lowdft.files.process import peak_bytes
-from lowdft.logprobs import Group, choose_layout
+from lowdft.logprobs import Group, bare, choose_layout
 from lowdft.models.memory import LIBRARIES, Memory, estimate, generation_memory, scoring_memory
 from lowdft.pipeline.context import Run, say
 from lowdft.pipeline.fitting import Fit, fits, largest_pass, with_settings
@@ -211,7 +212,7 @@ def tokens_per_second(args: DFTConfig, model, groups: list[Group], tokens: int) 
     """
     model.train()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+        checkpoint_layers(bare(model), args.gradient_checkpointing_kwargs or {})
     passes = Passes(choose_layout(model, args.layout), args.logits_chunk_size, tokens)
     offloaded = save_on_cpu(pin_memory=torch.cuda.is_available()) if args.offload_checkpoints else nullcontext()
     some, seconds, timed = groups[:4], 0.0, 0

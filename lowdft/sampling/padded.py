@@ -61,24 +61,13 @@ class PaddedSampler:
         return [samples[i] for i in range(len(requests))]
 
     def _sample_batch(self, model, batch: list[Request]) -> list[Sample]:
-        width = max(len(request.prompt_ids) for request in batch)
         rows = {tuple(request.prompt_ids): None for request in batch}
         rows = {prompt: row for row, prompt in enumerate(rows)}
-        cache = _new_cache(model) if len(rows) < len(batch) or len(rows) > 1 else None
-        shared = _shared(model, list(rows), cache)
-        ids_UP = torch.full((len(rows), width), self.end_ids[0])
-        mask_UP = torch.zeros_like(ids_UP)
-        for prompt, row in rows.items():
-            for start, part in ((0, prompt[:shared]), (width - len(prompt) + shared, prompt[shared:])):
-                ids_UP[row, start : start + len(part)] = torch.tensor(part)
-                mask_UP[row, start : start + len(part)] = 1
         row_R = torch.tensor([rows[tuple(request.prompt_ids)] for request in batch], device=model.device)
-        ids_UP, mask_UP = ids_UP.to(model.device), mask_UP.to(model.device)
-        prefilled = {}
-        if cache is not None and width > 1 and (shared or len(rows) < len(batch)):
-            _prefill(model, cache, ids_UP, mask_UP, shared)
-            cache.batch_select_indices(row_R)
-            prefilled = {"past_key_values": cache}
+        shared = _shared(model, list(rows))
+        ids_UP, mask_UP = (x.to(model.device) for x in _pad(list(rows), shared, self.end_ids[0]))
+        width = ids_UP.shape[1]
+        cache = _prefilled(model, ids_UP, mask_UP, row_R, shared) if shared or len(rows) < len(batch) else None
         u_RT = torch.stack([uniforms(request.seed, self.settings.max_new_tokens) for request in batch])
         written = model.generate(
             input_ids=ids_UP[row_R],
@@ -86,7 +75,7 @@ class PaddedSampler:
             generation_config=model.generation_config,
             logits_processor=LogitsProcessorList([_PaddedDraw(u_RT.to(model.device), width, self.settings)]),
             stopping_criteria=[_StopTexts(self.tokenizer, self.settings.stop, width)] if self.settings.stop else [],
-            **prefilled,
+            **({} if cache is None else {"past_key_values": cache}),
         )
         rows = [[*row, self.end_ids[0]] for row in written[:, width:].tolist()]  # the last one to reach a stop text
         return [finish(row[: self.settings.max_new_tokens], self.end_ids) for row in rows]
@@ -100,25 +89,41 @@ def _new_cache(model) -> DynamicCache | None:
     return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
 
 
-def _shared(model, prompts: list[tuple[int, ...]], cache: DynamicCache | None) -> int:
+def _shared(model, prompts: list[tuple[int, ...]]) -> int:
     """How many first tokens of all prompts are computed once; 0 if few are equal.
 
     Padding then follows these tokens, which is right where positions come from the mask: in full attention, and without
     ALiBi.
     """
-    if len(prompts) == 1 or cache is None or not takes_other_attention(model):
-        return 0
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return 0
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 2)
-    return shared if shared >= WORTH_SHARING else 0
+    if len(prompts) == 1 or shared < WORTH_SHARING or not takes_other_attention(model):
+        return 0
+    cache = _new_cache(model)
+    return shared if cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers) else 0
 
 
-def _prefill(model, cache: DynamicCache, ids_UP: Tensor, mask_UP: Tensor, shared: int) -> None:
-    """Adds the keys and values of all prompt tokens except the last to the cache, the `shared` first ones only once."""
+def _pad(prompts: list[tuple[int, ...]], shared: int, filler: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [U, P]: the `shared` first tokens, padding, the rest."""
+    width = max(map(len, prompts))
+    gaps = [width - len(prompt) for prompt in prompts]
+    ids = [[*p[:shared], *[filler] * gap, *p[shared:]] for p, gap in zip(prompts, gaps, strict=True)]
+    mask = [[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in gaps]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _prefilled(model, ids_UP: Tensor, mask_UP: Tensor, row_R: Tensor, shared: int) -> DynamicCache | None:
+    """Keys and values of all prompt tokens except the last, for rows `row_R`; the `shared` first ones computed once.
+
+    None for models with another kind of cache, and for prompts of one token.
+    """
+    cache = _new_cache(model)
+    if cache is None or ids_UP.shape[1] == 1:
+        return None
     one_token = copy.copy(model.generation_config)
     one_token.max_new_tokens = 1  # to be thrown away
-    for rows, end in ((1, shared), (len(ids_UP), -1)) if shared else ((len(ids_UP), -1),):
+    for rows, end in ((1, shared), (len(ids_UP), -1)):
+        if not end:
+            continue
         if cache.get_seq_length():
             cache.batch_repeat_interleave(rows)
         model.generate(
@@ -127,6 +132,8 @@ def _prefill(model, cache: DynamicCache, ids_UP: Tensor, mask_UP: Tensor, shared
             generation_config=one_token,
             past_key_values=cache,
         )
+    cache.batch_select_indices(row_R)
+    return cache
 
 
 class _StopTexts(StoppingCriteria):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import make_llama, make_requests, sharp_llama
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from lowdft.sampling import Request, SamplingSettings, get_sampler
 
@@ -48,6 +48,26 @@ def test_what_all_prompts_begin_with_is_computed_once(window, copies):
         assert seen[:2] == [(1, 20), (3, 19)] and all(length == 1 for _, length in seen[2:])
     else:
         assert seen[0] == ((3, 39) if copies > 1 else (3, 40))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mpt", "gemma3_text"])
+def test_a_shared_beginning_changes_no_sample_of_other_families(family):
+    """Learned positions, ALiBi, sliding windows: whether they share it or not."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, pad_token_id=0)
+    if family == "gemma3_text":
+        sizes |= dict(intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=8)
+    if family == "opt":
+        sizes |= dict(ffn_dim=48, word_embed_proj_dim=32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    generator = torch.Generator().manual_seed(1)
+    rest = [torch.randint(6, 97, (length,), generator=generator).tolist() for length in (2, 5, 17)]
+    requests = [Request([*range(10, 30), *ids], i) for i, ids in enumerate(rest)]
+    expected = get_sampler("padded", model, END, SETTINGS, 1).sample(requests)
+    assert get_sampler("padded", model, END, SETTINGS, 64).sample(requests) == expected
 
 
 def test_a_sample_that_contains_a_stop_text_is_not_continued():

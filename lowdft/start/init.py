@@ -91,7 +91,11 @@ def recipe_text(model: str, data: str, name: str, seen: Seen, gpu: float | None)
     objective, count, why = _objective(seen)
     checked = seen.answer != "none"
     prompt, completion = _round_up(seen.longest_prompt + 32), _round_up(seen.longest_completion + 8)
-    written = ["negatives:", f"  max_new_tokens: {min(completion, 512)}", "  strategy: direct"]
+    written = f"""\
+negatives:
+  max_new_tokens: {min(completion, 512)}
+  strategy: direct  # plain samples rarely help; recipes/misconceptions.yaml shows the base what people get wrong
+"""
     return TEMPLATE.format(
         output_dir=f"runs/{name}",
         model=model,
@@ -100,7 +104,7 @@ def recipe_text(model: str, data: str, name: str, seen: Seen, gpu: float | None)
         rows=seen.rows,
         layout=seen.layout,
         eval_rows=max(1, min(200, seen.rows // 10)),
-        negatives="" if own else "\n".join(written) + "  # how the base is prompted for them\n",
+        negatives="" if own else written,
         objective=objective,
         why=why,
         count=count,

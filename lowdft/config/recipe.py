@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -253,6 +254,7 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+@functools.cache
 def _sections() -> dict[str, type]:
     """The recipe's sections with fixed keys, by name."""
     hints = typing.get_type_hints(Recipe)

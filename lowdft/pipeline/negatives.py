@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -23,17 +24,18 @@ def negatives_sampler(run: Run, model, backend: str) -> Sampler:
     """
     section = run.recipe.negatives
     settings = SamplingSettings(
-        section.temperature, section.top_p, section.top_k, section.max_new_tokens, tuple(stop_texts(run))
+        section.temperature, section.top_p, section.top_k, section.max_new_tokens, stop_texts(run)
     )
     return get_sampler(backend, model, run.encoder.end_ids, settings, section.batch_size, run.tokenizer)
 
 
-def stop_texts(run: Run) -> list[str]:
+@functools.lru_cache(maxsize=1)  # asked for every part, and few_shot reads all training rows
+def stop_texts(run: Run) -> tuple[str, ...]:
     """The texts before which a negative ends: `negatives.stop`, and with few_shot what separates the shots."""
     section = run.recipe.negatives
     if section.strategy != "few_shot":
-        return section.stop
-    return [*section.stop, *shot_stop([example.completion for example in run.examples("train")])]
+        return tuple(section.stop)
+    return (*section.stop, *shot_stop([example.completion for example in run.examples("train")]))
 
 
 def write_negatives(run: Run, sampler: Sampler, examples: Sequence[Example], per_prompt: int) -> list[dict]:

@@ -121,9 +121,7 @@ def _prefilled(model, ids_UP: Tensor, mask_UP: Tensor, row_R: Tensor, shared: in
         return None
     one_token = copy.copy(model.generation_config)
     one_token.max_new_tokens = 1  # to be thrown away
-    for rows, end in ((1, shared), (len(ids_UP), -1)):
-        if not end:
-            continue
+    for rows, end in [(1, shared)] * bool(shared) + [(len(ids_UP), -1)]:
         if cache.get_seq_length():
             cache.batch_repeat_interleave(rows)
         model.generate(

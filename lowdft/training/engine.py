@@ -81,6 +81,7 @@ class StepEngine:
         self._left, self._most, self._first = 0, 0, True
         self.starts_as_reference = False  # is the policy, before the first step, the model that scored the reference?
         self._start: Snapshot | None = None
+        self._last: tuple[Batch, Tensor, Callable[[Tensor], Tensor]] | None = None  # with log-probs and their surrogate
 
     @property
     def policy(self) -> nn.Module:
@@ -180,6 +181,7 @@ class StepEngine:
         self._require_finite("log-probabilities", scored.logps_MK, batch)
         self._require_finite("losses", final.surrogate_M[:, None], batch)
         self._largest = max(self._largest, scored.logps_MK.abs().max().item())
+        self._last = batch, scored.logps_MK, lambda logps_MK: losses(range(len(batch)), logps_MK)[1].surrogate_M.sum()
         self.log_u.update(batch.index_M, final.log_u_M)
         self.metrics.add(scores, final, self.objective, batch, scored)
         if self._first:
@@ -254,13 +256,19 @@ class StepEngine:
         return mismatched_gain(self.policy, batches, self.passes) if self.objective.uses_mismatched else 0.0
 
     def check_gradient(self, norm: float, scaled: bool = False) -> None:
-        """Raises UserError for a step whose gradient norm is not finite; to be called before the optimizer's step.
+        """Raises UserError for a step whose gradient is not finite, or zero although the objective wants to change it.
+
+        Call it before the optimizer's step.
 
         Args:
             scaled: a loss scaler handles overflows and skips such steps.
         """
-        if not math.isfinite(norm) and not scaled:
+        if scaled:
+            return
+        if not math.isfinite(norm):
             raise finite.bad_gradient(self.step, norm, self._done, self._largest)
+        if norm == 0 and self._last and finite.acts(*self._last[1:]):
+            raise finite.no_gradient(self.step, self._last[0], self._largest)
 
     def check_weights(self) -> None:
         """Raises UserError if the current weights give a training row no finite score.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from lowdft.data.batch import Batch
@@ -14,6 +15,7 @@ ADVICE = (
     f"Nothing of this step was applied or saved, and earlier checkpoints are intact. {SLOWER}; if this is the first "
     "step, check these rows and the base's dtype."
 )
+CERTAIN = 1e-3  # nats by which the log-probability of a certain completion may differ from 0
 EVALUATION_ADVICE = "Check these rows, the base's weights and dtype, and, after training steps, the learning rate."
 
 
@@ -48,6 +50,25 @@ def bad_gradient(step: int, norm: float, batches: Sequence[Batch], largest: floa
     return UserError(
         f"step {step}: the gradient's norm is {norm}, although every loss is finite (example_id {_some(ids)}; the "
         f"lowest log-probability is -{largest:.4g}). {ADVICE}"
+    )
+
+
+def acts(logps_MK: Tensor, surrogate: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a loss of log-probabilities has a gradient for a completion that is not certain already.
+
+    A certain completion's tokens pass no gradient on to the weights.
+    """
+    leaf_MK = logps_MK.clone().requires_grad_()
+    (pull_MK,) = torch.autograd.grad(surrogate(leaf_MK), leaf_MK)
+    return bool((pull_MK[logps_MK < -CERTAIN] != 0).any())
+
+
+def no_gradient(step: int, batch: Batch, largest: float) -> UserError:
+    """The error for a step whose gradient is zero although its log-probabilities should change; see `bad_gradient`."""
+    return UserError(
+        f"step {step}: the gradient is zero, although the objective still acts on these rows (example_id "
+        f"{_some(_names(batch))}; the lowest log-probability is -{largest:.4g}). The weights have become so large that "
+        f"a layer overflows, or no trainable weight takes part. {SLOWER}, and train from the beginning."
     )
 
 

@@ -107,7 +107,11 @@ def test_policy_is_the_reference_at_step_0(source, section, tmp_path):
 
 @needs_bfloat16
 def test_bfloat16_keeps_one_numerical_path(smollm2, tmp_path):
-    """In bf16 on NF4 too, with the reference scored beforehand and other batches than training's: the gap is no gap."""
+    """In bf16 on NF4 too, with the reference scored beforehand and other batches than training's: the gap is no gap.
+
+    Some CPUs (those with AMX) sum a row of a product in an order that depends on how many rows there are. There the
+    gap is rounding: no more than that of the base's own scores one by one and all at once.
+    """
     section = ModelSection(name_or_path=smollm2, load_in_4bit=True, dtype="bfloat16")
     rng = random.Random(2)
 
@@ -122,7 +126,11 @@ def test_bfloat16_keeps_one_numerical_path(smollm2, tmp_path):
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=6, save_strategy="no", disable_tqdm=True
     )
     trainer = DFTTrainer(policy(models.locate(section), section), args, rows)
+    groups = [Group(row["prompt_ids"], row["negative_ids"]) for row in rows]
+    with reference_on(trainer.model) as base:
+        alone, together = (reference_logps(base, groups, Passes("packed", 256, most)) for most in (1, 2**20))
+    rounding = (alone - together).abs().mean().item()
     trainer.train()
     gap = trainer.state.log_history[0]["reference/gap"]
-    print(f"reference/gap {gap:.2e} nats in bfloat16")
-    assert gap < 0.05
+    print(f"reference/gap {gap:.2e} nats in bfloat16, rounding {rounding:.2e}")
+    assert gap < max(0.05, 2 * rounding)

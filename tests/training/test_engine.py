@@ -11,6 +11,7 @@ from lowdft import objectives
 from lowdft.cli import main
 from lowdft.data.batch import collate
 from lowdft.errors import UserError
+from lowdft.training import finite
 from lowdft.training.engine import StepEngine
 from lowdft.training.log_u import LogU
 from lowdft.training.token_budget import Passes
@@ -106,11 +107,14 @@ def test_9_an_explicit_budget_wins_over_a_stored_one(setting, budget):
 
 @pytest.mark.filterwarnings("ignore")
 def test_1_a_step_that_is_not_finite_is_not_taken(tmp_path):
-    """A learning rate of 1e5: it stops with the step and its rows; no checkpoint, table or weight is touched by it."""
+    """A learning rate of 1e5: it stops with the step and its rows; no checkpoint, table or weight is touched by it.
+
+    Either a number overflows, or a norm divides by an infinite variance and no gradient is left, as the CPU has it.
+    """
     rows = [row | {"example_id": f"row-{i}"} for i, row in enumerate(make_rows(4))]
     settings = dict(learning_rate=1e5, warmup_steps=0, save_strategy="steps", save_steps=1, num_train_epochs=4)
     trainer = make_trainer(tmp_path, rows, **(settings | {"negatives_per_step": 1}))
-    with pytest.raises(UserError, match=r"step \d: the (log-probabilities|losses|gradient's norm).*row-\d") as found:
+    with pytest.raises(UserError, match=r"step \d: the (log-probabilities|losses|gradient).*row-\d") as found:
         trainer.train()
     assert "learning_rate" in str(found.value)
     step = int(str(found.value).split("step ")[1][0])
@@ -118,6 +122,18 @@ def test_1_a_step_that_is_not_finite_is_not_taken(tmp_path):
     assert trainer.log_u.isfinite().all() and torch.tensor(losses(trainer)).isfinite().all()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert {p.name for p in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(1, step)}
+
+
+def test_1_only_a_zero_gradient_that_should_not_be_one_stops(tmp_path):
+    """Weights that pass no gradient on stop the training; certain completions and losses without a slope do not."""
+    trainer = make_trainer(tmp_path, make_rows(4), objective="sft", max_steps=1)
+    norms = [m for name, m in trainer.model.named_modules() if name.endswith("norm")]
+    norms[-1].register_forward_hook(lambda module, args, hidden: 0 * hidden)  # as when its variance is infinite
+    with pytest.raises(UserError, match=r"step 1: the gradient is zero, although .* \(example_id .*learning_rate"):
+        trainer.train()
+    logps_MK = torch.tensor([[-5.0, -1e-6]], dtype=torch.float64)
+    assert finite.acts(logps_MK, lambda logps_MK: -logps_MK.sum())
+    assert not finite.acts(logps_MK, lambda logps_MK: -logps_MK[:, 1].sum() + 0 * logps_MK[:, 0].sum())
 
 
 def test_1_a_gradient_that_is_not_finite_stops(tmp_path):

@@ -5,9 +5,9 @@ or costs time for it, in one of two ways. Where `varlen_attn` runs (`varlen.py`;
 stay in place and keys are gathered for each piece, those of the prompt before those of the completion. Elsewhere
 queries and keys are gathered into small batches of pieces of similar length.
 
-On a CPU without AMX a sequence gets the same bits in bfloat16 whatever else is in its row (measured: rows and tiles are
-aligned so that kernels always split their sums in the same way), so policy and reference agree exactly. On a GPU, and on
-a CPU with AMX, matrix products choose their kernels by the number of tokens, and the bits may differ.
+On a CPU without AMX a sequence gets the same bits in bfloat16 whatever else is in its row (measured: rows and tiles
+are aligned so that kernels always split their sums in the same way), so policy and reference agree exactly. On a GPU,
+and on a CPU with AMX, matrix products choose their kernels by the number of tokens, and the bits may differ.
 
 Shape suffixes: T tokens of the packed row, N pieces (prompts or completions), Q queries, K keys, H query heads,
 J key-value heads, E size of a head.

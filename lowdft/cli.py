@@ -191,7 +191,6 @@ def _write(arguments: argparse.Namespace, recipe, doors) -> None:
     def run_of(one) -> Run:
         run = Run(one)
         run.trust_checkpoint, run.push_negatives = doors.trust_checkpoint, doors.push_negatives
-        run.report_follows = arguments.verb == "run"
         return run
 
     if arguments.verb == "run" and recipe.rounds > 1:
@@ -227,7 +226,8 @@ def _walk(run, stages: tuple[str, ...], arguments: argparse.Namespace) -> None:
     from lowdft.distributed import collectives
     from lowdft.models.base import release_memory, whole_weights
 
-    run.check(evaluates="evaluate" in stages)
+    run.evaluation_follows = "evaluate" in stages
+    run.check()
     for stage in stages:
         if stage not in ON_ALL_RANKS and collectives.rank() > 0:
             return  # nothing after it needs more than one

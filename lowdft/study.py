@@ -239,8 +239,8 @@ def run_one(recipe: str, overrides: list[str], study_folder: Path, doors: Doors 
     doors.check(one)
     with locked(one.output_dir):
         run = Run(one)
-        run.trust_checkpoint = doors.trust_checkpoint
-        run.check(evaluates=True)
+        run.trust_checkpoint, run.evaluation_follows = doors.trust_checkpoint, True
+        run.check()
         for product in (run.negatives("train"), run.negatives("heldout"), run.reference, run.base_evaluation):
             borrow(product, study_folder)
         for stage in STAGES:

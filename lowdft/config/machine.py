@@ -7,9 +7,11 @@ def computes_bfloat16() -> bool:
     """Whether this machine has bfloat16 instructions. A CPU without them emulates bfloat16, ten times slower."""
     import torch
 
+    from lowdft.logprobs.cpu_attention import cpu_computes_bfloat16
+
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return cpu_computes_bfloat16()
 
 
 def has_flash_attention() -> bool:

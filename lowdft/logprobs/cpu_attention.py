@@ -20,11 +20,12 @@ AT_ONCE, AT_MOST = 2**18, 2**20  # scores of a slice: of several heads, and of o
 
 def takes_cpu(q: Tensor) -> bool:
     """Whether `cpu_attention` is the faster way for these queries."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and _multiplies_bfloat16()
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and cpu_computes_bfloat16()
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
+def cpu_computes_bfloat16() -> bool:
+    """Whether torch multiplies in bfloat16 on this CPU without emulating it."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

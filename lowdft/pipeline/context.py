@@ -41,14 +41,14 @@ class Run:
     """A recipe with its data, its base and its folder. Attributes are cached.
 
     Three attributes are set by the command line only. `trust_checkpoint`: resume even from checkpoints that may run
-    code. `push_negatives`: upload the negatives to the recipe's `negatives.push`. `report_follows`: after training,
-    this command also evaluates and writes the report.
+    code. `push_negatives`: upload the negatives to the recipe's `negatives.push`. `evaluation_follows`: this command
+    evaluates as well.
 
     Raises:
         UserError: the recipe, the data and the run folder do not fit together; before any model is loaded.
     """
 
-    trust_checkpoint = push_negatives = report_follows = False
+    trust_checkpoint = push_negatives = evaluation_follows = False
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -56,13 +56,13 @@ class Run:
         self.args = training_config(recipe)
         self.objective = objectives.get(self.args.objective)
 
-    def check(self, evaluates: bool = False) -> None:
-        """Makes all checks that need no model, also of the run folder (and of its evaluation, if the command
-        `evaluates`), and writes the resolved recipe into it."""
+    def check(self) -> None:
+        """Makes all checks that need no model, also of the run folder (of its evaluation only if this command
+        evaluates), and writes the resolved recipe into it."""
         for note in self._requirements():
             warnings.warn(note, stacklevel=2)
         products = [self.negatives("train"), self.negatives("heldout"), self.reference, self.training]
-        if evaluates and self.examples("heldout"):
+        if self.evaluation_follows and self.examples("heldout"):
             products += [self.base_evaluation, self.evaluation]
         require_matching(products)
         if not self.training.is_done():  # a trained model may go to a machine without the optimizer's packages

@@ -79,5 +79,5 @@ def save(run: Run, trainer: DFTTrainer, **facts) -> None:
         **facts,
     )
     if metrics.is_file():
-        run_page.write(run, live="training is finished, the evaluation follows" if run.report_follows else None)
+        run_page.write(run, live="training is finished, the evaluation follows" if run.evaluation_follows else None)
     say(f"{product.path}: trained in {trainer.state.global_step} steps")

@@ -211,6 +211,7 @@ def check_proposal(
             negatives.strategy == "few_shot" and any(isinstance(row.completion, str) for row in rows)
         ),
         "negatives.resample replaces some of them": negatives.resample > 0,
+        "negatives.keep: wrong replaces some of them": negatives.keep == "wrong",
         "negatives.temperature is 0, so nothing is sampled": negatives.temperature == 0,
         "they are sampled from negatives.adapter, which is not training.reference_model": (
             negatives.adapter is not None and negatives.adapter != args.reference_adapter

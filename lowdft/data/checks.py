@@ -12,6 +12,7 @@
 | old role "function" | warn, becomes "tool" |
 | tool call without a name, or with arguments that are not a JSON object; tool_call_id that answers no call | error |
 | ready negative that is empty | warn, dropped |
+| column that is not used, with a name close to a known one | warn |
 | ready negative equal to the completion | warn, kept |
 | two rows with the same id | error |
 | exact duplicate of a row (same prompt, answer, tools and negatives) | warn, kept |
@@ -24,12 +25,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lowdft.data.example import Row, Turn, canonical_json, is_blank, is_empty, normal, opening_turns
 from lowdft.data.formats import SPEAKERS
-from lowdft.data.layouts import kind_of
-from lowdft.data.read import REMOVE, Finding, cut
+from lowdft.data.layouts import kind_of, meant, unused_columns
+from lowdft.data.read import REMOVE, Finding, Record, cut
 from lowdft.text import nearest
 
 MARKUP = re.compile(r"<\|[A-Za-z_]+\|>|\[/?INST\]|<(?:start|end)_of_turn>")
@@ -50,6 +51,15 @@ def check_row(row: Row) -> list[Finding]:
         found += _text(row, row.completion[0]) or _answer(row)
     found += _negatives(row)
     return found
+
+
+def check_columns(record: Record, layout: str, mapped: Mapping[str, str]) -> Iterator[Finding]:
+    """Warnings about unused columns whose names are close to known ones."""
+    for name in unused_columns(record.columns, layout, mapped):
+        if near := meant(name):
+            yield Finding(
+                record.where, name, f'did you mean "{near}"?', f"the column {cut(name, 40)}, which is not used"
+            )
 
 
 def _roles(row: Row, turns: list[Turn]) -> Iterator[Finding]:
@@ -195,7 +205,9 @@ def _negatives(row: Row) -> Iterator[Finding]:
     good = row.completion[0]
     said = _said([good]) if row.negatives else ""
     for (turn,) in row.negatives:
-        if is_empty(turn):
+        if is_empty(turn) and turn.keys and "content" not in turn.message:
+            yield from _text(row, turn)
+        elif is_empty(turn):
             yield Finding(row.where, turn.at(1), "is empty", "an empty negative, dropped")
         elif turn.role != "assistant":
             wanted = f'"assistant" is needed in a negative. {REMOVE}'

@@ -169,6 +169,9 @@ class Encoder:
 
         A row that already has `prompt_ids`, `completion_ids` (and `negative_ids`) keeps them. All are cut to length.
         Reference log-probabilities of the row are dropped if what they score was cut.
+
+        Raises:
+            UserError: as `prompt` and `completion`; or the row has tools, but its prompt is text.
         """
         if "prompt_ids" in row:
             given, completion_ids = list(row["prompt_ids"]), list(row["completion_ids"])
@@ -176,6 +179,8 @@ class Encoder:
             negative_ids = [list(ids) for ids in row.get("negative_ids") or []]
         else:
             messages, good, tools = row["prompt"], row["completion"], row.get("tools")
+            if tools and isinstance(messages, str):
+                raise UserError("the row has tools, but its prompt is text, which shows none; write messages instead")
             thinking = thinks(good)
             given = prompt_ids = self.prompt(messages, tools, thinking)
             completion_ids = self.completion(messages, good, tools, thinking)

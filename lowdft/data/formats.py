@@ -28,6 +28,7 @@ from lowdft.data.example import Row, Turn, contents
 from lowdft.data.layouts import (
     CONVERSATIONS,
     LAYOUTS,
+    NEGATIVES,
     BadRow,
     detect_layout,
     fitting_layouts,
@@ -41,6 +42,8 @@ SPEAKERS = {
     "from": {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
              "tool": "tool", "function": "function"},
 }  # fmt: skip
+PRINTED = re.compile(r"\s*\[\s*['\"{].*['\"}]\s*\]\s*", re.DOTALL)  # a list as Python or pandas prints it
+PRINTED_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(?:role|content)'\s*:")
 
 
 def to_row(record: Record, columns: dict[str, str] | None = None, expected: str | None = None) -> Row:
@@ -53,6 +56,13 @@ def to_row(record: Record, columns: dict[str, str] | None = None, expected: str 
     view = _view(record.columns, columns)
     choice = read_choice(view, columns)
     layout, prompt, completion = _of_choice(choice) if choice else _of_layout(view, columns, expected)
+    if layout == "prompt+completion" and str(view.get("label")).lower() == "false":
+        raise BadRow(
+            "label",
+            "is false, so this completion is a bad answer (TRL's unpaired preferences), but a completion is trained on "
+            "as a good one. Add it to the negatives of a row with the same prompt and a good answer, or remove the "
+            f"column if it means something else. {REMOVE}",
+        )
     system = view.get("system")
     if system not in (None, "") and all(turn.text != system for turn in prompt if turn.role == "system"):
         prompt = [Turn({"role": "system", "content": system}, columns.get("system", "system")), *prompt]
@@ -132,7 +142,13 @@ def _split(layout: str, view: dict, columns: dict[str, str]) -> tuple[list[Turn]
 
 
 def _turns(value: object, path: str, role: str) -> list[Turn]:
-    """Turns from a text (one turn of `role`), a message or a list of messages."""
+    """Turns from a text (one turn of `role`), a message or a list of messages, also as JSON (CSV)."""
+    held = json_list(value)
+    if isinstance(held, list) and held and all(isinstance(one, dict) and "role" in one for one in held):
+        value = held
+    elif isinstance(value, str) and PRINTED_MESSAGES.match(value):
+        raise BadRow(path, f"is a list of messages as Python prints it ({cut(value, 40)}); JSON is needed. Write it "
+                           "with json.dumps, or save the rows as JSON lines or parquet.")  # fmt: skip
     if isinstance(value, dict):
         return [_turn(value, path, sharegpt=False)]
     if isinstance(value, list) and (not value or isinstance(value[0], dict)):
@@ -166,7 +182,7 @@ def _turn(message: object, path: str, sharegpt: bool) -> Turn:
 
 
 def _negatives(view: dict, columns: dict[str, str], prompt: list[Turn]) -> tuple[list[list[Turn]], list[str]]:
-    names = [name for name in view if re.fullmatch(r"negatives|(rejected|generated)(_\d+)?", str(name))]
+    names = [name for name in view if NEGATIVES.fullmatch(str(name))]
     names.sort(key=lambda name: (name != "negatives", name.split("_")[0], int(name.partition("_")[2] or -1)))
     negatives, used = [], []
     for name in names:
@@ -186,10 +202,11 @@ def _items(name: str, value: object, path: str) -> list[tuple[str, object]]:
     """The negatives of one column, each with its path. A conversation is one negative, another list is several."""
     if name == "negatives":
         value = json_list(value)
-        if isinstance(value, str) and path == name:
+        if isinstance(value, str) and (path == name or PRINTED.fullmatch(value)):
             raise BadRow(
                 path,
-                f"is {kind_of(value)}; a list of answers is needed. Write it in a list, or name the column rejected.",
+                f"is {kind_of(value)}; a list of answers is needed. Write it as a list (in CSV as JSON), or name the "
+                "column rejected.",
             )
     if value is None or not isinstance(value, list):
         return [] if value is None else [(path, value)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from lowdft.data.read import REMOVE, cut
 from lowdft.errors import UserError
@@ -27,6 +29,7 @@ CONVERSATIONS = ("messages", "conversations", "chosen", "real")
 MAPPABLE = ("prompt", "completion", "messages", "choices", "negatives", "example_id", "tools", "system", "answer",
             "aligned_logps")  # fmt: skip
 KNOWN_COLUMNS = [*dict.fromkeys(c for needed in LAYOUTS.values() for c in needed), "input", "negatives", "rejected"]
+NEGATIVES = re.compile(r"negatives|(rejected|generated)(_\d+)?")  # columns of negatives
 
 
 class BadRow(UserError):
@@ -55,6 +58,23 @@ def fitting_layouts(columns: Collection[str], mapped: Collection[str]) -> list[s
     fitting = [name for name in fitting if name not in ONLY_ALONE] or fitting[:1]
     by_map = {name: len(set(LAYOUTS[name]) & set(mapped)) for name in fitting}
     return [name for name in fitting if by_map[name] == max(by_map.values())]
+
+
+def unused_columns(columns: Iterable[str], layout: str, mapped: Mapping[str, str]) -> list[str]:
+    """The columns that a row of this layout does not use; `mapped` has lowdft's names and the user's columns.
+
+    For multiple choice the list is always empty.
+    """
+    if layout not in LAYOUTS:
+        return []
+    used = {*LAYOUTS[layout], *MAPPABLE, *mapped.values(), "id"} | ({"input"} if layout.startswith("instr") else set())
+    return [str(name) for name in columns if name not in used and not NEGATIVES.fullmatch(str(name))]
+
+
+@functools.cache
+def meant(column: str) -> str | None:
+    """The name of a further column that an unused one is close to."""
+    return nearest(column, ("negatives", "rejected", "system", "tools", "aligned_logps"), cutoff=0.6)
 
 
 def no_layout(columns: list[str], expected: str | None) -> BadRow:

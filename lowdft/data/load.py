@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lowdft.data import toy
-from lowdft.data.checks import check_row, check_table, place
+from lowdft.data.checks import check_columns, check_row, check_table, place
 from lowdft.data.example import Example, Row, canonical_json, normal, to_example
 from lowdft.data.formats import to_row
-from lowdft.data.layouts import CONVERSATIONS, MAPPABLE, BadRow
+from lowdft.data.layouts import CONVERSATIONS, MAPPABLE, BadRow, unused_columns
 from lowdft.data.read import REMOVE, Finding, Record, cut, read_records
 from lowdft.errors import InvalidRows, UserError
 from lowdft.text import nearest
@@ -81,7 +81,7 @@ def load_examples(
     warnings = [_skipped(errors, len(bad), len(records))] if bad else []
     warnings += summaries([finding for finding in found if finding.where not in bad])
     layout = Counter(row.layout for row in rows).most_common(1)[0][0]
-    return Loaded(examples, layout, _notes(rows, layout), warnings, len(bad), fingerprint(examples))
+    return Loaded(examples, layout, _notes(rows, layout, records, columns), warnings, len(bad), fingerprint(examples))
 
 
 def fingerprint(examples: list[Example]) -> str:
@@ -124,7 +124,7 @@ def _rows(records: list[Record], columns: dict[str, str]) -> tuple[list[Row], li
             found.append(Finding(record.where, err.field, err.text))
         else:
             rows.append(row)
-            found += check_row(row)
+            found += [*check_row(row), *check_columns(record, row.layout, columns)]
     return rows, found
 
 
@@ -180,7 +180,7 @@ def _examples(rows: list[Row], *how: str | None) -> list[Example]:
     return examples
 
 
-def _notes(rows: list[Row], layout: str) -> list[str]:
+def _notes(rows: list[Row], layout: str, records: list[Record], mapped: dict[str, str]) -> list[str]:
     trained = " (the last assistant turn of each row is trained on)" if layout in CONVERSATIONS else ""
     notes = [f"layout: {layout}{trained}"]
     used = list(dict.fromkeys(column for row in rows for column in row.negative_columns))
@@ -188,6 +188,9 @@ def _notes(rows: list[Row], layout: str) -> list[str]:
         with_some = [row.where for row in rows if row.negatives]
         what = f"{used[0]} is used as a negative" if len(used) == 1 else f"{', '.join(used)} are used as negatives"
         notes.append(what + (f" (rows: {len(with_some)}, first {place(with_some[0])})" if with_some else " (no rows)"))
+    names = dict.fromkeys(name for record in records for name in record.columns)
+    if unused := unused_columns(names, layout, mapped):
+        notes.append(f"columns that are not used: {cut(', '.join(unused), 200)}")
     return notes
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from lowdft.data.checks import check_row
+from lowdft.data.checks import check_columns, check_row
 from lowdft.data.encode import Encoder
 from lowdft.data.encoded import EncodedRows
 from lowdft.data.example import to_example
@@ -17,6 +17,7 @@ from lowdft.data.formats import to_row
 from lowdft.data.layouts import LAYOUTS, BadRow, kind_of
 from lowdft.data.load import SHOWN
 from lowdft.data.read import Finding, Record
+from lowdft.data.structs import own_columns
 from lowdft.errors import InvalidRows, UserError
 
 BESIDE = ("ref_negative_logps", "ref_logps", "sampling_prompt", "sampling_prompt_ids")  # copied from rows of text
@@ -49,12 +50,13 @@ def encode_rows(dataset: Iterable[Mapping] | EncodedRows, encoder: Encoder, name
             f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; wanted one data set. Pass one of "
             f"them, as in {name}[{next(iter(dataset), 'train')!r}]."
         )
-    if hasattr(dataset, "iterrows"):  # of pandas
-        dataset = dataset.to_dict("records")
+    if hasattr(dataset, "iterrows"):  # of pandas, where a missing value is NaN
+        dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")
     if isinstance(dataset, str) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         raise UserError(f"{name} is {kind_of(dataset)}; wanted a data set or a list of rows")
-    if hasattr(dataset, "with_format"):  # of `datasets`: return Python values, whatever its format
-        dataset = dataset.with_format(None)
+    if hasattr(dataset, "with_format"):  # of `datasets`: Python values whatever its format, unless that is a function
+        custom = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+        dataset = map(own_columns, dataset if custom else dataset.with_format(None))
     if not hasattr(dataset, "__iter__"):  # of torch
         dataset = map(dataset.__getitem__, range(len(dataset)))
     reading = _Reading(encoder, name)
@@ -106,8 +108,10 @@ class _Reading:
 
     def _of_text(self, row: dict, where: str) -> dict | None:
         """The parts of a row of text in the form that the encoder needs; None if the row has an error."""
-        parts = to_row(Record(where, _with_prompt(row)))
-        found = check_row(parts)
+        record = Record(where, _with_prompt(row))
+        parts = to_row(record)
+        beside = dict(zip(BESIDE, BESIDE, strict=True))
+        found = [*check_row(parts), *check_columns(record, parts.layout, beside)]
         self.found += found
         if any(not finding.warning for finding in found):
             return None
@@ -158,8 +162,8 @@ def _check_ids(row: dict) -> None:
         raise BadRow("negative_ids", f"is {kind_of(negatives)}; a list of lists of token ids is needed.")
     lists |= {f"negative_ids[{k}]": ids for k, ids in enumerate(negatives or [])}
     for name, ids in lists.items():
-        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
-            raise BadRow(name, f"is {kind_of(ids)}; a list of token ids (0 or more) is needed.")
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            raise BadRow(name, f"is {kind_of(ids)}; a list of token ids (0 or more, below 2^31) is needed.")
 
 
 def _check_reference(row: dict) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from lowdft.data.structs import own_columns
 from lowdft.errors import UserError
 from lowdft.files.packages import local_path
 from lowdft.text import printable
@@ -89,8 +90,7 @@ def _check_file(path: Path, name: str) -> None:
         raise UserError(f"{name}: this is a folder; wanted a file.{hint} Give the path of a file ({kinds}).")
     if not path.exists():
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else None
-        near = get_close_matches(path.name, there or [], n=3, cutoff=0.6)
-        if near:
+        if near := get_close_matches(path.name, there or [], n=3, cutoff=0.6):
             hint = f"Did you mean {' or '.join(str(Path(name).parent / n) for n in near)}?"
         elif there is None:
             hint = f"The folder {Path(name).parent} does not exist either; check the path."
@@ -262,7 +262,7 @@ def _read_parquet(path: Path, name: str) -> list[Record]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except Exception as err:  # pyarrow raises OSError, ArrowInvalid and more for a damaged file
         raise UserError(f"{name}: not a complete parquet file ({cut(err)}). Download or write it again.") from err
-    return [Record(f"{name}:[{i}]", row) for i, row in enumerate(rows)]
+    return [Record(f"{name}:[{i}]", own_columns(row)) for i, row in enumerate(rows)]
 
 
 def _read_hub(name: str, split: str, revision: str | None) -> list[Record]:
@@ -273,7 +273,7 @@ def _read_hub(name: str, split: str, revision: str | None) -> list[Record]:
         rows = datasets.load_dataset(repo, config or None, split=split, revision=revision)
     except Exception as err:  # any failure is turned into an error message
         raise UserError(_hub_words(name, split, err)) from err
-    return [Record(f"{name}:[{i}]", row) for i, row in enumerate(rows)]
+    return [Record(f"{name}:[{i}]", own_columns(row)) for i, row in enumerate(rows)]
 
 
 def _hub_words(name: str, split: str, err: Exception) -> str:

@@ -23,6 +23,7 @@ PROBE = "lowdft probe"  # a sample answer that templates do not change
 THINK = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]"} | {
     "<|START_THINKING|>": "<|END_THINKING|>"
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of a message
 MARKER = re.compile(r"<(?!0x)[^\s<>]+>|\[[^\s\[\]]+\]")  # the form of control tokens; <0x0A> is a byte
 
 
@@ -110,8 +111,12 @@ class Turns:
 
         A think block that the generation prompt opens is closed unless the answer is `thinking`. If the template
         ignores `add_generation_prompt`, the header that it writes before answers is added.
+
+        Raises:
+            UserError: the template rejects the row, or leaves out its system message or its tools.
         """
         text = self.render(messages, tools, True, thinking) + self._header
+        _require_shown(text, messages, tools)
         opened = None if thinking else next((tag for tag in THINK if text.rstrip().endswith(tag)), None)
         return text if opened is None else f"{text.rstrip()}\n\n{THINK[opened]}\n\n"
 
@@ -121,9 +126,15 @@ class Turns:
         """The rendered prompt, and what the template writes after it for this answer, including the end of the turn.
 
         Raises:
-            UserError: the template rejects the row, drops the answer's reasoning, or its prompt and answer cannot be
-                separated.
+            UserError: the template rejects the row, leaves out its system message, its tools or the answer's
+                reasoning, or ends answers with a marker that is not a token; or prompt and answer cannot be separated.
         """
+        if self._spelled_end:
+            raise UserError(
+                f"the chat template ends an answer with {self._spelled_end}, which this tokenizer spells in several "
+                "tokens, so no sampled answer would end there. Set model.chat_template to the base's own format, or "
+                "data.prompt_style: direct."
+            )
         if thinks(completion) and not thinking:
             raise UserError(
                 "a negative contains reasoning (a think block) but the completion does not; remove the reasoning from "
@@ -133,7 +144,9 @@ class Turns:
         whole = self.render([*messages, *completion], tools, False, thinking)
         start = len(before) if whole.startswith(before) else self._content_start(messages, completion, tools, whole)
         text = whole[start:]
-        if thinks(completion) and not any(closing in text for closing in THINK.values()):
+        reasoning = [said for m in completion for name in REASONING if isinstance(said := m.get(name), str)]
+        written = any(closing in text for closing in THINK.values()) or bool(reasoning)
+        if thinks(completion) and not (written and all(said.strip() in text for said in reasoning)):
             raise UserError(
                 "the chat template drops the reasoning of this answer (<think>…</think>), so it would not be trained. "
                 "Remove it from the row, or set model.chat_template to a template that keeps it."
@@ -174,6 +187,12 @@ class Turns:
         header = before[len(bare) :].rstrip(" ") if ignored else ""  # a space is part of the answer's first token
         return header if header.strip() else "", after
 
+    @cached_property
+    def _spelled_end(self) -> str | None:
+        """A marker that the template writes after an answer, if it consists of several tokens of this tokenizer."""
+        first = next(iter(self._probed[1].split()), "")
+        return first if MARKER.fullmatch(first) and len(self.ids(first)) > 1 else None
+
     @property
     def _header(self) -> str:
         return self._probed[0]
@@ -201,9 +220,28 @@ class Turns:
         return start
 
 
+def _require_shown(text: str, messages: list[dict], tools: list[dict] | None) -> None:
+    """Raises UserError unless a rendered prompt has the texts of its system messages and the names of its tools."""
+    for message in messages:
+        if message["role"] == "system" and isinstance(message.get("content"), str):
+            if message["content"].strip() not in text:
+                raise UserError(
+                    "the chat template leaves out the system message of this row. Put it into the first user turn, "
+                    "remove it (data.system_prompt), or set model.chat_template to a template that shows it."
+                )
+    functions = [tool.get("function", tool) for tool in tools or []]
+    names = [str(function["name"]) for function in functions if isinstance(function, dict) and "name" in function]
+    if missing := [name for name in names if name not in text]:
+        raise UserError(
+            f"the chat template leaves out the row's tools (the first: {missing[0]}). Choose a base whose template has "
+            "tools, set model.chat_template, or remove the row."
+        )
+
+
 def thinks(completion: str | list[dict]) -> bool:
-    """Whether an answer contains reasoning: a think block, or the message field reasoning_content."""
+    """Whether an answer contains reasoning: a think block, or one of the message fields `REASONING`."""
     if isinstance(completion, str):
         return False
     said = " ".join(m["content"] for m in completion if isinstance(m.get("content"), str))
-    return any(m.get("reasoning_content") for m in completion) or any(closing in said for closing in THINK.values())
+    in_field = any(m.get(name) for m in completion for name in REASONING)
+    return in_field or any(closing in said for closing in THINK.values())

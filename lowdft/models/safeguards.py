@@ -12,22 +12,25 @@ from transformers import PreTrainedConfig
 from lowdft import compat
 from lowdft.errors import UserError
 
+EXPERT_NOISE = ("jitter_noise", "input_jitter_noise")  # not router_jitter_noise, which PhiMoE also routes by
+
 
 def switch_off_dropout(model: nn.Module) -> float:
     """Switches off the base's dropout, as TRL's DPO does, but not the adapter's. Returns the largest rate that was on.
 
     With dropout, policy and reference would differ at the first step, and so would the two passes of a long
     micro-batch. Many models store the probability as a number in their layers and not in a Dropout module, and some
-    (Falcon) read it from their configuration in every pass.
+    (Falcon) read it from their configuration in every pass. The noise on the inputs of experts counts as dropout.
     """
     of_adapters = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in _own(layer)}
     of_base = [m for m in model.modules() if id(m) not in of_adapters and not isinstance(m, BaseTunerLayer)]
     configurations = {id(c): c for m in of_base if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     largest = 0.0
     for owner in (*of_base, *configurations.values()):
-        is_dropout = "Dropout" in type(owner).__name__
+        in_dropout = "Dropout" in type(owner).__name__
         for name, value in list(vars(owner).items()):
-            if (is_dropout and name == "p" or "drop" in name) and isinstance(value, float) and value > 0:
+            is_rate = in_dropout and name == "p" or "drop" in name or name in EXPERT_NOISE
+            if is_rate and isinstance(value, float) and value > 0:
                 largest = max(largest, value)
                 setattr(owner, name, 0.0)
     return largest

@@ -35,6 +35,13 @@ from lowdft.evaluation import answers
         ("we get $\\frac{1}{2}$", "0.5", True),
         ("we get $\\frac{1}{2}$", "2", False),
         ("so \\boxed{18}, of 20", "18", True),
+        ("It costs \\$1,234", "1234", True),
+        ("3 1/2 cups", "3.5", True),
+        ("-3 1/2", "-3.5", True),
+        ("3 1/2 cups", "1/2", False),
+        ("half: \u00bd", "0.5", True),
+        pytest.param("9" * 5000, "5", False, id="5,000 digits"),
+        ("id 5e12345678", "5", False),
     ],
 )
 def test_18_numbers(answer, truth, right):
@@ -63,6 +70,10 @@ def test_18_numbers(answer, truth, right):
         ("I would choose option D.", "D"),
         ("First I said the answer is A. No: the answer is B.", "B"),
         ("\\boxed{B}", "B"),
+        ("\\boxed{\\mathrm{B}}", "B"),
+        ("The answer is 'B'.", "B"),
+        ("The answer is \u201cB\u201d", "B"),
+        ("The answer is `B`", "B"),
         ("Because it is so", None),
         ("A cat sat here", None),
         ("I, for one, do not know", None),
@@ -80,6 +91,7 @@ def test_patterns():
     check = answers.checker("regex", r"(\S+) is bigger")
     assert check("I say 9.9 is bigger than 9.11.", "9.9 is bigger") is True
     assert check("9.11 is bigger than 9.9.", "9.9 is bigger") is False
+    assert answers.checker("regex", r"(?i)\b(yes|no)\b")("Yes!", "yes") is True
 
 
 def test_math():

@@ -6,7 +6,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from helpers import lora, make_llama, make_rows
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig, FalconForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lowdft import DFTConfig, DFTTrainer
 from lowdft.errors import UserError
@@ -28,6 +35,16 @@ def test_15_dropout_that_a_model_reads_from_its_configuration_is_off():
     ids = torch.arange(9)[None]
     assert not torch.equal(model(ids).logits, model(ids).logits)
     assert switch_off_dropout(model) == 0.3
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_15_noise_on_the_inputs_of_experts_is_off():
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    config = MixtralConfig(router_jitter_noise=0.1, num_key_value_heads=2, num_local_experts=2, **sizes)
+    model = MixtralForCausalLM(config).train()
+    ids = torch.arange(9)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert switch_off_dropout(model) == 0.1
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 

@@ -14,7 +14,10 @@ from transformers.integrations import deepspeed
 
 
 class LoopHooks:
-    """Two hooks for a subclass of transformers' Trainer, at moments of its loop that have no callback."""
+    """For a subclass of transformers' Trainer: two hooks at moments of its loop that have no callback.
+
+    It also ends a loop that resumes after its last step: transformers counts steps only after one more.
+    """
 
     def after_preparation(self, model: nn.Module, resuming: bool) -> None:
         """Called when model and optimizer are prepared and restored from a checkpoint, before the first step.
@@ -34,6 +37,12 @@ class LoopHooks:
         model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.after_preparation(model, resume_from_checkpoint is not None)
         return model, dataloader
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)

@@ -41,6 +41,7 @@ def test_private_methods_are_there():
     wanted = {"_prepare_for_training": 3, "_get_grad_norm": 2, "_save_checkpoint": 2, "_get_output_dir": 1}
     for name, count in wanted.items():
         assert len(inspect.signature(getattr(Trainer, name)).parameters) == count + 1, name
+    assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
 
 
 @pytest.mark.parametrize("settings, layers", [({}, [True, True]), ({"every_n_layers": 2}, [True, False])])

@@ -27,8 +27,10 @@ UNSUPPORTED = {  # fields of transformers that only its own training step uses, 
     "include_for_metrics": ([],),
     "batch_eval_metrics": (False,),
     "parallelism_config": (None,),
+    "include_num_input_tokens_seen": (False, "no"),  # would count ids of batches, which have none
+    "resume_from_checkpoint": (None,),  # transformers' scripts read it, its trainer does not
 }
-COUNTS = (  # 1 or more
+COUNTS = (  # whole numbers of 1 or more
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
@@ -44,7 +46,16 @@ NAMES = {  # the allowed values of fields of transformers
     "log_level": list(trainer_log_levels),
     "log_level_replica": list(trainer_log_levels),
 }
-AMOUNTS = ("learning_rate", "weight_decay", "num_train_epochs", "save_steps", "logging_steps", "warmup_steps")
+AMOUNTS = (
+    "learning_rate",
+    "weight_decay",
+    "num_train_epochs",
+    "save_steps",
+    "logging_steps",
+    "warmup_steps",
+    "eval_delay",
+)
+LARGEST = 1e4  # of log_u_init, in nats
 REFERENCE_PROMPTS = ("training", "sampling", "proposal")
 
 
@@ -116,7 +127,7 @@ class DFTConfig(TrainingArguments):
             self.gamma = chosen.defaults.get("gamma")
         if isinstance(self.log_u_init, str) and self.log_u_init != "first_batch":
             self.log_u_init = _number("log_u_init", self.log_u_init)
-        _require(self.tau is None or self.tau > 0, "tau", self.tau, "a number above 0")
+        _require(self.tau is None or 0 < self.tau < math.inf, "tau", self.tau, "a number above 0")
         _require(self.gamma is None or 0 < self.gamma <= 1, "gamma", self.gamma, "a number in (0, 1]")
         self._check_numbers()
         self._check_names()
@@ -164,19 +175,23 @@ class DFTConfig(TrainingArguments):
 
     def _check_numbers(self) -> None:
         for name in COUNTS:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        longest, chunk = self.max_prompt_length, self.logits_chunk_size
-        _require(longest is None or longest >= 1, "max_prompt_length", longest, "1 or more, or null for no limit")
-        _require(chunk is None or chunk >= 1, "logits_chunk_size", chunk, "1 or more, or null")
+            _require(_is_count(getattr(self, name)), name, getattr(self, name), "a whole number of 1 or more")
+        for name in ("max_length", "max_prompt_length", "logits_chunk_size"):
+            found = getattr(self, name)
+            _require(found is None or _is_count(found), name, found, "a whole number of 1 or more, or null")
+        steps, wanted = self.max_steps, "a whole number of 1 or more, or -1 for all epochs"
+        _require(type(steps) is int and steps != 0, "max_steps", steps, wanted)
         _require(_is_amount(self.max_grad_norm), "max_grad_norm", self.max_grad_norm, "a number; 0 for no clipping")
         for name in AMOUNTS:
             _require(_is_amount(getattr(self, name)), name, getattr(self, name), "a number of 0 or more")
-        start = self.log_u_init
-        _require(isinstance(start, str) or math.isfinite(start), "log_u_init", start, "a finite number or first_batch")
+        between = self.eval_steps
+        _require(between is None or _is_amount(between), "eval_steps", between, "a number above 0, or null")
+        start, wanted = self.log_u_init, f"a number from {-LARGEST:g} to {LARGEST:g} or first_batch"
+        _require(isinstance(start, str) or abs(start) <= LARGEST, "log_u_init", start, wanted)
         some = self.max_steps > 0 or self.num_train_epochs > 0
         _require(some, "num_train_epochs", self.num_train_epochs, "more than 0, or max_steps above 0")
         workers = self.dataloader_num_workers
-        _require(workers >= 0, "dataloader_num_workers", workers, "0 or more")
+        _require(workers == 0 or _is_count(workers), "dataloader_num_workers", workers, "a whole number of 0 or more")
         for name in ("seed", "data_seed"):
             seed = getattr(self, name)
             _require(seed is None or 0 <= seed < 2**32, name, seed, "a whole number from 0 to 4294967295")
@@ -216,6 +231,10 @@ class DFTConfig(TrainingArguments):
 
 def _is_amount(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value < math.inf
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _number(key: str, text: str) -> float:

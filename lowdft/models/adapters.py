@@ -59,7 +59,12 @@ def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn
     """The model to train: loaded if it is a name, with a new adapter or a copy of the reference's adapter."""
     set_up_cuda()
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        model = by_name(AutoModelForCausalLM, model, dtype="auto")
+    if REFERENCE in getattr(model, "peft_config", {}):
+        raise UserError(
+            f'the model has an adapter named "{REFERENCE}", a name that lowdft uses itself. Give it another name; for '
+            "a frozen adapter as the reference, set reference_model: adapter:PATH, which also starts training from it."
+        )
     if args.reference_adapter:
         model = start_from_adapter(model, args.reference_adapter)
     for config in [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values():
@@ -70,6 +75,17 @@ def make_policy(model: nn.Module | str, args: DFTConfig, peft_config=None) -> nn
     if args.freeze_half:
         freeze_half(model, args.seed)
     return model
+
+
+def by_name(loader, name: str, **options):
+    """`loader.from_pretrained(name)` of transformers; raises UserError if there is nothing of that name."""
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model is {name!r}, which cannot be loaded ({str(error).splitlines()[0]}). Pass a model's folder, its "
+            "name on the Hub, or the model itself."
+        ) from error
 
 
 def freeze_half(model: nn.Module, seed: int) -> None:

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from huggingface_hub import constants
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -225,3 +227,11 @@ def end_ids(tokenizer, model) -> list[int]:
         model: a loaded model, or a `Source`.
     """
     return Turns(tokenizer, generation_end_ids(model)).end_ids
+
+
+def base_digest(model: nn.Module) -> str | None:
+    """Identifies a frozen base by some input embeddings, in 4 bit or not; None if they are trained or sharded."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None or weight.requires_grad or weight.dim() != 2 or not weight.numel():
+        return None
+    return xxhash.xxh3_64_hexdigest(weight[:64].detach().float().cpu().contiguous().numpy())

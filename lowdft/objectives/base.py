@@ -5,6 +5,7 @@ Shape suffixes: M prompts of a micro-batch, B negatives of one prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -118,25 +119,40 @@ class Objective:
         """Whether it needs `aligned_logps` of every row."""
         return "aligned" in self.needs
 
+    @torch.enable_grad()
     def try_out(self, hyperparameters: Mapping[str, object]) -> Losses:
         """The losses of two made-up prompts, to find bad hyper-parameters before anything is loaded.
 
+        The policy is as far from the reference for every completion.
+
         Raises:
-            ValueError: the loss cannot be computed with these hyper-parameters, or is not finite.
+            ValueError: with these hyper-parameters the loss cannot be computed, is not finite, or does not fall when
+                completions become likelier.
         """
-        some_M, some_MB = torch.tensor([-3.0, -5.0]), torch.tensor([[-4.0, -2.0], [-6.0, -9.0]])
+        some_M, some_MB = torch.tensor([-3.0, -5.0], requires_grad=True), torch.tensor([[-4.0, -1.0], [-6.0, -9.0]])
         tokens_M, tokens_MB = torch.tensor([2, 3]), torch.tensor([[2, 1], [3, 4]])
-        scores = Scores(some_M, tokens_M, some_MB, tokens_MB, some_MB - 1, torch.zeros(2), 2.5, some_M - 1)
+        ref_MB, ref_M = some_MB - 1, some_M.detach() - 1
+        scores = Scores(some_M, tokens_M, some_MB, tokens_MB, ref_MB, torch.zeros(2), 2.5, ref_M)
         scores.mismatched_gain_M, scores.aligned_logps_M = torch.ones(2), torch.full((2,), -1.0)
         try:
+            if "beta" in hyperparameters and not 0 < hyperparameters["beta"] < math.inf:
+                raise ValueError(f"{self.name}: beta is {hyperparameters['beta']!r}; wanted a number above 0")
+            if not 0 <= (smoothing := hyperparameters.get("label_smoothing", 0)) < 0.5:
+                raise ValueError(f"{self.name}: label_smoothing is {smoothing!r}; wanted a number from 0 to below 0.5")
             losses = self.compute(scores, **hyperparameters)
             loss_M = losses.surrogate_M
             if self.token_weight is not None:
-                loss_M = loss_M * self.token_weight(some_M, torch.tensor([0, 1]), **hyperparameters)
+                loss_M = loss_M * self.token_weight(some_M.detach(), torch.tensor([0, 1]), **hyperparameters)
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"{self.name} cannot be computed with {dict(hyperparameters)}: {error}") from error
         if not loss_M.isfinite().all():
             raise ValueError(f"{self.name} is not finite with {dict(hyperparameters)}")
+        (pull_M,) = torch.autograd.grad(loss_M.sum(), some_M)
+        if (pull_M > 0).any() or not pull_M.any():
+            raise ValueError(
+                f"{self.name} would not make good answers likelier with {dict(hyperparameters)}: its loss does not "
+                "fall with them. Check the signs of these numbers."
+            )
         return losses
 
 

@@ -79,6 +79,7 @@ class StepEngine:
         self._backward = backward or (lambda loss, last: loss.backward())
         self._done: list[Batch] = []
         self._left, self._most, self._first = 0, 0, True
+        self.computes_in: torch.dtype | None = None  # the dtype of the layers, if it is not that of the weights
         self.starts_as_reference = False  # is the policy, before the first step, the model that scored the reference?
         self._start: Snapshot | None = None
         self._last: tuple[Batch, Tensor, Callable[[Tensor], Tensor]] | None = None  # with log-probs and their surrogate
@@ -179,7 +180,7 @@ class StepEngine:
             scored = self.passes.backpropagate(self.model, groups, surrogate, self._scaled_backward)
         scores, final = losses(range(len(batch)), scored.logps_MK)
         self._require_finite("log-probabilities", scored.logps_MK, batch)
-        self._require_finite("losses", final.surrogate_M[:, None], batch)
+        self._require_finite("losses", torch.stack([final.surrogate_M.detach(), final.value_M], 1), batch)
         self._largest = max(self._largest, scored.logps_MK.abs().max().item())
         self._last = batch, scored.logps_MK, lambda logps_MK: losses(range(len(batch)), logps_MK)[1].surrogate_M.sum()
         self.log_u.update(batch.index_M, final.log_u_M)
@@ -187,7 +188,7 @@ class StepEngine:
         if self._first:
             self.metrics.gap(scores)
             if self.starts_as_reference:
-                check_gap(scores, batch, self.policy.get_output_embeddings().weight.dtype)
+                check_gap(scores, batch, self.computes_in or self.policy.get_output_embeddings().weight.dtype)
         return final.value_M.sum() / totals.prompts * collectives.world_size()
 
     def _scaled_backward(self, loss: Tensor, last: bool) -> None:

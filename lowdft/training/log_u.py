@@ -78,7 +78,7 @@ class LogU:
         self.values, self.visits = state["values"], state["visits"]
 
 
-def table_identity(rows, args, reference: str, adapter: dict | None = None) -> dict:
+def table_identity(rows, args, reference: str, adapter: dict | None = None, base: str | None = None) -> dict:
     """Identifies the state of a training: a hash of all rows, and the settings that its numbers depend on.
 
     Args:
@@ -86,11 +86,12 @@ def table_identity(rows, args, reference: str, adapter: dict | None = None) -> d
         args: the `DFTConfig`.
         reference: identifies the reference model by its content.
         adapter: identifies the adapter's configuration (`models.adapters.identity_of`).
+        base: identifies the frozen base (`models.base.base_digest`); None, also in `load_table`, is any base.
     """
     names = ("objective", "tau", "gamma", "objective_args", "reference_prompt", "train_sampling_strategy")
     settings = {name: getattr(args, name) for name in (*names, *TRAINED_WITH)}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enumerations
-    return {"data": rows.fingerprint(), "reference_model": reference, "adapter": adapter} | settings
+    return {"data": rows.fingerprint(), "reference_model": reference, "adapter": adapter, "base": base} | settings
 
 
 def save_table(path: str | Path, tensors: Mapping[str, Tensor], fingerprint: dict) -> None:
@@ -113,7 +114,9 @@ def load_table(path: str | Path, fingerprint: dict) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing, so training cannot resume exactly from here. Train from the start.")
     with safe_open(path, framework="pt") as file:
         saved = json.loads(file.metadata()["fingerprint"])
-        differing = sorted(k for k in saved if saved[k] != fingerprint.get(k))
+        if fingerprint.get("base") is None:
+            saved.pop("base", None)
+        differing = sorted(k for k in saved if saved[k] != fingerprint.get(k) and (k, saved[k]) != ("base", None))
         if differing:
             found = "; ".join(f"{k} was {saved[k]}, is now {fingerprint.get(k)}" for k in differing)
             raise UserError(f"{path} belongs to another run ({found}). Use the old settings, or another output_dir.")

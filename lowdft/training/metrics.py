@@ -110,7 +110,8 @@ def names_in_evaluation(objective: Objective, hyperparameters: Mapping[str, obje
     return names + ["log_u/mean"] * objective.uses_log_u
 
 
-GAP = {torch.float32: 0.02}  # largest gap that rounding can cause, in nats per scored token; 0.1 for other dtypes
+GAPS = {torch.float32: (0.02, 0.02)}  # what rounding can cause, in nats per scored token: mean of rows, largest row
+HALF_PRECISION = (0.1, 1.0)  # a short, unlikely negative varies most: by 0.14 on a CPU with AMX
 
 
 def check_gap(scores: Scores, batch: Batch, dtype: torch.dtype) -> None:
@@ -132,8 +133,8 @@ def check_gap(scores: Scores, batch: Batch, dtype: torch.dtype) -> None:
         return
     difference_MB = scores.policy_negative_logps_MB.detach() - scores.ref_negative_logps_MB
     gap_M = difference_MB.abs().sum(1) / scores.negative_tokens_MB.sum(1)
-    worst = int(gap_M.argmax())
-    if not gap_M[worst] <= GAP.get(dtype, 0.1):
+    worst, (usual, largest) = int(gap_M.argmax()), GAPS.get(dtype, HALF_PRECISION)
+    if not (gap_M.mean() <= usual and gap_M[worst] <= largest):
         raise UserError(
             f"the reference log-probabilities are not those of the model that training starts from: row "
             f"{batch.rows[worst].get('example_id')} differs by {gap_M[worst]:.3g} nats per token of its negatives. "

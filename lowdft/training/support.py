@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lowdft.compat import use_one_gpu
@@ -21,6 +22,7 @@ ARGUMENTS = {
     "compute_metrics": "evaluation never computes full logits. Use the logged eval_* metrics, or a callback",
     "preprocess_logits_for_metrics": "evaluation never computes full logits",
     "compute_loss_func": "training.objective determines the loss",
+    "compute_loss": "an overridden compute_loss would not be called; training.objective determines the loss",
     "tokenizer": "pass it as processing_class",
     "ref_model": "the reference is the model that training starts from, or training.reference_model: adapter:PATH",
     "formatting_func": "map the rows to prompt and completion beforehand",
@@ -34,7 +36,7 @@ def check_arguments(args: object, given: Mapping[str, object], eval_dataset: obj
 
     Args:
         args: the training arguments.
-        given: further arguments of transformers' Trainer.
+        given: the model, further arguments of transformers' Trainer, and `compute_loss` if a subclass overrides it.
         eval_dataset: the rows for evaluation, a dictionary of several sets, or None.
 
     Raises:
@@ -45,6 +47,8 @@ def check_arguments(args: object, given: Mapping[str, object], eval_dataset: obj
             f"args is a {type(args).__name__}; DFTTrainer requires a lowdft.DFTConfig, which has the same fields, and "
             "objective, tau, gamma and others"
         )
+    if given["model"] is None:
+        raise UserError("model is None; wanted a causal language model, or its name or folder")
     check_precision(args)
     for name, reason in ARGUMENTS.items():
         if given.get(name) is not None:
@@ -96,6 +100,16 @@ def check_model(model: nn.Module, args: DFTConfig) -> None:
         raise UserError(
             f"the model is a {type(causal_lm).__name__}; wanted a causal language model with its output head. Load it "
             "with AutoModelForCausalLM."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "the model has no trainable weights. Load an adapter to train on with PeftModel.from_pretrained(…, "
+            "is_trainable=True), pass peft_config for a new one, or set requires_grad for the weights to train."
+        )
+    if any(layer.merged or layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)):
+        raise UserError(
+            "the model's adapter is merged into its weights or switched off, so training it would change nothing. Call "
+            "model.unmerge_adapter(), or model.enable_adapter_layers()."
         )
     if names := [name for name in trained_beside(model) if not _saved_bias(name, model)]:
         raise UserError(

@@ -21,7 +21,8 @@ from lowdft.data.encoded import EncodedRows
 from lowdft.distributed import sharding
 from lowdft.errors import UserError
 from lowdft.logprobs import layers_in
-from lowdft.models.adapters import adapter_digest, identity_of, trained_beside, without_input_casts
+from lowdft.models.adapters import adapter_digest, by_name, identity_of, trained_beside, without_input_casts
+from lowdft.models.base import base_digest
 from lowdft.models.fused_lora import fused_lora
 from lowdft.models.reference import attach_reference, check_reference
 from lowdft.training.checkpoints import WholeCheckpoints, newest_whole, require_whole
@@ -71,9 +72,10 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         peft_config=None,
         **kwargs,
     ):
-        check_arguments(args, kwargs, eval_dataset)
+        own_loss = {"compute_loss": type(self).compute_loss is not DFTTrainer.compute_loss or None}
+        check_arguments(args, {"model": model, **kwargs, **own_loss}, eval_dataset)
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            processing_class = processing_class or by_name(AutoTokenizer, model)
         self.objective = objectives.get(args.objective)
         encoder = encoder_for(model, processing_class, args)
         self._encode = partial(encoded, encoder=encoder, objective=self.objective)
@@ -97,7 +99,8 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         self.sharded = sharding.is_sharded(self.accelerator)
         self._layers_in = choose_precision(model, args, self.sharded)
         reference = adapter_digest(args.reference_adapter) if args.reference_adapter else "base"
-        self._fingerprint, self._faded = table_identity(train_rows, args, reference, identity_of(model)), Faded()
+        self._faded, identities = Faded(), (identity_of(model), base_digest(model))
+        self._fingerprint = table_identity(train_rows, args, reference, *identities)
         self.engine = StepEngine(
             model,
             self.objective,
@@ -110,6 +113,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             around=self._around_passes,
             spare=train_rows[0],
         )
+        self.engine.computes_in = self._layers_in
         if not self.sharded:  # else no pass is possible before the parameters are distributed
             self._choose_layout(self.model)
 
@@ -190,6 +194,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         else:
             at_hand = self._at_hand or (self._starts_from_base and self.state.global_step == 0)
             check_evaluation(as_list(chosen), self.objective, self.args, at_hand)
+            check_ids(as_list(chosen), self.model)
         return super().evaluate(None if eval_dataset is None else chosen, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(

@@ -47,7 +47,10 @@ OF_THE_MACHINE = ("runtime", "per_second", "memory_gb", "reserved_gb", "preparat
         (["training.lr_scheduler_type=cosin"], "training.lr_scheduler_type is 'cosin'. Did you mean 'cosine'"),
         (["training.save_strategy=bets"], "training.save_strategy is 'bets'. Did you mean 'best'"),
         (["training.log_level=loud"], "training.log_level is 'loud'. Known are: detail, debug"),
-        (["training.dataloader_num_workers=-1"], "training.dataloader_num_workers is -1; wanted 0 or more"),
+        (
+            ["training.dataloader_num_workers=-1"],
+            "training.dataloader_num_workers is -1; wanted a whole number of 0 or more",
+        ),
         (["training.max_steps=2.5"], "training.max_steps is 2.5; wanted int"),
         (["training.weight_decay=little"], "training.weight_decay is 'little'; wanted float"),
         (["training.learning_rate=true"], "training.learning_rate is True; wanted float"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import make_rows, make_trainer
 
 from lowdft.cli import main
@@ -147,6 +148,15 @@ def test_a_reference_of_other_negatives_stops_before_the_first_step(tmp_path):
     scores.ref_negative_logps_MB[1] -= scores.negative_tokens_MB[1]
     with pytest.raises(UserError, match="are not those of the model.*1 nats per token"):
         check_gap(scores, batch, scores.policy_logps_M.dtype)
+    right = scores.policy_negative_logps_MB.detach()
+    per_row = torch.zeros(len(batch))[:, None]
+    per_row[0] = 0.15
+    scores.ref_negative_logps_MB = right - per_row * scores.negative_tokens_MB
+    check_gap(scores, batch, torch.bfloat16)  # one row by chance
+    for shift in (torch.full_like(per_row, 0.15), 10 * per_row):  # every row, or one by far
+        scores.ref_negative_logps_MB = right - shift * scores.negative_tokens_MB
+        with pytest.raises(UserError, match="are not those of the model"):
+            check_gap(scores, batch, torch.bfloat16)
 
 
 def test_edited_rows_stop_the_training(tmp_path):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TESTS, losses, make_trainer
+from helpers import TESTS, lora, losses, make_llama, make_rows, make_trainer
 
+from lowdft import DFTTrainer
 from lowdft.errors import UserError
 
 
@@ -39,6 +40,29 @@ def _with_reference(tmp_path: Path, stop: int, peft: bool) -> Path:
     if source.is_file():
         (target / source.name).write_bytes(source.read_bytes())
     return tmp_path / "whole" / f"checkpoint-{stop}"
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_finished_training_takes_no_further_step(steps, tmp_path):
+    """As after a kill between the last checkpoint and the end; max_steps in the middle and at the end of an epoch."""
+    settings = dict(save_strategy="steps", save_steps=1, max_steps=steps, lr_scheduler_type="constant")
+    rows = make_rows(8)  # two steps per epoch
+    whole = make_trainer(tmp_path, rows, **settings)
+    whole.train()
+    again = make_trainer(tmp_path, rows, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps and again.state.epoch == whole.state.epoch
+    assert losses(again) == losses(whole) and torch.equal(again.log_u, whole.log_u)
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_resume_on_another_base_is_refused(tmp_path):
+    settings = dict(save_strategy="steps", save_steps=1, max_steps=2)
+    make_trainer(tmp_path, **settings).train()
+    other = DFTTrainer(make_llama(seed=9), make_trainer(tmp_path, **settings).args, make_rows(), peft_config=lora())
+    with pytest.raises(UserError, match="belongs to another run .base was .*, is now "):
+        other.train(resume_from_checkpoint=True)
 
 
 KILLED = """

@@ -42,6 +42,8 @@ def arguments(folder, **settings) -> DFTConfig:
         {"train_sampling_strategy": "group_by_length"},
         {"bf16_full_eval": True},
         {"fp16_full_eval": True},
+        {"include_num_input_tokens_seen": "all"},
+        {"resume_from_checkpoint": "nowhere"},
     ],
     ids=lambda s: next(iter(s)),
 )
@@ -53,18 +55,30 @@ def test_settings(settings, tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"max_prompt_length": -1}, "max_prompt_length is -1; wanted 1 or more"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; wanted 1 or more"),
-        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0; wanted 1 or more"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; wanted 1 or more"),
-        ({"logits_chunk_size": 0}, "logits_chunk_size is 0; wanted 1 or more"),
+        ({"max_prompt_length": -1}, "max_prompt_length is -1; wanted a whole number of 1 or more"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; wanted a whole number of 1 or more"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0; wanted a whole number of 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; wanted a whole number of 1 or more"),
+        ({"logits_chunk_size": 0}, "logits_chunk_size is 0; wanted a whole number of 1 or more"),
         ({"max_grad_norm": None}, "max_grad_norm is None; wanted a number"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; wanted a number"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; wanted a number of 0 or more"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; wanted a number of 0 or more"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0; wanted more than 0"),
-        ({"log_u_init": float("nan")}, "log_u_init is nan; wanted a finite number or first_batch"),
-        ({"log_u_init": "inf"}, "log_u_init is inf; wanted a finite number or first_batch"),
+        ({"log_u_init": float("nan")}, "log_u_init is nan; wanted a number from -10000 to 10000 or first_batch"),
+        ({"log_u_init": "inf"}, "log_u_init is inf; wanted a number from -10000 to 10000 or first_batch"),
+        ({"log_u_init": 1e300}, "log_u_init is 1e.300; wanted a number from"),
+        ({"tau": float("inf")}, "tau is inf; wanted a number above 0"),
+        ({"max_length": "8"}, "max_length is '8'; wanted a whole number of 1 or more, or null"),
+        ({"negatives_per_step": 1.5}, "negatives_per_step is 1.5; wanted a whole number"),
+        ({"max_steps": 0}, "max_steps is 0; wanted a whole number of 1 or more, or -1 for all epochs"),
+        ({"eval_steps": -3}, "eval_steps is -3; wanted a number above 0"),
+        ({"eval_delay": -1}, "eval_delay is -1; wanted a number of 0 or more"),
+        ({"objective": "dpo", "objective_args": {"beta": -1}}, "dpo: beta is -1; wanted a number above 0"),
+        ({"objective": "ipo", "objective_args": {"beta": float("inf")}}, "ipo: beta is inf; wanted"),
+        ({"objective": "cdpo", "objective_args": {"label_smoothing": 0.5}}, "label_smoothing is 0.5; wanted a number"),
+        ({"objective": "kto", "objective_args": {"weight_wanted": -1}}, "kto would not make good answers likelier"),
+        ({"objective": "listwise", "objective_args": {"nll_weight": -2}}, "listwise would not make good answers"),
         ({"seed": -1}, "seed is -1; wanted a whole number from 0 to"),
     ],
 )
@@ -102,6 +116,39 @@ def test_adapters_that_cannot_be_trained_so(config, words, tmp_path):
 def test_arguments(name, tmp_path):
     with pytest.raises(UserError, match=f"does not support {name}"):
         DFTTrainer(make_llama(), arguments(tmp_path), make_rows(), **{name: lambda *_: {}})
+
+
+def test_an_overridden_loss_would_not_be_called(tmp_path):
+    class Own(DFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 0
+
+    with pytest.raises(
+        UserError, match="does not support compute_loss: an overridden compute_loss would not be called"
+    ):
+        Own(make_llama(), arguments(tmp_path), make_rows())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda model: None, "model is None; wanted a causal language model"),
+        (lambda model: "no/where", "model is 'no/where', which cannot be loaded .*Pass a model's folder"),
+        (lambda model: model.requires_grad_(False), "no trainable weights.*is_trainable=True"),
+        (lambda model: model.merge_adapter() or model, "merged into its weights or switched off"),
+        (lambda model: model.base_model.disable_adapter_layers() or model, "no trainable|switched off"),
+        (lambda model: model.add_adapter("reference", lora()) or model, 'has an adapter named "reference"'),
+    ],
+)
+def test_models_that_would_not_be_trained(change, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        DFTTrainer(change(get_peft_model(make_llama(), lora())), arguments(tmp_path), make_rows())
+
+
+def test_ids_beyond_the_vocabulary_are_refused_in_evaluate_as_well(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(UserError, match="has the token id 10000, but the model has embeddings for 0 to"):
+        trainer.evaluate([row | {"completion_ids": [10000]} for row in make_rows(2)])
 
 
 def test_other_training_arguments(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from lowdft.data.read import REMOVE, cut
 from lowdft.errors import UserError
@@ -60,14 +60,14 @@ def fitting_layouts(columns: Collection[str], mapped: Collection[str]) -> list[s
     return [name for name in fitting if by_map[name] == max(by_map.values())]
 
 
-def unused_columns(columns: Iterable[str], layout: str, mapped: Mapping[str, str]) -> list[str]:
-    """The columns that a row of this layout does not use; `mapped` has lowdft's names and the user's columns.
+def unused_columns(columns: Iterable[str], layout: str, others: Iterable[str] = ()) -> list[str]:
+    """The columns that a row of this layout does not use; `others` are used besides those that lowdft knows.
 
     For multiple choice the list is always empty.
     """
     if layout not in LAYOUTS:
         return []
-    used = {*LAYOUTS[layout], *MAPPABLE, *mapped.values(), "id"} | ({"input"} if layout.startswith("instr") else set())
+    used = {*LAYOUTS[layout], *MAPPABLE, *others, "id"} | ({"input"} if layout.startswith("instr") else set())
     return [str(name) for name in columns if name not in used and not NEGATIVES.fullmatch(str(name))]
 
 

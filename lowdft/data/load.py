@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowdft.data import toy
@@ -81,7 +82,9 @@ def load_examples(
     warnings = [_skipped(errors, len(bad), len(records))] if bad else []
     warnings += summaries([finding for finding in found if finding.where not in bad])
     layout = Counter(row.layout for row in rows).most_common(1)[0][0]
-    return Loaded(examples, layout, _notes(rows, layout, records, columns), warnings, len(bad), fingerprint(examples))
+    return Loaded(
+        examples, layout, _notes(rows, layout, records, columns.values()), warnings, len(bad), fingerprint(examples)
+    )
 
 
 def fingerprint(examples: list[Example]) -> str:
@@ -124,7 +127,7 @@ def _rows(records: list[Record], columns: dict[str, str]) -> tuple[list[Row], li
             found.append(Finding(record.where, err.field, err.text))
         else:
             rows.append(row)
-            found += [*check_row(row), *check_columns(record, row.layout, columns)]
+            found += [*check_row(row), *check_columns(record, row.layout, columns.values())]
     return rows, found
 
 
@@ -180,7 +183,7 @@ def _examples(rows: list[Row], *how: str | None) -> list[Example]:
     return examples
 
 
-def _notes(rows: list[Row], layout: str, records: list[Record], mapped: dict[str, str]) -> list[str]:
+def _notes(rows: list[Row], layout: str, records: list[Record], mapped: Iterable[str]) -> list[str]:
     trained = " (the last assistant turn of each row is trained on)" if layout in CONVERSATIONS else ""
     notes = [f"layout: {layout}{trained}"]
     used = list(dict.fromkeys(column for row in rows for column in row.negative_columns))

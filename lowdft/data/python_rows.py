@@ -110,8 +110,7 @@ class _Reading:
         """The parts of a row of text in the form that the encoder needs; None if the row has an error."""
         record = Record(where, _with_prompt(row))
         parts = to_row(record)
-        beside = dict(zip(BESIDE, BESIDE, strict=True))
-        found = [*check_row(parts), *check_columns(record, parts.layout, beside)]
+        found = [*check_row(parts), *check_columns(record, parts.layout, BESIDE)]
         self.found += found
         if any(not finding.warning for finding in found):
             return None

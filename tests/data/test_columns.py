@@ -90,8 +90,10 @@ def test_columns_that_are_not_used_are_told(tmp_path):
     ]
     with pytest.warns(UserWarning, match="2 rows with the column negative, which is not used"):
         encode_rows(rows, encoder())
-    assert unused_columns(["instruction", "input", "output", "rejected_2", "tools"], "instruction+output", {}) == []
-    assert unused_columns(["question", "subject"], "choices", {}) == []
+    scored = [{"prompt": "q", "chosen": "a", "rejected": "b", "score_rejected": 0.1}]
+    assert load_examples(write(tmp_path / "s.jsonl", scored)).warnings == []
+    assert unused_columns(["instruction", "input", "output", "rejected_2", "tools"], "instruction+output") == []
+    assert unused_columns(["question", "subject"], "choices") == []
 
 
 @pytest.mark.parametrize("source", ["parquet", "datasets"])

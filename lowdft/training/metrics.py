@@ -111,7 +111,7 @@ def names_in_evaluation(objective: Objective, hyperparameters: Mapping[str, obje
 
 
 GAPS = {torch.float32: (0.02, 0.02)}  # what rounding can cause, in nats per scored token: mean of rows, largest row
-HALF_PRECISION = (0.1, 1.0)  # a short, unlikely negative varies most: by 0.14 on a CPU with AMX
+HALF_PRECISION = (0.2, 1.0)  # seen on a CPU with AMX, where negatives have 1 to 5 unlikely tokens: 0.05, 0.14
 
 
 def check_gap(scores: Scores, batch: Batch, dtype: torch.dtype) -> None:

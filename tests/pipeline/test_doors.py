@@ -153,7 +153,7 @@ def test_a_reference_of_other_negatives_stops_before_the_first_step(tmp_path):
     per_row[0] = 0.15
     scores.ref_negative_logps_MB = right - per_row * scores.negative_tokens_MB
     check_gap(scores, batch, torch.bfloat16)  # one row by chance
-    for shift in (torch.full_like(per_row, 0.15), 10 * per_row):  # every row, or one by far
+    for shift in (torch.full_like(per_row, 0.3), 10 * per_row):  # every row, or one by far
         scores.ref_negative_logps_MB = right - shift * scores.negative_tokens_MB
         with pytest.raises(UserError, match="are not those of the model"):
             check_gap(scores, batch, torch.bfloat16)

@@ -56,12 +56,13 @@ def to_row(record: Record, columns: dict[str, str] | None = None, expected: str 
     view = _view(record.columns, columns)
     choice = read_choice(view, columns)
     layout, prompt, completion = _of_choice(choice) if choice else _of_layout(view, columns, expected)
-    if layout == "prompt+completion" and str(view.get("label")).lower() == "false":
+    unpaired = layout == "prompt+completion" and "label" not in columns.values()
+    if unpaired and str(view.get("label")).lower() == "false":
         raise BadRow(
             "label",
             "is false, so this completion is a bad answer (TRL's unpaired preferences), but a completion is trained on "
-            "as a good one. Add it to the negatives of a row with the same prompt and a good answer, or remove the "
-            f"column if it means something else. {REMOVE}",
+            "as a good one. Add it to the negatives of a row with the same prompt and a good answer. If the column "
+            f"means something else, remove it, or set data.columns: {{answer: label}}. {REMOVE}",
         )
     system = view.get("system")
     if system not in (None, "") and all(turn.text != system for turn in prompt if turn.role == "system"):

@@ -40,6 +40,8 @@ def test_a_completion_marked_as_bad_is_not_trained_on(label):
     with pytest.raises(BadRow, match="label is false, so this completion is a bad answer.*to the negatives"):
         row({"prompt": "2+2?", "completion": "5", "label": label})
     assert row({"prompt": "2+2?", "completion": "4", "label": True}).completion[0].text == "4"
+    of_class = {"prompt": "Rude?", "completion": "no", "label": str(label)}
+    assert row(of_class, columns={"answer": "label"}).completion[0].text == "no"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from lowdft import objectives
 from lowdft.compat import LoopHooks
 from lowdft.config.training import DFTConfig
 from lowdft.data.batch import collate
+from lowdft.data.encode import Truncation
 from lowdft.data.encoded import EncodedRows
 from lowdft.distributed import sharding
 from lowdft.errors import UserError
@@ -78,7 +80,7 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
             processing_class = processing_class or by_name(AutoTokenizer, model)
         self.objective = objectives.get(args.objective)
         encoder = encoder_for(model, processing_class, args)
-        self._encode = partial(encoded, encoder=encoder, objective=self.objective)
+        self._encoder, self._encode = encoder, partial(encoded, encoder=encoder, objective=self.objective)
         has_adapter = peft_config is not None or isinstance(model, PeftModel)
         about = (encoder, self.objective, args, has_adapter)
         train_rows, eval_sets = read_datasets(train_dataset, eval_dataset, *about)
@@ -183,7 +185,10 @@ class DFTTrainer(LoopHooks, WholeCheckpoints):
         Raises:
             UserError: the rows have no reference log-probabilities, and the model can no longer compute them.
         """
+        self._encoder.truncation = Truncation()
         chosen = self._encode(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if cuts := self._encoder.cuts():
+            warnings.warn(cuts, stacklevel=2)
         if isinstance(chosen, str):
             known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
             if chosen not in known:

@@ -151,6 +151,12 @@ def test_ids_beyond_the_vocabulary_are_refused_in_evaluate_as_well(tmp_path):
         trainer.evaluate([row | {"completion_ids": [10000]} for row in make_rows(2)])
 
 
+def test_cuts_of_rows_given_to_evaluate_are_told(tmp_path):
+    trainer, long = make_trainer(tmp_path, max_length=12, max_prompt_length=8), make_rows(2)
+    with pytest.warns(UserWarning, match="cut to length: 0 prompts .* 2 completions"):
+        trainer.evaluate([row | {"completion_ids": row["completion_ids"] * 9} for row in long])
+
+
 def test_other_training_arguments(tmp_path):
     with pytest.raises(UserError, match="args is a TrainingArguments; .* lowdft.DFTConfig"):
         DFTTrainer(make_llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True), make_rows())

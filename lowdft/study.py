@@ -98,9 +98,9 @@ class Study:
         self.folder = Path(keys["output_dir"])
         self.failed: list[str] = []
 
-    def run(self, chosen: dict, settings: dict) -> list[dict]:
-        """The result of one run in a list, which is empty if the run failed."""
-        name = folder_name(chosen)
+    def run(self, chosen: dict, settings: dict, name: str = "") -> list[dict]:
+        """The result of one run in a list, which is empty if the run failed; `name` is that of its folder."""
+        name = name or folder_name(chosen)
         settings = settings | {"output_dir": str(self.folder / name)}
         try:
             run_one(self.keys["recipe"], as_overrides(settings) + self.overrides, self.folder, self.doors)
@@ -140,7 +140,7 @@ class Study:
             chosen = {"baseline": name} | again
             same = [one for one in results if self._recipe(one["overrides"]) == self._recipe(own)]
             say(f"{name}{f', {value}' if again else ''}" + (": the same as a run of the grid" if same else ""))
-            out += [same[0] | {"settings": chosen}] if same else self.run(chosen, own)
+            out += [same[0] | {"settings": chosen}] if same else self.run(chosen, own, folder_name(chosen | settings))
         return out
 
     def equal_epochs(self, results: list[dict], tuned: list[dict]) -> dict:

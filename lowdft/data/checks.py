@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from lowdft.data.example import Row, Turn, canonical_json, is_blank, is_empty, normal, opening_turns
 from lowdft.data.formats import SPEAKERS
@@ -53,9 +53,9 @@ def check_row(row: Row) -> list[Finding]:
     return found
 
 
-def check_columns(record: Record, layout: str, others: Iterable[str]) -> Iterator[Finding]:
+def check_columns(record: Record, layout: str, others: tuple[str, ...]) -> Iterator[Finding]:
     """Warnings about unused columns (see `unused_columns`) whose names are close to known ones that the row lacks."""
-    for name in unused_columns(record.columns, layout, others):
+    for name in unused_columns(tuple(record.columns), layout, others):
         if (near := meant(name)) and near not in record.columns:
             yield Finding(
                 record.where, name, f'did you mean "{near}"?', f"the column {cut(name, 40)}, which is not used"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from lowdft.data.read import REMOVE, cut
 from lowdft.errors import UserError
@@ -60,15 +60,16 @@ def fitting_layouts(columns: Collection[str], mapped: Collection[str]) -> list[s
     return [name for name in fitting if by_map[name] == max(by_map.values())]
 
 
-def unused_columns(columns: Iterable[str], layout: str, others: Iterable[str] = ()) -> list[str]:
+@functools.lru_cache
+def unused_columns(columns: tuple[str, ...], layout: str, others: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The columns that a row of this layout does not use; `others` are used besides those that lowdft knows.
 
-    For multiple choice the list is always empty.
+    For multiple choice there are none.
     """
     if layout not in LAYOUTS:
-        return []
+        return ()
     used = {*LAYOUTS[layout], *MAPPABLE, *others, "id"} | ({"input"} if layout.startswith("instr") else set())
-    return [str(name) for name in columns if name not in used and not NEGATIVES.fullmatch(str(name))]
+    return tuple(str(name) for name in columns if name not in used and not NEGATIVES.fullmatch(str(name)))
 
 
 @functools.cache

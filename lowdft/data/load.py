@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowdft.data import toy
@@ -83,7 +82,12 @@ def load_examples(
     warnings += summaries([finding for finding in found if finding.where not in bad])
     layout = Counter(row.layout for row in rows).most_common(1)[0][0]
     return Loaded(
-        examples, layout, _notes(rows, layout, records, columns.values()), warnings, len(bad), fingerprint(examples)
+        examples,
+        layout,
+        _notes(rows, layout, records, tuple(columns.values())),
+        warnings,
+        len(bad),
+        fingerprint(examples),
     )
 
 
@@ -117,6 +121,7 @@ def _rows(records: list[Record], columns: dict[str, str]) -> tuple[list[Row], li
     """The rows that have a layout, and all findings for single records."""
     rows: list[Row] = []
     found: list[Finding] = []
+    mapped = tuple(columns.values())
     for record in records:
         found += record.findings
         if any(not finding.warning for finding in record.findings):
@@ -127,7 +132,7 @@ def _rows(records: list[Record], columns: dict[str, str]) -> tuple[list[Row], li
             found.append(Finding(record.where, err.field, err.text))
         else:
             rows.append(row)
-            found += [*check_row(row), *check_columns(record, row.layout, columns.values())]
+            found += [*check_row(row), *check_columns(record, row.layout, mapped)]
     return rows, found
 
 
@@ -183,7 +188,7 @@ def _examples(rows: list[Row], *how: str | None) -> list[Example]:
     return examples
 
 
-def _notes(rows: list[Row], layout: str, records: list[Record], mapped: Iterable[str]) -> list[str]:
+def _notes(rows: list[Row], layout: str, records: list[Record], mapped: tuple[str, ...]) -> list[str]:
     trained = " (the last assistant turn of each row is trained on)" if layout in CONVERSATIONS else ""
     notes = [f"layout: {layout}{trained}"]
     used = list(dict.fromkeys(column for row in rows for column in row.negative_columns))
@@ -192,7 +197,7 @@ def _notes(rows: list[Row], layout: str, records: list[Record], mapped: Iterable
         what = f"{used[0]} is used as a negative" if len(used) == 1 else f"{', '.join(used)} are used as negatives"
         notes.append(what + (f" (rows: {len(with_some)}, first {place(with_some[0])})" if with_some else " (no rows)"))
     names = dict.fromkeys(name for record in records for name in record.columns)
-    if unused := unused_columns(names, layout, mapped):
+    if unused := unused_columns(tuple(names), layout, mapped):
         notes.append(f"columns that are not used: {cut(', '.join(unused), 200)}")
     return notes
 

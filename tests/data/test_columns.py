@@ -94,8 +94,8 @@ def test_columns_that_are_not_used_are_told(tmp_path):
         encode_rows(rows, encoder())
     scored = [{"prompt": "q", "chosen": "a", "rejected": "b", "score_rejected": 0.1}]
     assert load_examples(write(tmp_path / "s.jsonl", scored)).warnings == []
-    assert unused_columns(["instruction", "input", "output", "rejected_2", "tools"], "instruction+output") == []
-    assert unused_columns(["question", "subject"], "choices") == []
+    assert unused_columns(("instruction", "input", "output", "rejected_2", "tools"), "instruction+output") == ()
+    assert unused_columns(("question", "subject"), "choices") == ()
 
 
 @pytest.mark.parametrize("source", ["parquet", "datasets"])

@@ -114,9 +114,9 @@ def load_table(path: str | Path, fingerprint: dict) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing, so training cannot resume exactly from here. Train from the start.")
     with safe_open(path, framework="pt") as file:
         saved = json.loads(file.metadata()["fingerprint"])
-        if fingerprint.get("base") is None:
-            saved.pop("base", None)
-        differing = sorted(k for k in saved if saved[k] != fingerprint.get(k) and (k, saved[k]) != ("base", None))
+        any_base = None in (saved.get("base"), fingerprint.get("base"))
+        compared = saved.keys() - ({"base"} if any_base else set())
+        differing = sorted(k for k in compared if saved[k] != fingerprint.get(k))
         if differing:
             found = "; ".join(f"{k} was {saved[k]}, is now {fingerprint.get(k)}" for k in differing)
             raise UserError(f"{path} belongs to another run ({found}). Use the old settings, or another output_dir.")
